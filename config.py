@@ -1,0 +1,143 @@
+"""Options of a command: defaults < TOML file < --key=value, as one frozen dataclass.
+
+    python train.py configs/pocket.toml --steps=100 --peak-lr=1e-3
+
+A command declares its options as a frozen dataclass with one field a line and a trailing comment; the comments are
+the text of --help. Keys may be written with - or _. An unknown key, in the file too, is an error that names the
+nearest one, and a value of the wrong type is an error that names the type.
+"""
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+
+def load(cls, argv=None, positional=None):
+    """Parse the command line into an instance of the frozen dataclass `cls`.
+
+    Args:
+        argv: list of arguments, default sys.argv[1:].
+        positional: name of the tuple[str, ...] field that takes the arguments without `--`; None allows none.
+            A first argument that ends in .toml is always the options file.
+    Raises: ValueError for an unknown key, an ill-typed value or a stray argument. `--help` prints and exits 0.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, positional))
+        raise SystemExit(0)
+    values, words = {}, []
+    if argv and argv[0].endswith(".toml"):
+        values.update(read_toml(cls, argv.pop(0)))
+    for argument in argv:
+        if not argument.startswith("--"):
+            words.append(argument)
+            continue
+        key, equals, text = argument[2:].partition("=")
+        field = find_field(cls, key)
+        if not equals:
+            if field.type is not bool:
+                raise ValueError(f"--{key} needs a value: --{key}=...")
+            text = "true"
+        values[field.name] = parse(field, text)
+    if words and positional is None:
+        raise ValueError(f"stray argument {words[0]!r}; options are written --key=value (--help lists them)")
+    if words:
+        values[positional] = tuple(words)
+    return cls(**values)
+
+
+def find_field(cls, key):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    name = key.replace("-", "_")
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown option --{key}; did you mean --{near.replace('_', '-')}? (--help lists all)")
+    return fields[name]
+
+
+def parse(field, text):
+    """One value of the command line. The empty text and `none` stand for None in optional fields."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    kind, optional = field.type, False
+    if kind not in (bool, int, float, str) and type(None) in getattr(kind, "__args__", ()):
+        kind, optional = kind.__args__[0], True
+    if optional and text.lower() in ("", "none"):
+        return None
+    if kind is str:
+        return text
+    if getattr(kind, "__origin__", None) is tuple:
+        return tuple(part for part in text.split(",") if part)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return kind(text.replace("_", "")) if kind is int else kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"--{field.name.replace('_', '-')}={text}: expected {kinds[kind]}") from None
+
+
+def read_toml(cls, path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no options file at {path}; check the path")
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from None
+    values = {}
+    for key, value in table.items():
+        field = find_field(cls, key)
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        values[field.name] = parse(field, text)
+    return values
+
+
+def to_toml(options):
+    """The resolved options as TOML text that `load` reads back; None values are left out (None is their default)."""
+    lines = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            text = str(value).lower()
+        elif isinstance(value, (int, float)):
+            text = repr(value)
+        elif isinstance(value, tuple):
+            text = "[" + ", ".join(quote(item) for item in value) + "]"
+        else:
+            text = quote(value)
+        lines.append(f"{field.name} = {text}")
+    return "\n".join(lines) + "\n"
+
+
+def quote(text):
+    return '"' + str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def help_text(cls, positional=None):
+    """Launch lines (the module's docstring), then every option with its default and its comment."""
+    comments = dict(re.findall(r"^    (\w+): [^\n]*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+    module = sys.modules[cls.__module__].__doc__ or ""
+    lines = [module.strip(), "", "options (--key=value, after an optional TOML file):"]
+    for field in dataclasses.fields(cls):
+        if field.name != positional:
+            default = "" if field.default is None else field.default
+            lines.append(f"  --{field.name.replace('_', '-')}={default}\n        {comments.get(field.name, '')}")
+    return "\n".join(lines)
+
+
+def command(main):
+    """Run a command's main(); what the user can mend becomes one sentence and exit code 2, not a traceback.
+
+    TWIST_TRACEBACK=1 shows the traceback, for finding faults of ours.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TWIST_TRACEBACK") == "1":
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,276 @@
+"""One decoder-only transformer for every family of text LM, and sampling from it.
+
+    ids (B, T) -> table (B, T, C) [+ positions] -> L blocks of attention and feed-forward -> norm -> head -> logits (B, T, V)
+
+What differs between OPT, LLaMA and their kin is about twenty fields of TransformerConfig; which file spells them how is
+the business of pretrained.py. No files and no ranks here.
+Shapes: B batch, T tokens (units), C width, H query heads, K key heads, D head dimension, V vocabulary, L layers.
+
+Sources: Vaswani et al. 2017; LLaMA, Touvron et al. 2023, section 2.2; OPT, Zhang et al. 2022; rotary positions, Su et al.
+2021, section 3.4; nucleus sampling, Holtzman et al. 2020.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    vocab_size: int  # V, rows of the embedding table
+    block_size: int = 2048  # longest sequence; rows of a learned position table
+    n_layer: int = 12
+    n_head: int = 12  # H
+    n_kv_head: int = 12  # K, divides H; fewer than H: several query heads share a key head
+    n_embd: int = 768  # C
+    head_dim: int = 64  # D, not always C / H
+    n_inner: int = 3072  # hidden width of the feed-forward network
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    norm_order: str = "pre"  # pre | post: the norm before each branch, or after the sum (OPT-350M)
+    position: str = "learned"  # learned | rope
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    mlp: str = "relu"  # relu | gelu | swiglu
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    tie_embeddings: bool = True  # the head is the embedding table
+    embed_dim: int = 0  # width of the table when it is projected to C and back (OPT-350M); 0: C
+    init_std: float = 0.02  # of every matrix of a fresh model
+    family: str = "opt"  # whose tensor names an export uses
+
+    def __post_init__(self):
+        if not self.embed_dim:
+            object.__setattr__(self, "embed_dim", self.n_embd)
+        for name, known in (("norm", ("layernorm", "rmsnorm")), ("norm_order", ("pre", "post")),
+                            ("position", ("learned", "rope")), ("mlp", ("relu", "gelu", "swiglu"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is not supported, expected one of {', '.join(known)}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, cast back before the product as LLaMA does."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def make_norm(config):
+    norm = {"layernorm": nn.LayerNorm, "rmsnorm": RMSNorm}[config.norm]
+    return norm(config.n_embd, eps=config.norm_eps)
+
+
+def rotary_table(first, length, config, device):
+    """cos and sin (T, 1, D) of the rotary angles of positions first .. first + length - 1, float32.
+
+    Dimension i turns together with i + D / 2 (the half-split layout of the published files).
+    """
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    angle = torch.arange(first, first + length, device=device).float()[:, None] * frequency  # (T, D / 2)
+    angle = torch.cat([angle, angle], dim=1)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, table):
+    """Rotate x (B, T, heads, D) by the angles of its positions."""
+    cos, sin = (part.to(x.dtype) for part in table)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, one pair of (B, length, K, D) buffers a layer."""
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (batch, length, config.n_kv_head, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = 0  # tokens held; the model advances it once a forward
+
+    def extend(self, layer, k, v):
+        """Append k, v (B, T, K, D) of one layer; returns all keys and values so far."""
+        end = self.length + k.shape[1]
+        self.keys[layer][:, self.length:end] = k
+        self.values[layer][:, self.length:end] = v
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
+        width = config.n_head * config.head_dim
+        self.qkv = nn.Linear(config.n_embd, width + 2 * config.n_kv_head * config.head_dim, bias=config.attention_bias)
+        self.out = nn.Linear(width, config.n_embd, bias=config.attention_bias)
+
+    def forward(self, x, table, cache):
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H | K | K, D)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.out(kernels.attention(q, k, v).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        if config.mlp == "swiglu":
+            self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x):
+        if self.kind == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.relu(self.up(x)) if self.kind == "relu" else F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.post = config.norm_order == "post"
+        self.ln_1, self.attn = make_norm(config), Attention(config, layer)
+        self.ln_2, self.mlp = make_norm(config), FeedForward(config)
+
+    def forward(self, x, table, cache):
+        if self.post:
+            x = self.ln_1(x + self.attn(x, table, cache))
+            return self.ln_2(x + self.mlp(x))
+        x = x + self.attn(self.ln_1(x), table, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        projected = config.embed_dim != config.n_embd
+        self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False) if projected else None
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = make_norm(config) if config.norm_order == "pre" else None
+        self.project_out = nn.Linear(config.n_embd, config.embed_dim, bias=False) if projected else None
+        tied = config.tie_embeddings
+        self.lm_head = None if tied else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator):
+        """Matrices and tables ~ N(0, init_std), biases 0, norms 1: what the released families start from."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, self.config.init_std, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+        return self
+
+    def forward(self, ids, targets=None, cache=None):
+        """Logits of the next token at every position, or the mean loss.
+
+        The loss is computed in here because under FSDP the head's weight is whole only inside forward.
+
+        Args:
+            ids: (B, T) int64 in [0, V).
+            targets: (B, T) int64; -100 where there is none.
+            cache: KVCache holding the tokens before these; advanced by T.
+        Returns: (B, T, V) logits in the activation dtype, or () float32: mean cross-entropy in nats per token.
+        Raises: ValueError if the sequence is longer than block_size.
+        """
+        config, T = self.config, ids.shape[1]
+        first = cache.length if cache is not None else 0
+        if first + T > config.block_size:
+            raise ValueError(f"{first + T} tokens, but this model was made for at most {config.block_size}; "
+                             "give a shorter sequence")
+        x = self.wte(ids)  # (B, T, embed_dim)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        table = None
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(first, first + T, device=ids.device))
+        else:
+            table = rotary_table(first, T, config, ids.device)
+        for block in self.h:
+            x = block(x, table, cache)
+        if cache is not None:
+            cache.length += T
+        if self.ln_f is not None:
+            x = self.ln_f(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        logits = F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        if targets is None:
+            return logits
+        return kernels.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+def filter_logits(logits, top_k=None, top_p=None):
+    """Keep the top_k highest logits and, of those, the smallest set whose probability reaches top_p; -inf elsewhere.
+
+    Args: logits (B, V) float32, already divided by the temperature; top_k >= 1; 0 < top_p <= 1.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of everything ranked above
+        drop = (before >= top_p).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    return logits
+
+
+@torch.inference_mode()
+def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None, generator=None, eos=None, banned=()):
+    """Continue every row of ids, one token a step, with a KV cache.
+
+    Args:
+        ids: (B, T) int64, T >= 1. temperature: 0 takes the likeliest token.
+        generator: torch.Generator on the model's device; the same seed gives the same continuation.
+        eos: a row that draws it is finished and filled up with it. banned: ids that are never drawn.
+    Returns: (B, T + n) int64, n <= max_new_tokens (fewer when every row is finished).
+    """
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"expected a prompt of shape (B, T) with at least one token, got {tuple(ids.shape)}")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"expected temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}")
+    total = ids.shape[1] + max_new_tokens
+    if total > model.config.block_size + 1:
+        raise ValueError(f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the {model.config.block_size} "
+                         "that this model was made for; ask for fewer")
+    weight = model.wte.weight
+    cache = KVCache(model.config, len(ids), total, weight.device, weight.dtype)
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    step = ids
+    for _ in range(max_new_tokens):
+        logits = model(step, cache=cache)[:, -1].float()  # (B, V)
+        if len(banned):
+            logits[:, list(banned)] = float("-inf")
+        if temperature == 0:
+            step = logits.argmax(-1, keepdim=True)
+        else:
+            probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+            step = torch.multinomial(probabilities, 1, generator=generator)
+        if eos is not None:
+            step[finished] = eos
+            finished |= step[:, 0] == eos
+        ids = torch.cat([ids, step], dim=1)
+        if eos is not None and finished.all():
+            break
+    return ids

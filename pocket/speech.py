@@ -1,0 +1,121 @@
+"""Text -> speech with espeak-ng, with the time of every phoneme: the studio of the pocket world.
+
+    text, voice --libespeak-ng--> 22.05 kHz samples + phoneme events --resample--> 16 kHz flac + phones.tsv
+
+Only the factory needs espeak-ng (`apt install espeak-ng`); nothing else in the project does. The library is called
+through ctypes rather than the command because only the library reports phoneme times, and to skip a process a story.
+
+    python -m pocket.speech --out=build/speech --count=4000 --first-story=0 --voices=train
+"""
+import csv
+import ctypes
+import ctypes.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+import config
+from audio import SAMPLE_RATE, resample
+from pocket.stories import story
+
+# (espeak voice, words per minute, pitch 0-99). The first is the voice of the vocoder.
+TRAIN_VOICES = (
+    ("en-us", 165, 45), ("en-us+m3", 155, 35), ("en-us+f2", 170, 60), ("en-us+m1", 160, 40), ("en-us+f4", 165, 65),
+    ("en-us+m7", 175, 50), ("en-gb-x-rp+m1", 150, 45), ("en-us+f5", 180, 55), ("en-gb-x-rp+f2", 170, 55),
+    ("en-us+m5", 155, 30),
+)
+HELD_OUT_VOICES = (("en-us+m2", 160, 42), ("en-us+f3", 168, 62))
+VOICES = {"train": TRAIN_VOICES, "val": TRAIN_VOICES + HELD_OUT_VOICES, "vocoder": TRAIN_VOICES[:1]}
+
+# constants and structures of speak_lib.h
+SYNCHRONOUS, PHONEME_EVENTS, PHONEME_IPA, UTF8 = 2, 1, 2, 1
+EVENT_END, EVENT_PHONEME, EVENT_MSG_TERMINATED = 0, 7, 6
+RATE, PITCH = 1, 3
+
+
+class EventId(ctypes.Union):
+    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
+
+
+class Event(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
+                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
+                ("user_data", ctypes.c_void_p), ("id", EventId)]
+
+
+CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
+
+
+class Espeak:
+    """One espeak-ng engine (the library allows one a process)."""
+
+    def __init__(self):
+        name = ctypes.util.find_library("espeak-ng")
+        if name is None:
+            raise OSError("libespeak-ng is not installed; `apt install espeak-ng` (only the pocket factory needs it)")
+        self.library = ctypes.CDLL(name)
+        self.rate = self.library.espeak_Initialize(SYNCHRONOUS, 0, None, PHONEME_EVENTS)
+        self.callback = CALLBACK(self._receive)  # kept: ctypes would free it while the library holds the pointer
+        self.library.espeak_SetSynthCallback(self.callback)
+
+    def _receive(self, samples, count, events):
+        if samples and count > 0:
+            self.chunks.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
+        i = 0
+        while events[i].type not in (EVENT_END, EVENT_MSG_TERMINATED):
+            if events[i].type == EVENT_PHONEME:
+                self.phones.append((events[i].audio_position / 1000, events[i].id.string.decode()))
+            i += 1
+        return 0
+
+    def say(self, text, voice, words_per_minute, pitch):
+        """Returns (S,) float32 at 16 kHz and [(start in seconds, phoneme), ...] in order of time."""
+        self.chunks, self.phones = [], []
+        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice!r}; `espeak-ng --voices` lists them")
+        self.library.espeak_SetParameter(RATE, words_per_minute, 0)
+        self.library.espeak_SetParameter(PITCH, pitch, 0)
+        data = text.encode() + b"\0"
+        self.library.espeak_Synth(data, len(data), 0, 1, 0, UTF8, None, None)
+        samples = torch.from_numpy(np.concatenate(self.chunks).astype(np.float32) / 32768)
+        return resample(samples, self.rate), self.phones
+
+
+@dataclass(frozen=True)
+class SpeechConfig:
+    out: str = "build/speech"  # folder for the flac files and phones.tsv
+    count: int = 100  # number of stories
+    first_story: int = 0  # seed of the first story; keep clear of the seeds that the text LM reads
+    voices: str = "train"  # train | val | vocoder: which table of voices; story i takes voice i modulo their number
+
+
+def main(argv=None):
+    options = config.load(SpeechConfig, argv)
+    if options.voices not in VOICES:
+        raise ValueError(f"--voices={options.voices}: expected one of {', '.join(VOICES)}")
+    voices = VOICES[options.voices]
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    engine, seconds = Espeak(), 0.0
+    with open(out / "phones.tsv.tmp", "w", newline="") as file:
+        table = csv.writer(file, delimiter="\t")
+        table.writerow(["file", "voice", "text", "phones"])
+        for i in tqdm(range(options.count), desc="speaking", disable=None):
+            voice = i % len(voices)
+            text = story(options.first_story + i)
+            samples, phones = engine.say(text, *voices[voice])
+            name = f"story_{options.first_story + i:07d}_{options.voices}{voice}.flac"
+            soundfile.write(out / name, samples.numpy(), SAMPLE_RATE, subtype="PCM_16")
+            table.writerow([name, voice, text, " ".join(f"{start:.3f}:{phone}" for start, phone in phones)])
+            seconds += len(samples) / SAMPLE_RATE
+    os.replace(out / "phones.tsv.tmp", out / "phones.tsv")
+    print(f"{options.count} stories, {seconds / 3600:.2f} hours in {out}")
+
+
+if __name__ == "__main__":
+    config.command(main)

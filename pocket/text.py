@@ -1,0 +1,42 @@
+"""Stories as training data of the text LM: bytes in the unit-shard format, so that train.py trains the text LM too.
+
+    story (ASCII) --bytes--> "units" 0..255 --> shards; in the LM the id of byte b is b + 2, pad 0, begin = end = 1
+
+    python -m pocket.text --out=build/text/train --count=60000
+"""
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+import config
+import data
+from pocket.stories import story
+
+RECIPE = {"kind": "bytes", "num_units": 256}
+
+
+def encode(text):
+    """ASCII text -> (T,) int64 byte values."""
+    return np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    out: str = "build/text/train"  # folder for the shards
+    count: int = 60_000  # stories, about 480 bytes each
+    first_story: int = 0  # seed of the first; the spoken stories have other seeds
+
+
+def main(argv=None):
+    options = config.load(TextConfig, argv)
+    writer = data.ShardWriter(options.out, RECIPE)
+    for seed in tqdm(range(options.first_story, options.first_story + options.count), desc="writing", disable=None):
+        units = encode(story(seed))
+        writer.add(units, np.ones_like(units), f"story {seed}", 0.0)
+    writer.close()
+    print(f"{data.merge_meta(options.out)['units']:,} bytes in {options.out}")
+
+
+if __name__ == "__main__":
+    config.command(main)

@@ -1,0 +1,467 @@
+"""Speech and its units -> a small unit vocoder: the last station of the pocket factory.
+
+    unit shards (units, runs, names of the recordings) + recordings --> crops: frame units (B, F), samples (B, S = F hop)
+      generator:           frame units --Vocoder.decode--> samples'; |log spectra(samples) - log spectra(samples')|
+      duration predictor:  units (B, T) --> log(1 + runs); squared error, in the same step
+      adversaries (last part of the run): several views of samples and samples' --> real or made?
+
+The first stage asks for the right spectrum only, which settles what is said and how loud; the phase that comes out is
+buzzy. The second adds discriminators, for which a wave must look right period by period and at several scales.
+The result is a folder (config.json + model.safetensors) that vocoder.py opens like any published unit HiFi-GAN.
+
+    python -m pocket.train_vocoder --units=build/vocoder_units --out=pocket/vocoder --minutes=45
+
+Stopped or killed, the same command goes on from the last state in --run; batches, dropout and weights are those of an
+unbroken run when --steps fixes the schedule. Shapes: B batch, T units, F frames, S samples, C width.
+Sources: losses and discriminators, Kong et al. 2020 (HiFi-GAN, arXiv 2010.05646) sections 2.3 and 2.4, made small;
+spectra at several resolutions, Yamamoto et al. 2020 (Parallel WaveGAN, arXiv 1910.11480) section 2.2.
+"""
+import csv
+import dataclasses
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+from audio import SAMPLE_RATE, read_wav
+from vocoder import SLOPE, DurationConfig, Vocoder, VocoderConfig
+
+# A HuBERT frame sees 80 samples more than its hop (720 at hop 640, 400 at hop 320), 40 on each side. So unit f stands
+# in the middle of samples [hop f, hop f + hop + 80), and the samples it must speak are [hop f + 40, hop f + hop + 40).
+EDGE = 40
+SPECTRA = ((256, 64, 20), (512, 128, 40), (1024, 256, 80))  # (window, hop, mel bands): sharp in time ... in frequency
+FLOOR = 1e-2  # magnitude below which spectra count as silent, 88 dB under a full-scale tone; about 16-bit noise
+PERIODS = (2, 3, 5, 7, 11)  # samples per row of the folded wave, one discriminator each; primes overlap least
+SCALES = (1, 2)  # averaged down by this factor, one discriminator each
+ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1 / 45, 2 / 45  # against 1 for the spectral loss, the proportions of HiFi-GAN
+
+
+@dataclass(frozen=True)
+class TrainVocoderConfig:
+    units: str = "build/vocoder_units"  # shard folder with run lengths; its names are paths of the recordings
+    audio: str = ""  # folder that those paths are relative to; empty = as they are
+    out: str = "pocket/vocoder"  # finished vocoder: config.json and model.safetensors
+    run: str = "build/vocoder"  # log.csv and the resumable state
+    minutes: float = 45.0  # time budget of the whole run, over which the learning rate falls
+    steps: int = 0  # a fixed number of steps instead (reproducible); 0 = as many as --minutes allows
+    adversarial: float = 0.33  # last part of the run that has discriminators; 0 = none
+    batch: int = 8  # crops per step
+    crop: int = 32  # units per crop
+    duration_window: int = 128  # most units of one row of the duration loss
+    lr: float = 2e-3  # peak learning rate of the generator, falls to 5 % along a cosine
+    adversary_lr: float = 1e-3  # of the discriminators, scaled by the same cosine
+    clip: float = 10.0  # largest gradient norm
+    rates: str = "5,4,4,4,2"  # upsample rates; their product is the hop
+    kernels: str = "11,8,8,8,4"  # taps of the transposed convolutions
+    width: int = 192  # channels before the first upsampling; each stage halves them
+    block_kernels: str = "3,7"  # taps of the residual blocks of each stage
+    embedding: int = 128  # width of a unit's embedding
+    bf16: bool = True  # convolutions in bfloat16; spectra, losses, tanh and weights stay in float32
+    half: bool = True  # store the finished weights in float16
+    threads: int = 1  # CPU threads
+    seed: int = 0  # of weights, batches and dropout
+    held_out: int = 8  # last documents, kept for validation
+    save_minutes: float = 5.0  # between states on disk and validations
+    log_interval: int = 50  # steps per row of log.csv
+
+
+# -------------------------------------------------------------------------------------------------- speech
+
+class Corpus:
+    """All recordings in memory as 16-bit integers, with the unit of every frame.
+
+    A row is (units (T,), runs (T,), frame units (F,), samples (S,)).
+    """
+
+    def __init__(self, options, hop):
+        shards = data.UnitShards(options.units)
+        self.hop, self.recipe = hop, shards.recipe
+        if SAMPLE_RATE != hop * self.recipe["frame_rate"]:
+            raise ValueError(f"--rates={options.rates} make {hop} samples a unit, but {options.units} holds "
+                             f"{self.recipe['frame_rate']} units a second; their product must be 16000 samples a second")
+        rows = [self.read(Path(options.audio, name), *shards.document(i))
+                for i, name in enumerate(tqdm(shards.names, desc="reading", disable=None))]
+        if len(rows) <= options.held_out:
+            raise ValueError(f"{len(rows)} recordings in {options.units}, more than --held-out={options.held_out} needed")
+        self.held_out = rows[len(rows) - options.held_out:]
+        self.rows = [row for row in rows[:len(rows) - options.held_out] if len(row[2]) >= options.crop]
+        if not self.rows:
+            raise ValueError(f"no recording has --crop={options.crop} units; give longer recordings or a smaller crop")
+        lengths = np.array([len(row[2]) for row in self.rows], dtype=float)
+        self.weights = lengths / lengths.sum()
+
+    def read(self, name, units, runs):
+        wav, frames = read_wav(name), np.repeat(units, runs)
+        expected = (len(wav) - 2 * EDGE) // self.hop  # = floor((S - receptive field) / hop) + 1
+        if len(frames) != expected:
+            raise ValueError(f"{name}: {len(frames)} frames of units for {len(wav)} samples, expected {expected} of "
+                             f"{self.hop} samples; encode this recording again (pieces must be shorter than 100 s)")
+        return units, runs, frames, (wav * 32767).round().to(torch.int16)
+
+    def samples(self, row, start=0, count=None):
+        """Samples that `count` units from `start` stand for: (count * hop,) float32."""
+        count = len(row[2]) - start if count is None else count
+        return row[3][start * self.hop + EDGE:(start + count) * self.hop + EDGE].float() / 32767
+
+    def batch(self, options, step):
+        """Step number -> frame units (B, F), samples (B, S), units (B, T), runs (B, T); nothing else decides it."""
+        draw = np.random.default_rng((options.seed, step))
+        rows = [self.rows[i] for i in draw.choice(len(self.rows), options.batch, p=self.weights)]
+        starts = [int(draw.integers(len(row[2]) - options.crop + 1)) for row in rows]
+        frames = torch.stack([torch.from_numpy(row[2][s:s + options.crop]) for row, s in zip(rows, starts)])
+        samples = torch.stack([self.samples(row, s, options.crop) for row, s in zip(rows, starts)])
+        # One window length for the whole batch: no padding, so nothing has to be masked.
+        window = min(options.duration_window, *(len(row[0]) for row in rows))
+        starts = [int(draw.integers(len(row[0]) - window + 1)) for row in rows]
+        units, runs = (torch.stack([torch.from_numpy(row[k][s:s + window]) for row, s in zip(rows, starts)])
+                       for k in (0, 1))
+        return frames, samples, units, runs
+
+
+# -------------------------------------------------------------------------------------------------- spectra
+
+def mel_filters(window, bands):
+    """Triangles that overlap by half, equally spaced in mel from 0 to 8 kHz: (window / 2 + 1, bands) float32."""
+    def hertz(mel):
+        return 700 * (10 ** (mel / 2595) - 1)
+    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
+    corners = hertz(torch.linspace(0, top, bands + 2, dtype=torch.float64))
+    bins = torch.linspace(0, SAMPLE_RATE / 2, window // 2 + 1, dtype=torch.float64)[:, None]
+    rising = (bins - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - bins) / (corners[2:] - corners[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+class Spectra(nn.Module):
+    """Samples (B, S) -> for each resolution, (magnitudes, log magnitudes, log mel), all (B, bands, frames) float32."""
+
+    def __init__(self, resolutions=SPECTRA):
+        super().__init__()
+        self.parts = [(window, hop, torch.hann_window(window), mel_filters(window, bands))
+                      for window, hop, bands in resolutions]
+
+    def forward(self, samples):
+        views = []
+        for size, hop, window, filters in self.parts:
+            z = torch.stft(samples, size, hop, window=window, return_complex=True)
+            power = z.real.square() + z.imag.square()
+            magnitude = power.clamp(min=1e-8).sqrt()  # the clamp keeps the root's gradient finite at zero
+            mel = filters.T @ magnitude
+            views.append((magnitude, magnitude.clamp(min=FLOOR).log(), mel.clamp(min=FLOOR).log()))
+        return views
+
+
+def spectral_loss(made, real):
+    """Mean absolute difference of log mel and log magnitude, over resolutions."""
+    loss = 0.0
+    for (_, log_made, mel_made), (_, log_real, mel_real) in zip(made, real):
+        loss = loss + F.l1_loss(mel_made, mel_real) + 0.5 * F.l1_loss(log_made, log_real)
+    return loss / len(made)
+
+
+# -------------------------------------------------------------------------------------------------- adversaries
+
+class Discriminator(nn.Module):
+    """A wave folded into rows of `period` samples, or averaged down by `scale`, through strided convolutions.
+
+    A convolution over every p-th sample sees the periodic structure that an average over neighbours washes out.
+    """
+
+    def __init__(self, period=1, scale=1):
+        super().__init__()
+        self.period, self.scale = period, scale
+        kernel, stride = (5, 3) if period > 1 else (15, 4)
+        widths = (1, 16, 32, 64, 64)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(widths[i], widths[i + 1], kernel, stride, padding=kernel // 2) for i in range(4))
+        self.last = nn.Conv1d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, samples):
+        """(B, S) -> every layer's output, the verdict (1 = real) last."""
+        x = samples[:, None]
+        if self.scale > 1:
+            x = F.avg_pool1d(x, self.scale)
+        if self.period > 1:  # every column of the folded wave is a row of the batch
+            x = x[..., :x.shape[-1] // self.period * self.period]
+            x = x.reshape(len(x), -1, self.period).transpose(1, 2).reshape(len(x) * self.period, 1, -1)
+        outputs = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), SLOPE)
+            outputs.append(x)
+        return [*outputs, self.last(x)]
+
+
+class Discriminators(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([*(Discriminator(period=p) for p in PERIODS), *(Discriminator(scale=s) for s in SCALES)])
+
+    def forward(self, samples):
+        return [part(samples) for part in self.parts]
+
+
+def discriminator_loss(real, made):
+    """Least squares: real -> 1, made -> 0."""
+    return sum((1 - r[-1].float()).square().mean() + m[-1].float().square().mean() for r, m in zip(real, made))
+
+
+def adversarial_loss(real, made):
+    """(made -> 1, distance of the discriminators' inner features)."""
+    verdict = sum((1 - m[-1].float()).square().mean() for m in made)
+    features = sum(F.l1_loss(a.float(), b.float().detach()) for m, r in zip(made, real) for a, b in zip(m[:-1], r[:-1]))
+    return verdict, features
+
+
+# -------------------------------------------------------------------------------------------------- one step
+
+class Run:
+    """Everything that a step changes, and its way to disk and back."""
+
+    def __init__(self, options, vocoder):
+        self.path = Path(options.run) / "state.safetensors"
+        self.vocoder, self.adversaries = vocoder, Discriminators()
+        self.modules = {"vocoder": self.vocoder, "adversaries": self.adversaries}
+        self.optimizers = {name: torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+                           for name, module in self.modules.items()}
+        self.step, self.skipped, self.seconds = 0, 0, 0.0
+
+    def save(self):
+        tensors = {"progress": torch.tensor([self.step, self.skipped, self.seconds], dtype=torch.float64)}
+        for name, module in self.modules.items():
+            tensors |= {f"{name}.weight.{key}": tensor for key, tensor in module.state_dict().items()}
+            for i, moments in self.optimizers[name].state_dict()["state"].items():
+                tensors |= {f"{name}.moment.{i}.{key}": tensor for key, tensor in moments.items()}
+        checkpoint.write_tensors(self.path, tensors)  # one file: a kill between two could pair unlike halves
+
+    def load(self):
+        tensors = checkpoint.read_tensors(self.path)
+        step, skipped, self.seconds = tensors.pop("progress").tolist()
+        self.step, self.skipped = int(step), int(skipped)
+        for name, module in self.modules.items():
+            weights, moments = f"{name}.weight.", f"{name}.moment."
+            module.load_state_dict({key.removeprefix(weights): tensor for key, tensor in tensors.items()
+                                    if key.startswith(weights)})
+            state = {}
+            for key, tensor in tensors.items():
+                if key.startswith(moments):
+                    i, moment = key.removeprefix(moments).split(".")
+                    state.setdefault(int(i), {})[moment] = tensor
+            groups = self.optimizers[name].state_dict()["param_groups"]
+            self.optimizers[name].load_state_dict({"state": state, "param_groups": groups})
+
+
+def bfloat16(options):
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16)
+
+
+def keep_narrow_in_float32(vocoder):
+    """Take transposed convolutions to 16 channels or fewer out of autocast.
+
+    Their gradient with respect to the input is a strided convolution, and oneDNN (seen with torch 2.13, AMX) returns
+    wrong numbers for that in bfloat16: 8 taps, stride 4, 12 channels gives a cosine of 0.2 to the true gradient.
+    """
+    def outside(forward):
+        def in_float32(x):
+            with torch.autocast("cpu", enabled=False):
+                return forward(x.float())
+        return in_float32
+    for up in vocoder.ups:
+        if up.out_channels <= 16:
+            up.forward = outside(up.forward)
+
+
+def check_bfloat16(vocoder, corpus, options):
+    """Compare a bfloat16 gradient with a float32 one: a wrong kernel would train badly without any error."""
+    frames, samples, _, _ = corpus.batch(options, 0)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            made = vocoder.decode(frames)
+        weights = [vocoder.conv_pre.weight, *(up.weight for up in vocoder.ups)]
+        gradients.append(torch.autograd.grad((made * samples).sum(), weights))
+    agreement = min(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(*gradients))
+    if not agreement > 0.9:
+        raise ValueError(f"bfloat16 gradients are wrong on this machine (cosine {agreement:.2f} to float32); "
+                         "use --bf16=false")
+
+
+def learning_scale(progress, step):
+    """Linear over the first 200 steps, then a cosine from 1 to 0.05 over the run."""
+    return min(1.0, (step + 1) / 200) * (0.05 + 0.95 * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+
+
+def train_step(run, corpus, spectra, options, progress):
+    """One update of generator, duration predictor and, late in the run, discriminators. Returns what log.csv records."""
+    frames, samples, units, runs = corpus.batch(options, run.step)
+    torch.manual_seed(options.seed * 1_000_003 + run.step)  # dropout; a function of the step, so a resumed run agrees
+    scale = learning_scale(progress, run.step)
+    with bfloat16(options):
+        made = run.vocoder.decode(frames)
+    wave = made.detach().requires_grad_()  # losses meet here, and one gradient goes back through the generator
+    spectral = spectral_loss(spectra(wave), spectra(samples))
+    loss, row = spectral, {"spectral": spectral.item()}
+    if progress >= 1 - options.adversarial:
+        # One pass of the discriminators serves both sides: their own loss goes to their weights, ours to the wave.
+        with bfloat16(options):
+            real, fake = run.adversaries(samples), run.adversaries(wave)
+        discrimination = discriminator_loss(real, fake)
+        weights = list(run.adversaries.parameters())
+        discrimination.backward(inputs=weights, retain_graph=True)
+        verdict, features = adversarial_loss(real, fake)
+        loss = loss + ADVERSARIAL_WEIGHT * verdict + FEATURE_WEIGHT * features
+        row |= {"verdict": verdict.item(), "features": features.item(), "discrimination": discrimination.item()}
+    loss.backward(inputs=[wave])
+    made.backward(wave.grad)
+    duration = F.mse_loss(run.vocoder.dur_predictor(run.vocoder.dict(units)), torch.log1p(runs.float()))
+    duration.backward()
+    row |= {"duration": duration.item(), "lr": scale * options.lr}
+    row["norm"], finite = update(run, scale, options)
+    run.skipped += not finite
+    return row
+
+
+def update(run, scale, options):
+    """Clip and apply both gradients; a step with any that is not finite is dropped whole. Returns (norm, finite)."""
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), options.clip) for module in run.modules.values()]
+    finite = all(math.isfinite(norm) for norm in norms)
+    for (name, optimizer), lr in zip(run.optimizers.items(), (options.lr, options.adversary_lr)):
+        optimizer.param_groups[0]["lr"] = lr * scale
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    return float(norms[0]), finite
+
+
+# -------------------------------------------------------------------------------------------------- the run
+
+@torch.no_grad()
+def validate(vocoder, corpus):
+    """On the held-out recordings: log-mel distance with true timing, frames of error per unit, ratio of total lengths."""
+    vocoder.eval()
+    mel, frames, error, predicted, units_seen = Spectra(SPECTRA[-1:]), 0, 0.0, 0, 0
+    distance = 0.0
+    for units, runs, frame_units, samples in corpus.held_out:
+        row = (units, runs, frame_units, samples)
+        made, real = vocoder(units, runs), corpus.samples(row)
+        difference = mel(made[None])[0][2] - mel(real[None])[0][2]
+        guess = vocoder.durations(torch.from_numpy(units))
+        distance += difference.abs().mean().item() * len(frame_units)
+        error += (guess - torch.from_numpy(runs)).abs().sum().item()
+        predicted, frames, units_seen = predicted + int(guess.sum()), frames + len(frame_units), units_seen + len(units)
+    vocoder.train()
+    return {"valid_mel": distance / frames, "valid_frames": error / units_seen, "valid_length": predicted / frames}
+
+
+def network(options, num_units):
+    """The options as a published-style config."""
+    rates, taps, blocks = ([int(n) for n in text.split(",")]
+                           for text in (options.rates, options.kernels, options.block_kernels))
+    return VocoderConfig(
+        upsample_rates=tuple(rates), upsample_kernel_sizes=tuple(taps), upsample_initial_channel=options.width,
+        resblock_kernel_sizes=tuple(blocks), resblock_dilation_sizes=((1, 3, 5),) * len(blocks),
+        num_embeddings=num_units, embedding_dim=options.embedding, model_in_dim=options.embedding,
+        code_hop_size=math.prod(rates),
+        dur_predictor_params=DurationConfig(options.embedding, options.embedding))
+
+
+def export(vocoder, recipe, options):
+    dtype = torch.float16 if options.half else torch.float32
+    tensors = {name: tensor.to(dtype) for name, tensor in vocoder.state_dict().items()}
+    checkpoint.write_model(options.out, {**dataclasses.asdict(vocoder.config), "tokenizer": recipe}, tensors)
+
+
+COLUMNS = ("step", "minutes", "spectral", "duration", "verdict", "features", "discrimination", "lr", "norm", "skipped",
+           "valid_mel", "valid_frames", "valid_length")
+
+
+class Log:
+    """log.csv: a row of means every --log-interval steps, a row at every validation."""
+
+    def __init__(self, path, step):
+        rows = []
+        if path.exists() and step:  # after a kill the file may be ahead of the state
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+
+    def write(self, run, values):
+        row = {"step": run.step, "minutes": round(run.seconds / 60, 2), "skipped": run.skipped}
+        self.writer.writerow(row | {key: f"{value:.5g}" for key, value in values.items()})
+        self.file.flush()
+
+
+def train(run, corpus, options):
+    """Steps until the schedule ends or a signal comes. Returns whether the schedule ended."""
+    log, spectra, rows, stop = Log(Path(options.run) / "log.csv", run.step), Spectra(), [], []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(1))  # finish the step, save, leave
+    began, saved = time.monotonic() - run.seconds, run.seconds
+
+    def progress():
+        return run.step / options.steps if options.steps else run.seconds / 60 / options.minutes
+    with tqdm(total=100, desc="training", unit="%", disable=None) as bar:
+        while progress() < 1 and not stop:
+            rows.append(train_step(run, corpus, spectra, options, progress()))
+            run.step, run.seconds = run.step + 1, time.monotonic() - began
+            bar.update(int(100 * progress()) - bar.n)
+            if run.step % options.log_interval == 0:
+                log.write(run, {key: np.mean([row[key] for row in rows if key in row]) for key in rows[-1]})
+                rows.clear()
+            if run.seconds - saved > 60 * options.save_minutes:
+                run.save()
+                log.write(run, validate(run.vocoder, corpus))
+                saved = run.seconds
+    run.save()
+    if not stop:
+        values = validate(run.vocoder, corpus)
+        log.write(run, values)
+        print(", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    return not stop
+
+
+def main(argv=None):
+    options = config.load(TrainVocoderConfig, argv)
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # tiny numbers after the leaky ReLUs are slow on a CPU and inaudible
+    torch.manual_seed(options.seed)
+    folder = Path(options.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    hop = math.prod(int(n) for n in options.rates.split(","))
+    corpus = Corpus(options, hop)
+    run = Run(options, Vocoder(network(options, corpus.recipe["num_units"])))
+    if run.path.exists():
+        before = config.load(TrainVocoderConfig, [str(folder / "config.toml")])
+        changed = [name for name, value in dataclasses.asdict(options).items()
+                   if value != getattr(before, name) and name not in ("out", "threads", "save_minutes", "log_interval")]
+        if changed:
+            raise ValueError(f"{folder} holds a run with another --{changed[0].replace('_', '-')}="
+                             f"{getattr(before, changed[0])}; repeat it, choose another --run or delete the folder")
+        run.load()
+        print(f"going on from step {run.step}")
+    (folder / "config.toml").write_text(config.to_toml(options))
+    size = sum(parameter.numel() for parameter in run.vocoder.parameters())
+    print(f"{size / 1e6:.2f} M parameters, {len(corpus.rows)} recordings, {len(corpus.held_out)} held out")
+    if options.bf16:
+        keep_narrow_in_float32(run.vocoder)
+        check_bfloat16(run.vocoder, corpus, options)
+    if train(run, corpus, options):
+        export(run.vocoder, corpus.recipe, options)
+        print(f"{run.step} steps, {run.skipped} skipped; vocoder in {options.out}")
+
+
+if __name__ == "__main__":
+    config.command(main)

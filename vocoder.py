@@ -1,0 +1,323 @@
+"""Units -> speech: the unit HiFi-GAN with a duration predictor.
+
+    units (T,) --embedding--> (C, T) --duration predictor--> runs (T,) --repeat--> (C, F) --convolution--> (width, F)
+      --[transposed convolution, x rate; mean of residual blocks] per upsample rate--> (width / 2^n, S) --tanh--> (S,)
+
+A language model of deduplicated units has no clock, so the vocoder gives each unit its length again: the predictor
+says log(1 + frames), and each embedding is repeated that often before the generator runs. S = sum(runs) * hop, and
+the hop (samples per frame) is the product of the upsample rates: 640 at 25 Hz, 320 at 50 Hz.
+
+    python vocoder.py units.jsonl --out=speech                     # one wav a line, named after its file_name
+    python vocoder.py units/mine --out=speech --use-durations      # a shard folder; the recorded timing
+
+Modules carry the published parameter names, so a released checkpoint and its config.json load as they are.
+Sources: generator, Kong et al. 2020 (HiFi-GAN, arXiv 2010.05646) section 2.2; unit input, Polyak et al. 2021
+(arXiv 2104.00355) section 2.2; duration predictor, Ren et al. 2021 (FastSpeech 2, arXiv 2006.04558) section 2.3,
+trained on units as in Lee et al. 2022 (arXiv 2107.05604) section 3.2. Shapes: B batch, T units, F frames, S samples.
+"""
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+from audio import SAMPLE_RATE, write_wav
+
+SLOPE = 0.1  # leaky ReLU inside the generator
+LAST_SLOPE = 0.01  # leaky ReLU before the last convolution: the published models use the library's default there
+EDGE_KERNEL = 7  # taps of the first and the last convolution
+# Keys of published configs that would change the network; any value but these is refused rather than ignored.
+UNSUPPORTED = ("f0", "multispkr", "multistyle", "embedder_params", "f0_quant_num_bin", "code_vq_params")
+REMEDY = "give the config.json of a single-speaker unit HiFi-GAN without f0"
+
+
+@dataclass(frozen=True)
+class DurationConfig:
+    encoder_embed_dim: int = 128  # width of the unit embedding that comes in
+    var_pred_hidden_dim: int = 128  # width of both convolutions
+    var_pred_kernel_size: int = 3  # taps; the second convolution of the published models is padded for 3 only
+    var_pred_dropout: float = 0.5  # after each layer norm, in training
+
+
+@dataclass(frozen=True)
+class VocoderConfig:
+    """The keys of a published config.json that shape the network; the rest of that file is about training."""
+    upsample_rates: tuple[int, ...]  # samples out per sample in, stage by stage
+    upsample_kernel_sizes: tuple[int, ...]  # taps of each transposed convolution; rate + an even number
+    upsample_initial_channel: int = 512  # width before the first stage; each stage halves it
+    resblock: str = "1"  # kind of residual block; only "1" (pairs of convolutions) exists here
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)  # one residual block each, averaged
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5),) * 3  # dilations of each block's pairs
+    num_embeddings: int = 500  # K, number of units
+    embedding_dim: int = 128  # width of a unit's embedding
+    model_in_dim: int = 128  # width that the generator takes; equal to embedding_dim without speaker and f0
+    code_hop_size: int = 320  # samples per frame
+    sampling_rate: int = SAMPLE_RATE  # Hz
+    dur_predictor_params: DurationConfig | None = None  # None: no predictor, one frame per unit unless runs are given
+
+    def __post_init__(self):
+        rates, taps, duration = self.upsample_rates, self.upsample_kernel_sizes, self.dur_predictor_params
+        demands = (
+            (self.resblock == "1", f'resblock "{self.resblock}": only "1" is supported'),
+            (self.sampling_rate == SAMPLE_RATE, f"sampling_rate {self.sampling_rate}: expected {SAMPLE_RATE} Hz"),
+            (math.prod(rates) == self.code_hop_size,
+             f"upsample_rates {list(rates)} multiply to {math.prod(rates)}, but code_hop_size is {self.code_hop_size}"),
+            (len(rates) == len(taps) and all(k >= u and (k - u) % 2 == 0 for u, k in zip(rates, taps)),
+             f"upsample_kernel_sizes {list(taps)}: expected one for each of upsample_rates {list(rates)}, that rate "
+             "plus an even number, or the length would not come out as an exact multiple"),
+            (self.upsample_initial_channel % 2 ** len(rates) == 0,
+             f"upsample_initial_channel {self.upsample_initial_channel} cannot be halved {len(rates)} times"),
+            (len(self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes) > 0
+             and all(k % 2 for k in self.resblock_kernel_sizes),
+             "resblock_kernel_sizes: expected odd numbers, each with its list in resblock_dilation_sizes"),
+            (self.model_in_dim == self.embedding_dim, f"model_in_dim {self.model_in_dim} is not embedding_dim "
+             f"{self.embedding_dim}: the generator expects speaker, style or f0 inputs, which are not supported"),
+            (duration is None or (duration.var_pred_kernel_size, duration.encoder_embed_dim) == (3, self.embedding_dim),
+             f"dur_predictor_params: expected kernel size 3 and encoder_embed_dim {self.embedding_dim}"),
+        )
+        for holds, sentence in demands:
+            if not holds:
+                raise ValueError(f"vocoder config: {sentence}; {REMEDY}")
+
+
+class DurationPredictor(nn.Module):
+    """Embeddings (B, T, C) -> log(1 + frames) (B, T). It sees two units to each side."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, kernel = config.var_pred_hidden_dim, config.var_pred_kernel_size
+        self.conv1 = nn.Sequential(nn.Conv1d(config.encoder_embed_dim, width, kernel, padding=kernel // 2), nn.ReLU())
+        self.ln1 = nn.LayerNorm(width)
+        self.conv2 = nn.Sequential(nn.Conv1d(width, width, kernel, padding=kernel // 2), nn.ReLU())
+        self.ln2 = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, 1)
+        self.dropout = nn.Dropout(config.var_pred_dropout)
+
+    def forward(self, x):
+        for conv, norm in ((self.conv1, self.ln1), (self.conv2, self.ln2)):
+            x = self.dropout(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
+        return self.proj(x)[..., 0]  # (B, T)
+
+
+class ResidualBlock(nn.Module):
+    """Pairs of convolutions (dilated, then plain), each pair with a shortcut around it."""
+
+    def __init__(self, width, kernel, dilations):
+        super().__init__()
+        self.convs1 = nn.ModuleList(
+            nn.Conv1d(width, width, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in dilations)
+        self.convs2 = nn.ModuleList(nn.Conv1d(width, width, kernel, padding=(kernel - 1) // 2) for _ in dilations)
+
+    def forward(self, x):
+        for dilated, plain in zip(self.convs1, self.convs2):
+            x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, SLOPE)), SLOPE))
+        return x
+
+
+class Vocoder(nn.Module):
+    """Unit HiFi-GAN. `voc(units)` speaks one sequence; `decode` is the batched inner part that training uses."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.recipe = config, None
+        width, edge = config.upsample_initial_channel, dict(kernel_size=EDGE_KERNEL, padding=EDGE_KERNEL // 2)
+        blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
+        self.dict = nn.Embedding(config.num_embeddings, config.embedding_dim)
+        self.conv_pre = nn.Conv1d(config.model_in_dim, width, **edge)
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes):
+            # length out = (F - 1) rate - 2 padding + kernel, which this padding makes exactly F rate
+            self.ups.append(nn.ConvTranspose1d(width, width // 2, kernel, rate, padding=(kernel - rate) // 2))
+            width //= 2
+            self.resblocks.extend(ResidualBlock(width, k, dilations) for k, dilations in blocks)
+        self.conv_post = nn.Conv1d(width, 1, **edge)
+        duration = config.dur_predictor_params
+        self.dur_predictor = DurationPredictor(duration) if duration else None
+
+    def decode(self, frames):
+        """Frame units (B, F) int64, already at the frame rate -> (B, F * hop) float32 in [-1, 1]."""
+        x = self.conv_pre(self.dict(frames).transpose(1, 2))  # (B, width, F)
+        num_blocks = len(self.config.resblock_kernel_sizes)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, SLOPE))  # (B, width / 2^(i+1), F * rates so far)
+            x = sum(block(x) for block in self.resblocks[i * num_blocks:(i + 1) * num_blocks]) / num_blocks
+        x = self.conv_post(F.leaky_relu(x, LAST_SLOPE))
+        return torch.tanh(x.float())[:, 0]  # (B, S); float() matters under bf16 autocast only
+
+    @torch.no_grad()
+    def durations(self, units):
+        """Units (T,) int64 -> frames of each (T,) int64, at least 1. torch.round sends halves to the even number."""
+        if self.dur_predictor is None:
+            return torch.ones_like(units)
+        log_frames = self.dur_predictor(self.dict(units)[None])[0]
+        return torch.round(torch.exp(log_frames) - 1).clamp(min=1).long()
+
+    @torch.no_grad()
+    def forward(self, units, runs=None):
+        """Speak one sequence of units.
+
+        Args:
+            units: (T,) integers in [0, K), repeats removed where the model has a duration predictor.
+            runs: (T,) integers >= 1, frames of each unit; default: predicted.
+        Returns: (S,) float32 in [-1, 1] at 16 kHz, S = sum(runs) * hop; an empty sequence gives an empty tensor.
+        Raises: ValueError for a unit that the model does not know, or runs that do not fit.
+        """
+        device, K = self.dict.weight.device, self.config.num_embeddings
+        units = self._integers(units, "units").to(device)
+        if len(units) == 0:
+            return torch.zeros(0, device=device)
+        if units.min() < 0 or units.max() >= K:
+            raise ValueError(f"units between {units.min()} and {units.max()}, but this vocoder knows 0 to {K - 1}; "
+                             "use the vocoder that belongs to the units' tokenizer, and remove any vocabulary offset")
+        runs = self.durations(units) if runs is None else self._integers(runs, "runs").to(device)
+        if len(runs) != len(units) or runs.min() < 1:
+            raise ValueError(f"{len(runs)} runs for {len(units)} units, the shortest {min(runs.tolist(), default=0)}; "
+                             "expected one run of at least 1 frame for each unit")
+        return self.decode(torch.repeat_interleave(units, runs)[None])[0]
+
+    @staticmethod
+    def _integers(values, name):
+        values = torch.as_tensor(values)
+        if values.ndim != 1 or (values.numel() and (values.is_floating_point() or values.is_complex())):
+            raise ValueError(f"{name} of shape {tuple(values.shape)} and type {values.dtype}; expected (T,) integers")
+        return values.long()
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+def parse_config(table):
+    """A published config.json as a dictionary -> VocoderConfig. Keys about training and data are ignored on purpose."""
+    refused = [key for key in UNSUPPORTED if table.get(key)]
+    if refused:
+        raise ValueError(f"vocoder config asks for {', '.join(refused)}, which is not supported; {REMEDY}")
+    missing = [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if key not in table]
+    if missing:
+        raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}")
+    known = {field.name: freeze(table[field.name]) for field in fields(VocoderConfig) if field.name in table}
+    known.setdefault("code_hop_size", math.prod(known["upsample_rates"]))
+    known["resblock"] = str(known.get("resblock", "1"))  # some files hold the number 1
+    duration = known.get("dur_predictor_params")
+    known["dur_predictor_params"] = DurationConfig(**duration) if duration else None
+    return VocoderConfig(**known)
+
+
+def freeze(value):
+    return tuple(freeze(item) for item in value) if isinstance(value, list) else value
+
+
+def fold_weight_norm(tensors):
+    """w = g v / |v| for every weight stored as length g and direction v, in either spelling; the rest as it is.
+
+    |v| runs over all dimensions but the first: output channels, and INPUT channels in a transposed convolution.
+    """
+    spellings = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
+    folded = dict(tensors)
+    for length, direction in spellings:
+        for name in [name for name in tensors if name.endswith("." + direction)]:
+            stem = name.removesuffix(direction)
+            if stem + length not in folded:
+                raise ValueError(f"the checkpoint has {name} but no {stem + length}; it is incomplete")
+            v, g = folded.pop(name).float(), folded.pop(stem + length).float()
+            folded[stem + "weight"] = g * v / v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
+    return folded
+
+
+def load_vocoder(folder_or_file_or_name="pocket"):
+    """Load a unit HiFi-GAN: a folder (config.json + weights), a weight file beside its config, or `pocket`.
+
+    Returns: Vocoder in eval mode, float32 (half-precision storage is widened), weight norm folded. Its `recipe` names
+        the tokenizer whose units it speaks, or is None where the config does not say.
+    Raises: ValueError naming tensors that are missing, unknown or of another shape; OSError if files are absent.
+    """
+    path = checkpoint.find(str(folder_or_file_or_name), "vocoder")
+    # Released files stand beside NAME_config.json; trainers and this project write plain config.json.
+    named, folder = path.with_name(f"{path.stem}_config.json"), path if path.is_dir() else path.parent
+    table_path = named if path.is_file() and named.is_file() else folder / "config.json"
+    table = checkpoint.read_json(table_path)
+    try:
+        options = parse_config(table)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{table_path} is no vocoder config ({error}); {REMEDY}") from None
+    tensors = checkpoint.read_tensors(path)
+    tensors = tensors.get("generator", tensors)  # trainers keep the generator under this key
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds {sorted(tensors)[:3]}, not the tensors of a generator; give its g_... file")
+    tensors = fold_weight_norm(tensors)
+    with torch.device("meta"):
+        vocoder = Vocoder(options)
+    expected = {name: tensor.shape for name, tensor in vocoder.state_dict().items()}
+    for trouble, names in (
+            ("lacks", expected.keys() - tensors.keys()), ("has unknown", tensors.keys() - expected.keys()),
+            ("reshapes", {n for n in expected.keys() & tensors.keys() if expected[n] != tensors[n].shape})):
+        if names:
+            raise ValueError(f"{path} {trouble} {len(names)} tensors of the network in {table_path}, e.g. {min(names)}; "
+                             "weights and config belong to different models")
+    vocoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
+    vocoder.recipe = table.get("tokenizer")
+    return vocoder.eval().requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------------------------- the command
+
+@dataclass(frozen=True)
+class SpeakConfig:
+    units: tuple[str, ...] = ()  # .jsonl files (keys units, duration, file_name) and shard folders
+    vocoder: str = "pocket"  # vocoder folder or weight file, or `pocket`
+    out: str = "speech"  # folder for the wav files
+    use_durations: bool = False  # speak with the recorded run lengths instead of predicted ones
+    device: str = "cpu"  # cpu | cuda
+
+
+def read_units(path, recipe):
+    """Yields (name, units, runs or None) from a shard folder or a jsonl file. recipe: the vocoder's, or None."""
+    path = Path(path)
+    if path.is_dir():
+        shards = data.UnitShards(path)
+        if recipe:
+            data.check_recipe(shards.recipe, recipe, path)
+        for i, name in enumerate(shards.names):
+            yield (name, *shards.document(i))
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                yield row.get("file_name") or f"line_{number}", row["units"], row.get("duration")
+            except (json.JSONDecodeError, KeyError, AttributeError):
+                raise ValueError(f'{path}, line {number}: expected {{"units": [...], "duration": [...], '
+                                 '"file_name": "..."}') from None
+
+
+def main(argv=None):
+    options = config.load(SpeakConfig, argv, positional="units")
+    if not options.units:
+        raise ValueError("no units given; name .jsonl files or shard folders: python vocoder.py units.jsonl --out=DIR")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
+    vocoder, seconds, taken = load_vocoder(options.vocoder).to(options.device), 0.0, set()
+    rows = (row for path in options.units for row in read_units(path, vocoder.recipe))
+    for name, units, runs in tqdm(rows, desc="speaking", unit="file", disable=None):  # None: quiet off a terminal
+        if options.use_durations and runs is None:
+            raise ValueError(f"{name} has no run lengths; leave out --use-durations")
+        stem, copy = Path(name).stem, 1
+        while stem in taken:  # two folders may hold recordings of one name
+            copy += 1
+            stem = f"{Path(name).stem}_{copy}"
+        taken.add(stem)
+        wav = vocoder(units, runs if options.use_durations else None)
+        write_wav(Path(options.out) / f"{stem}.wav", wav)
+        seconds += len(wav) / SAMPLE_RATE
+    print(f"{len(taken)} files, {seconds:.1f} s of speech in {options.out}")
+
+
+if __name__ == "__main__":
+    config.command(main)
