@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import shutil
+import struct
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ KINDS = {  # what an option asks for -> where the pocket world keeps it
     "vocoder": POCKET / "vocoder", "units": POCKET / "units",
 }
 SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
+DAMAGED = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+           pickle.UnpicklingError, struct.error, zipfile.BadZipFile)  # what a damaged pickle makes torch.load raise
 
 
 def find(name, kind):
@@ -36,9 +40,12 @@ def read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; a model folder holds config.json and its weights")
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again")
+    return value
 
 
 def write_json(path, value):
@@ -77,10 +84,12 @@ def read_tensors(path):
 
 def read_sharded(index):
     """The shards named by `weight_map`; every tensor must be where the index says, and nothing may be missing."""
-    weight_map = read_json(index)["weight_map"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; copy the file again")
     tensors = {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{index} points outside its folder ({name!r}); refusing to follow it")
         tensors.update(read_file(index.parent / name))
     missing = sorted(set(weight_map) - set(tensors))
@@ -99,8 +108,9 @@ def read_file(path):
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy it again") from None
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+        mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 are no zip and must be read whole
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be opened as plain tensors ({reason}); convert it to safetensors") from None
     if not isinstance(tensors, dict):
@@ -113,10 +123,16 @@ def write_tensors(path, tensors, metadata=None):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
+    temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
     os.replace(temporary, path)
 
 

@@ -224,6 +224,7 @@ def load_hubert(folder):
     options, tensors = pretrained.read_hubert(folder)
     with torch.device("meta"):
         hubert = Hubert(HubertConfig(**options))
+    pretrained.check_shapes(hubert.state_dict(), tensors, folder)
     hubert.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     return hubert.eval().requires_grad_(False)
 

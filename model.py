@@ -252,8 +252,8 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None
         raise ValueError(f"expected temperature >= 0, top_k >= 1 and 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}")
     total = ids.shape[1] + max_new_tokens
     if total > model.config.block_size + 1:
-        raise ValueError(f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the {model.config.block_size} "
-                         "that this model was made for; ask for fewer")
+        raise ValueError(f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the "
+                         f"{model.config.block_size} that this model was made for; ask for fewer")
     weight = model.wte.weight
     cache = KVCache(model.config, len(ids), total, weight.device, weight.dtype)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

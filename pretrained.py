@@ -9,9 +9,9 @@ Every foreign tensor is consumed by a row or listed as dropped on purpose; anyth
 Sources: the config.json and tensor names that the Hugging Face releases of OPT, LLaMA and HuBERT use.
 """
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -205,6 +205,14 @@ def ours(tensors, family, options, n_layer, where):
                          f"{' ...' if len(missing) > 3 else ''}, unexpected {left[:3] or 'none'}"
                          f"{' ...' if len(left) > 3 else ''}")
     return result
+
+
+def check_shapes(expected, tensors, where):
+    """Raises ValueError where a weight differs in shape from `expected`, the state_dict of the network of config.json."""
+    for name, tensor in expected.items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            raise ValueError(f"{where}: config.json promises {name} of shape {tuple(tensor.shape)}, but the weights hold "
+                             f"{tuple(tensors[name].shape)}; they belong to different models")
 
 
 def theirs(tensors, rows, options, n_layer, sizes):

@@ -34,6 +34,8 @@ import twist
 
 COLUMNS = ("step", "loss", "val_loss", "lr", "grad_norm", "units_per_second", "seconds")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
+CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant"), "dtype": ("auto", "float32", "bfloat16"),
+           "embedding": ("fresh", "matched", "truncate")}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class TrainConfig:
     out: str = "runs/pocket"  # run folder
     overwrite: bool = False  # replace a run that is already in --out
     steps: int = 400  # updates
-    units_per_step: int = 4096  # ids per update over all processes and micro-batches
+    units_per_step: int = 2048  # ids per update over all processes and micro-batches
     block_size: int = 256  # T, ids per row
     micro_batch: int = 0  # rows per forward on one process; 0: all of them
     peak_lr: float = 1e-3  # AdamW's learning rate after warm-up
@@ -66,6 +68,14 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
 
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
+        for name in ("steps", "units_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)}: expected at least 1")
+
 
 def lr_at(step, options):
     """Learning rate of update `step` (0-based): linear warm-up, then the schedule."""
@@ -77,8 +87,6 @@ def lr_at(step, options):
               "linear": low + (1 - low) * (1 - progress),
               "inverse_sqrt": math.sqrt(max(options.warmup, 1) / (step + 1)),
               "constant": 1.0}
-    if options.schedule not in factor:
-        raise ValueError(f"--schedule={options.schedule}: expected {', '.join(factor)}")
     return options.peak_lr * factor[options.schedule]
 
 
@@ -137,8 +145,6 @@ def evaluate(model, loader, options, dist):
 
 
 def autocast(options, dist):
-    if options.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype={options.dtype}: expected auto, float32 or bfloat16")
     on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
     return torch.autocast(dist.device.type, torch.bfloat16, enabled=on)
 

@@ -42,8 +42,8 @@ class UnitVocab:
         """Units (T,) -> ids (T [+ 1 [+ 1]],) int64."""
         units = torch.as_tensor(units, dtype=torch.int64)
         if units.numel() and not 0 <= int(units.min()) <= int(units.max()) < self.num_units:
-            raise ValueError(f"units lie in {int(units.min())} .. {int(units.max())}, this model knows 0 .. {self.num_units - 1}; "
-                             "they come from another tokenizer")
+            raise ValueError(f"units lie in {int(units.min())} .. {int(units.max())}, this model knows 0 .. "
+                             f"{self.num_units - 1}; they come from another tokenizer")
         ids = [units + self.offset]
         if bos:
             ids.insert(0, torch.tensor([self.bos]))
@@ -83,7 +83,8 @@ def warm_start(lm, vocab, seed=0, embedding="fresh"):
 def new_table(text_table, rows, lm_config, embedding, generator):
     if embedding == "truncate":
         if rows > len(text_table):
-            raise ValueError(f"--embedding=truncate: {rows} rows wanted, the text table has {len(text_table)}; use fresh or matched")
+            raise ValueError(f"--embedding=truncate: {rows} rows wanted, the text table has {len(text_table)}; "
+                             "use fresh or matched")
         return text_table[:rows].clone()
     if embedding not in ("fresh", "matched"):
         raise ValueError(f"--embedding={embedding}: expected fresh, matched or truncate")
@@ -109,10 +110,11 @@ def shuffled_start(lm, vocab, seed=0, embedding="fresh"):
     return model
 
 
-def build(model_config, tensors):
+def build(model_config, tensors, where="weights"):
     """A model of given tensors in eval mode; nothing is allocated twice."""
     with torch.device("meta"):
         model = Transformer(model_config)
+    pretrained.check_shapes(model.state_dict(), tensors, where)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval().requires_grad_(True)
 
@@ -136,7 +138,7 @@ def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
     folder = checkpoint.find(str(folder_or_name), "lm")
     family, options, tensors, _ = pretrained.read_lm(folder)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return build(TransformerConfig(**options, family=family), tensors)
+    return build(TransformerConfig(**options, family=family), tensors, folder)
 
 
 def load_lm_config(folder_or_name="pocket"):
@@ -153,7 +155,8 @@ def save_speech_lm(slm, vocab, folder, dtype=torch.float32):
     tensors = {name: tensor.to(dtype) for name, tensor in slm.state_dict().items()}
     settings, tensors = pretrained.write_lm(family, options, tensors)
     settings |= {"torch_dtype": str(dtype).removeprefix("torch."), "offset": vocab.offset, "num_units": vocab.num_units,
-                 "bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad, "tokenizer_recipe": vocab.recipe}
+                 "bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad,
+                 "tokenizer_recipe": vocab.recipe}
     checkpoint.write_model(folder, settings, tensors)
 
 
@@ -162,13 +165,14 @@ def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
     folder = checkpoint.find(str(folder_or_name), "model")
     settings = checkpoint.read_json(Path(folder) / "config.json")
     if "offset" not in settings:
-        raise ValueError(f"{folder} is no speech LM: its config.json has no `offset`; make one with train.py --init=twist --lm={folder}")
+        raise ValueError(f"{folder} is no speech LM: its config.json has no `offset`; "
+                         f"make one with train.py --init=twist --lm={folder}")
     family, options, tensors, settings = pretrained.read_lm(folder)
     vocab = UnitVocab(settings.get("num_units", settings["vocab_size"] - settings["offset"]), settings["offset"],
                       settings.get("bos_token_id"), settings.get("eos_token_id"), settings.get("pad_token_id"),
                       settings.get("tokenizer_recipe"))
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return build(TransformerConfig(**options, family=family), tensors), vocab
+    return build(TransformerConfig(**options, family=family), tensors, folder), vocab
 
 
 # ---------------------------------------------------------------------------------------------- the command

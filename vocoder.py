@@ -13,7 +13,7 @@ the hop (samples per frame) is the product of the upsample rates: 640 at 25 Hz, 
 Modules carry the published parameter names, so a released checkpoint and its config.json load as they are.
 Sources: generator, Kong et al. 2020 (HiFi-GAN, arXiv 2010.05646) section 2.2; unit input, Polyak et al. 2021
 (arXiv 2104.00355) section 2.2; duration predictor, Ren et al. 2021 (FastSpeech 2, arXiv 2006.04558) section 2.3,
-trained on units as in Lee et al. 2022 (arXiv 2107.05604) section 3.2. Shapes: B batch, T units, F frames, S samples.
+used on units by Lee et al. 2022 (arXiv 2107.05604). Shapes: B batch, T units, F frames, S samples, C width.
 """
 import json
 import math
@@ -68,7 +68,7 @@ class VocoderConfig:
             (self.resblock == "1", f'resblock "{self.resblock}": only "1" is supported'),
             (self.sampling_rate == SAMPLE_RATE, f"sampling_rate {self.sampling_rate}: expected {SAMPLE_RATE} Hz"),
             (math.prod(rates) == self.code_hop_size,
-             f"upsample_rates {list(rates)} multiply to {math.prod(rates)}, but code_hop_size is {self.code_hop_size}"),
+             f"upsample_rates {list(rates)} multiply to {math.prod(rates)}, not code_hop_size {self.code_hop_size}"),
             (len(rates) == len(taps) and all(k >= u and (k - u) % 2 == 0 for u, k in zip(rates, taps)),
              f"upsample_kernel_sizes {list(taps)}: expected one for each of upsample_rates {list(rates)}, that rate "
              "plus an even number, or the length would not come out as an exact multiple"),
@@ -79,7 +79,7 @@ class VocoderConfig:
              "resblock_kernel_sizes: expected odd numbers, each with its list in resblock_dilation_sizes"),
             (self.model_in_dim == self.embedding_dim, f"model_in_dim {self.model_in_dim} is not embedding_dim "
              f"{self.embedding_dim}: the generator expects speaker, style or f0 inputs, which are not supported"),
-            (duration is None or (duration.var_pred_kernel_size, duration.encoder_embed_dim) == (3, self.embedding_dim),
+            (not duration or (duration.var_pred_kernel_size, duration.encoder_embed_dim) == (3, self.embedding_dim),
              f"dur_predictor_params: expected kernel size 3 and encoder_embed_dim {self.embedding_dim}"),
         )
         for holds, sentence in demands:
@@ -119,6 +119,17 @@ class ResidualBlock(nn.Module):
         for dilated, plain in zip(self.convs1, self.convs2):
             x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, SLOPE)), SLOPE))
         return x
+
+
+def integers(values, name):
+    """Anything that holds whole numbers in one row -> (T,) int64."""
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name}: expected (T,) integers, got {values!r:.40}") from None
+    if values.ndim != 1 or (len(values) and (values.is_floating_point() or values.is_complex())):
+        raise ValueError(f"{name}: expected (T,) integers, got shape {tuple(values.shape)} of {values.dtype}")
+    return values.long()
 
 
 class Vocoder(nn.Module):
@@ -170,30 +181,23 @@ class Vocoder(nn.Module):
         Raises: ValueError for a unit that the model does not know, or runs that do not fit.
         """
         device, K = self.dict.weight.device, self.config.num_embeddings
-        units = self._integers(units, "units").to(device)
+        units = integers(units, "units").to(device)
         if len(units) == 0:
             return torch.zeros(0, device=device)
         if units.min() < 0 or units.max() >= K:
             raise ValueError(f"units between {units.min()} and {units.max()}, but this vocoder knows 0 to {K - 1}; "
                              "use the vocoder that belongs to the units' tokenizer, and remove any vocabulary offset")
-        runs = self.durations(units) if runs is None else self._integers(runs, "runs").to(device)
+        runs = self.durations(units) if runs is None else integers(runs, "runs").to(device)
         if len(runs) != len(units) or runs.min() < 1:
-            raise ValueError(f"{len(runs)} runs for {len(units)} units, the shortest {min(runs.tolist(), default=0)}; "
-                             "expected one run of at least 1 frame for each unit")
+            raise ValueError(f"{len(runs)} runs, the shortest {min(runs.tolist(), default=0)}, for {len(units)} units; "
+                             "expected one run of at least 1 frame for each")
         return self.decode(torch.repeat_interleave(units, runs)[None])[0]
-
-    @staticmethod
-    def _integers(values, name):
-        values = torch.as_tensor(values)
-        if values.ndim != 1 or (values.numel() and (values.is_floating_point() or values.is_complex())):
-            raise ValueError(f"{name} of shape {tuple(values.shape)} and type {values.dtype}; expected (T,) integers")
-        return values.long()
 
 
 # -------------------------------------------------------------------------------------------------- loading
 
 def parse_config(table):
-    """A published config.json as a dictionary -> VocoderConfig. Keys about training and data are ignored on purpose."""
+    """A published config.json, as a dictionary -> VocoderConfig. Keys about training are ignored on purpose."""
     refused = [key for key in UNSUPPORTED if table.get(key)]
     if refused:
         raise ValueError(f"vocoder config asks for {', '.join(refused)}, which is not supported; {REMEDY}")
@@ -257,8 +261,8 @@ def load_vocoder(folder_or_file_or_name="pocket"):
             ("lacks", expected.keys() - tensors.keys()), ("has unknown", tensors.keys() - expected.keys()),
             ("reshapes", {n for n in expected.keys() & tensors.keys() if expected[n] != tensors[n].shape})):
         if names:
-            raise ValueError(f"{path} {trouble} {len(names)} tensors of the network in {table_path}, e.g. {min(names)}; "
-                             "weights and config belong to different models")
+            raise ValueError(f"{path} {trouble} {len(names)} tensors of the network in {table_path}, "
+                             f"e.g. {min(names)}; weights and config belong to different models")
     vocoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     vocoder.recipe = table.get("tokenizer")
     return vocoder.eval().requires_grad_(False)
@@ -285,6 +289,8 @@ def read_units(path, recipe):
         for i, name in enumerate(shards.names):
             yield (name, *shards.document(i))
         return
+    if not path.is_file():
+        raise FileNotFoundError(f"no units at {path}; name a .jsonl file or a shard folder")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -300,7 +306,7 @@ def read_units(path, recipe):
 def main(argv=None):
     options = config.load(SpeakConfig, argv, positional="units")
     if not options.units:
-        raise ValueError("no units given; name .jsonl files or shard folders: python vocoder.py units.jsonl --out=DIR")
+        raise ValueError("no units given; name .jsonl files or shard folders, as in vocoder.py units.jsonl --out=DIR")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
     vocoder, seconds, taken = load_vocoder(options.vocoder).to(options.device), 0.0, set()

@@ -20,7 +20,7 @@ Launch: python -m pocket.stories --count=5 --seed=0            print stories
 import argparse
 import re
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import count as naturals
 from random import Random
 
@@ -111,7 +111,7 @@ def read_episodes(text: str) -> list:
         variants = [tuple(part.strip() for part in re.split(" > | = ", line + " = "))[:3] for line in lines]
         for a, b in re.findall(r"swap=(.)(.)", cast):      # the same with a and b in each other's place
             swap = {a: b, b: a}
-            variants.append(tuple(re.sub(rf"\b[{a}{b}]\b", lambda m: swap[m[0]], t) for t in variants[0]))
+            variants.append(tuple(re.sub(rf"\b[{a}{b}]\b", lambda m, swap=swap: swap[m[0]], t) for t in variants[0]))
         episodes.append((needs, name, cast, beginning, variants))
     return episodes
 
@@ -372,7 +372,7 @@ class Thing:
     kin: str = ""         # how a companion is introduced: "her brother Tom"
 
 
-@lru_cache(maxsize=None)
+@cache
 def conjugate(verb: str, past: bool, many: bool) -> str:
     if verb == "be":
         return ("were" if many else "was") if past else ("are" if many else "is")
@@ -385,19 +385,19 @@ def conjugate(verb: str, past: bool, many: bool) -> str:
     return "has" if verb == "have" else verb + ("es" if verb.endswith(("s", "sh", "ch", "x", "o")) else "s")
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts(text: str) -> list:
     """"place=out weather!=rain" -> [("place", True, "out"), ("weather", False, "rain")]"""
     return [(key, negation == "", value) for key, negation, value in FACT.findall(text)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def alternatives(templates: str) -> list:
     """Every alternative as its list of sentences."""
     return [SENTENCE.split(template) for template in templates.split(" / ")]
 
 
-@lru_cache(maxsize=None)
+@cache
 def antecedent(template: str) -> str:
     return next((slot for slot in "NO" if re.search(rf"\b{slot}\b", template)), "A")
 

@@ -1,6 +1,6 @@
 """Speech and its units -> a small unit vocoder: the last station of the pocket factory.
 
-    unit shards (units, runs, names of the recordings) + recordings --> crops: frame units (B, F), samples (B, S = F hop)
+    unit shards (units, runs, names of recordings) + recordings --> crops: frame units (B, F), samples (B, S = F hop)
       generator:           frame units --Vocoder.decode--> samples'; |log spectra(samples) - log spectra(samples')|
       duration predictor:  units (B, T) --> log(1 + runs); squared error, in the same step
       adversaries (last part of the run): several views of samples and samples' --> real or made?
@@ -9,7 +9,7 @@ The first stage asks for the right spectrum only, which settles what is said and
 buzzy. The second adds discriminators, for which a wave must look right period by period and at several scales.
 The result is a folder (config.json + model.safetensors) that vocoder.py opens like any published unit HiFi-GAN.
 
-    python -m pocket.train_vocoder --units=build/vocoder_units --out=pocket/vocoder --minutes=45
+    python -m pocket.train_vocoder --units=build/units/vocoder --out=pocket/vocoder --minutes=45
 
 Stopped or killed, the same command goes on from the last state in --run; batches, dropout and weights are those of an
 unbroken run when --steps fixes the schedule. Shapes: B batch, T units, F frames, S samples, C width.
@@ -19,7 +19,6 @@ spectra at several resolutions, Yamamoto et al. 2020 (Parallel WaveGAN, arXiv 19
 import csv
 import dataclasses
 import math
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -38,25 +37,27 @@ from audio import SAMPLE_RATE, read_wav
 from vocoder import SLOPE, DurationConfig, Vocoder, VocoderConfig
 
 # A HuBERT frame sees 80 samples more than its hop (720 at hop 640, 400 at hop 320), 40 on each side. So unit f stands
-# in the middle of samples [hop f, hop f + hop + 80), and the samples it must speak are [hop f + 40, hop f + hop + 40).
+# in the middle of samples [hop f, hop f + hop + 80), and the samples it must speak are [hop f + 40, hop f + hop + 40):
+# [640 f + 40, 640 f + 680) at 25 Hz.
 EDGE = 40
 SPECTRA = ((256, 64, 20), (512, 128, 40), (1024, 256, 80))  # (window, hop, mel bands): sharp in time ... in frequency
 FLOOR = 1e-2  # magnitude below which spectra count as silent, 88 dB under a full-scale tone; about 16-bit noise
 PERIODS = (2, 3, 5, 7, 11)  # samples per row of the folded wave, one discriminator each; primes overlap least
 SCALES = (1, 2)  # averaged down by this factor, one discriminator each
-ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1 / 45, 2 / 45  # against 1 for the spectral loss, the proportions of HiFi-GAN
+SEGMENT = 16  # units of each crop that the discriminators hear; a wave repeats itself sooner than words do
+ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1 / 45, 2 / 45  # against 1 for the spectral loss: HiFi-GAN's proportions
 
 
 @dataclass(frozen=True)
 class TrainVocoderConfig:
-    units: str = "build/vocoder_units"  # shard folder with run lengths; its names are paths of the recordings
+    units: str = "build/units/vocoder"  # shard folder; the names in it are paths of the recordings
     audio: str = ""  # folder that those paths are relative to; empty = as they are
     out: str = "pocket/vocoder"  # finished vocoder: config.json and model.safetensors
     run: str = "build/vocoder"  # log.csv and the resumable state
     minutes: float = 45.0  # time budget of the whole run, over which the learning rate falls
     steps: int = 0  # a fixed number of steps instead (reproducible); 0 = as many as --minutes allows
     adversarial: float = 0.33  # last part of the run that has discriminators; 0 = none
-    batch: int = 8  # crops per step
+    batch: int = 4  # crops per step
     crop: int = 32  # units per crop
     duration_window: int = 128  # most units of one row of the duration loss
     lr: float = 2e-3  # peak learning rate of the generator, falls to 5 % along a cosine
@@ -65,7 +66,7 @@ class TrainVocoderConfig:
     rates: str = "5,4,4,4,2"  # upsample rates; their product is the hop
     kernels: str = "11,8,8,8,4"  # taps of the transposed convolutions
     width: int = 192  # channels before the first upsampling; each stage halves them
-    block_kernels: str = "3,7"  # taps of the residual blocks of each stage
+    block_kernels: str = "7"  # taps of the residual blocks of each stage; their outputs are averaged
     embedding: int = 128  # width of a unit's embedding
     bf16: bool = True  # convolutions in bfloat16; spectra, losses, tanh and weights stay in float32
     half: bool = True  # store the finished weights in float16
@@ -89,15 +90,15 @@ class Corpus:
         self.hop, self.recipe = hop, shards.recipe
         if SAMPLE_RATE != hop * self.recipe["frame_rate"]:
             raise ValueError(f"--rates={options.rates} make {hop} samples a unit, but {options.units} holds "
-                             f"{self.recipe['frame_rate']} units a second; their product must be 16000 samples a second")
+                             f"{self.recipe['frame_rate']} units a second; their product must be {SAMPLE_RATE}")
         rows = [self.read(Path(options.audio, name), *shards.document(i))
                 for i, name in enumerate(tqdm(shards.names, desc="reading", disable=None))]
         if len(rows) <= options.held_out:
-            raise ValueError(f"{len(rows)} recordings in {options.units}, more than --held-out={options.held_out} needed")
+            raise ValueError(f"{len(rows)} recordings in {options.units}; give more than --held-out={options.held_out}")
         self.held_out = rows[len(rows) - options.held_out:]
         self.rows = [row for row in rows[:len(rows) - options.held_out] if len(row[2]) >= options.crop]
         if not self.rows:
-            raise ValueError(f"no recording has --crop={options.crop} units; give longer recordings or a smaller crop")
+            raise ValueError(f"no recording is --crop={options.crop} units long; give longer ones or a smaller crop")
         lengths = np.array([len(row[2]) for row in self.rows], dtype=float)
         self.weights = lengths / lengths.sum()
 
@@ -144,7 +145,7 @@ def mel_filters(window, bands):
 
 
 class Spectra(nn.Module):
-    """Samples (B, S) -> for each resolution, (magnitudes, log magnitudes, log mel), all (B, bands, frames) float32."""
+    """Samples (B, S) -> for each resolution (log magnitudes, log mel), both (B, bands, frames) float32."""
 
     def __init__(self, resolutions=SPECTRA):
         super().__init__()
@@ -158,14 +159,14 @@ class Spectra(nn.Module):
             power = z.real.square() + z.imag.square()
             magnitude = power.clamp(min=1e-8).sqrt()  # the clamp keeps the root's gradient finite at zero
             mel = filters.T @ magnitude
-            views.append((magnitude, magnitude.clamp(min=FLOOR).log(), mel.clamp(min=FLOOR).log()))
+            views.append((magnitude.clamp(min=FLOOR).log(), mel.clamp(min=FLOOR).log()))
         return views
 
 
 def spectral_loss(made, real):
     """Mean absolute difference of log mel and log magnitude, over resolutions."""
     loss = 0.0
-    for (_, log_made, mel_made), (_, log_real, mel_real) in zip(made, real):
+    for (log_made, mel_made), (log_real, mel_real) in zip(made, real):
         loss = loss + F.l1_loss(mel_made, mel_real) + 0.5 * F.l1_loss(log_made, log_real)
     return loss / len(made)
 
@@ -182,7 +183,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.period, self.scale = period, scale
         kernel, stride = (5, 3) if period > 1 else (15, 4)
-        widths = (1, 16, 32, 64, 64)
+        widths = (1, 8, 32, 64, 64)
         self.convs = nn.ModuleList(
             nn.Conv1d(widths[i], widths[i + 1], kernel, stride, padding=kernel // 2) for i in range(4))
         self.last = nn.Conv1d(widths[-1], 1, 3, padding=1)
@@ -205,7 +206,8 @@ class Discriminator(nn.Module):
 class Discriminators(nn.Module):
     def __init__(self):
         super().__init__()
-        self.parts = nn.ModuleList([*(Discriminator(period=p) for p in PERIODS), *(Discriminator(scale=s) for s in SCALES)])
+        self.parts = nn.ModuleList([*(Discriminator(period=period) for period in PERIODS),
+                                    *(Discriminator(scale=scale) for scale in SCALES)])
 
     def forward(self, samples):
         return [part(samples) for part in self.parts]
@@ -219,7 +221,8 @@ def discriminator_loss(real, made):
 def adversarial_loss(real, made):
     """(made -> 1, distance of the discriminators' inner features)."""
     verdict = sum((1 - m[-1].float()).square().mean() for m in made)
-    features = sum(F.l1_loss(a.float(), b.float().detach()) for m, r in zip(made, real) for a, b in zip(m[:-1], r[:-1]))
+    features = sum(F.l1_loss(a.float(), b.float().detach())
+                   for m, r in zip(made, real) for a, b in zip(m[:-1], r[:-1]))
     return verdict, features
 
 
@@ -232,7 +235,7 @@ class Run:
         self.path = Path(options.run) / "state.safetensors"
         self.vocoder, self.adversaries = vocoder, Discriminators()
         self.modules = {"vocoder": self.vocoder, "adversaries": self.adversaries}
-        self.optimizers = {name: torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+        self.optimizers = {name: torch.optim.Adam(module.parameters(), lr=0.0, betas=(0.8, 0.99), fused=True)
                            for name, module in self.modules.items()}
         self.step, self.skipped, self.seconds = 0, 0, 0.0
 
@@ -302,9 +305,9 @@ def learning_scale(progress, step):
 
 
 def train_step(run, corpus, spectra, options, progress):
-    """One update of generator, duration predictor and, late in the run, discriminators. Returns what log.csv records."""
+    """One update of generator, duration predictor and, late in the run, discriminators. Returns the row of log.csv."""
     frames, samples, units, runs = corpus.batch(options, run.step)
-    torch.manual_seed(options.seed * 1_000_003 + run.step)  # dropout; a function of the step, so a resumed run agrees
+    torch.manual_seed(options.seed * 1_000_003 + run.step)  # dropout depends on the step only: a resumed run agrees
     scale = learning_scale(progress, run.step)
     with bfloat16(options):
         made = run.vocoder.decode(frames)
@@ -313,8 +316,10 @@ def train_step(run, corpus, spectra, options, progress):
     loss, row = spectral, {"spectral": spectral.item()}
     if progress >= 1 - options.adversarial:
         # One pass of the discriminators serves both sides: their own loss goes to their weights, ours to the wave.
+        length = min(SEGMENT, options.crop) * corpus.hop
+        first = int(torch.randint(samples.shape[1] - length + 1, ()))
         with bfloat16(options):
-            real, fake = run.adversaries(samples), run.adversaries(wave)
+            real, fake = (run.adversaries(x[:, first:first + length]) for x in (samples, wave))
         discrimination = discriminator_loss(real, fake)
         weights = list(run.adversaries.parameters())
         discrimination.backward(inputs=weights, retain_graph=True)
@@ -335,7 +340,7 @@ def update(run, scale, options):
     """Clip and apply both gradients; a step with any that is not finite is dropped whole. Returns (norm, finite)."""
     norms = [nn.utils.clip_grad_norm_(module.parameters(), options.clip) for module in run.modules.values()]
     finite = all(math.isfinite(norm) for norm in norms)
-    for (name, optimizer), lr in zip(run.optimizers.items(), (options.lr, options.adversary_lr)):
+    for optimizer, lr in zip(run.optimizers.values(), (options.lr, options.adversary_lr)):
         optimizer.param_groups[0]["lr"] = lr * scale
         if finite:
             optimizer.step()
@@ -347,20 +352,34 @@ def update(run, scale, options):
 
 @torch.no_grad()
 def validate(vocoder, corpus):
-    """On the held-out recordings: log-mel distance with true timing, frames of error per unit, ratio of total lengths."""
+    """Held-out recordings: log-mel distance with true timing, frames of error per unit, ratio of total lengths."""
     vocoder.eval()
-    mel, frames, error, predicted, units_seen = Spectra(SPECTRA[-1:]), 0, 0.0, 0, 0
-    distance = 0.0
-    for units, runs, frame_units, samples in corpus.held_out:
-        row = (units, runs, frame_units, samples)
-        made, real = vocoder(units, runs), corpus.samples(row)
-        difference = mel(made[None])[0][2] - mel(real[None])[0][2]
+    spectra, distance, error, predicted, frames, count = Spectra(SPECTRA[-1:]), 0.0, 0, 0, 0, 0
+    for row in corpus.held_out:
+        units, runs, frame_units, _ = row
+        made, real = (spectra(wav[None])[0][1] for wav in (vocoder(units, runs), corpus.samples(row)))
         guess = vocoder.durations(torch.from_numpy(units))
-        distance += difference.abs().mean().item() * len(frame_units)
-        error += (guess - torch.from_numpy(runs)).abs().sum().item()
-        predicted, frames, units_seen = predicted + int(guess.sum()), frames + len(frame_units), units_seen + len(units)
+        distance += (made - real).abs().mean().item() * len(frame_units)
+        error += int((guess - torch.from_numpy(runs)).abs().sum())
+        predicted, frames, count = predicted + int(guess.sum()), frames + len(frame_units), count + len(units)
     vocoder.train()
-    return {"valid_mel": distance / frames, "valid_frames": error / units_seen, "valid_length": predicted / frames}
+    return {"valid_mel": distance / frames, "valid_frames": error / count, "valid_length": predicted / frames}
+
+
+@torch.no_grad()
+def match_total_length(vocoder, corpus, documents=100):
+    """Shift the predictor's bias so that the predicted lengths of the training speech add up to the true ones.
+
+    Squared error in the logarithm aims at a geometric mean, and the rounding drops what lies below one and a half
+    frames, so the plain prediction speaks several percent too fast.
+    """
+    vocoder.eval()
+    bias, total = vocoder.dur_predictor.proj.bias, sum(len(row[2]) for row in corpus.rows[:documents])
+    plain, low, high = bias.clone(), -0.5, 0.5
+    for _ in range(12):  # halving: the total grows with the bias
+        bias.copy_(plain + (low + high) / 2)
+        predicted = sum(int(vocoder.durations(torch.from_numpy(row[0])).sum()) for row in corpus.rows[:documents])
+        low, high = (low, (low + high) / 2) if predicted > total else ((low + high) / 2, high)
 
 
 def network(options, num_units):
@@ -405,7 +424,7 @@ class Log:
 
 
 def train(run, corpus, options):
-    """Steps until the schedule ends or a signal comes. Returns whether the schedule ended."""
+    """Steps until the schedule ends or a signal comes; at the end the finished vocoder."""
     log, spectra, rows, stop = Log(Path(options.run) / "log.csv", run.step), Spectra(), [], []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))  # finish the step, save, leave
@@ -426,11 +445,15 @@ def train(run, corpus, options):
                 log.write(run, validate(run.vocoder, corpus))
                 saved = run.seconds
     run.save()
-    if not stop:
-        values = validate(run.vocoder, corpus)
-        log.write(run, values)
-        print(", ".join(f"{key} {value:.3f}" for key, value in values.items()))
-    return not stop
+    if stop:
+        print(f"stopped after step {run.step}; the same command goes on from here")
+        return
+    match_total_length(run.vocoder, corpus)
+    values = validate(run.vocoder, corpus)
+    log.write(run, values)
+    export(run.vocoder, corpus.recipe, options)
+    print(f"{run.step} steps, {run.skipped} skipped; mel distance {values['valid_mel']:.3f}, duration error "
+          f"{values['valid_frames']:.3f} frames a unit, length ratio {values['valid_length']:.3f}; {options.out}")
 
 
 def main(argv=None):
@@ -458,9 +481,7 @@ def main(argv=None):
     if options.bf16:
         keep_narrow_in_float32(run.vocoder)
         check_bfloat16(run.vocoder, corpus, options)
-    if train(run, corpus, options):
-        export(run.vocoder, corpus.recipe, options)
-        print(f"{run.step} steps, {run.skipped} skipped; vocoder in {options.out}")
+    train(run, corpus, options)
 
 
 if __name__ == "__main__":

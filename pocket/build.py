@@ -1,0 +1,144 @@
+"""Rebuild the whole pocket world from nothing, with one command.
+
+    stories --> text LM ---------------------------------------------+
+       |                                                             v
+       +--espeak-ng--> speech --> HuBERT + k-means --> unit shards --> speech LM
+                                       |                  |
+                                       +------------------+--> vocoder
+
+    apt install espeak-ng; python -m pocket.build                  # several hours on two CPU cores
+    python -m pocket.build --only=vocoder                          # one stage again
+
+Every stage is a command of this repository, printed before it runs. A stage whose result exists is skipped (delete the
+result to make it again), and one that was interrupted goes on from its last checkpoint. Work files go to build/, results to pocket/.
+"""
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import config
+import twist
+from pocket.speech import TRAIN_VOICES, Espeak
+
+ROOT = Path(__file__).parent.parent
+BUILD, POCKET = ROOT / "build", ROOT / "pocket"
+# A byte-level LLaMA: 2.7 M parameters, 258 rows (pad, begin/end, 256 bytes). Only the shape; train.py fills it.
+TEXT_LM_SHAPE = {
+    "model_type": "llama", "vocab_size": 258, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
+    "num_attention_heads": 3, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "initializer_range": 0.05}
+# Seeds of the stories: no story is both read by the text LM and spoken, or both trained on and validated on.
+TEXT, TEXT_VAL, SPOKEN, SPOKEN_VAL, SPOKEN_VOCODER, PROMPT = 0, 5_000_000, 10_000_000, 20_000_000, 30_000_000, 40_000_000
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    only: str | None = None  # one stage: text | text_lm | speech | hubert | units | vocoder | prompt | speech_lm
+    stories: int = 60_000  # stories that the text LM reads (28 MB)
+    spoken: int = 1300  # stories spoken for training (10.6 hours)
+    text_steps: int = 4000  # updates of the text LM
+    hubert_steps: int = 3000  # updates of HuBERT's first iteration; the second takes a sixth more
+    vocoder_minutes: float = 50.0  # time budget of the vocoder
+    speech_steps: int = 1200  # updates of the bundled speech LM
+    dtype: str = "bfloat16"  # of matrix products while training; float32 on processors without bfloat16 instructions
+    threads: int = 0  # CPU threads of each stage; 0: PyTorch's choice
+
+
+def run(*arguments):
+    """One command of this repository, in its own process; its failure ends the build."""
+    print("$ python", " ".join(map(str, arguments)), flush=True)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+
+
+def store_half(source, target):
+    """A speech or text LM folder at half precision, as most published weights are stored."""
+    model, vocab = twist.load_speech_lm(source)
+    twist.save_speech_lm(model, vocab, target, dtype=torch.float16)
+
+
+def text(options):
+    run("-m", "pocket.text", "--out=build/text/val", "--count=400", f"--first-story={TEXT_VAL}")
+    run("-m", "pocket.text", "--out=build/text/train", f"--count={options.stories}", f"--first-story={TEXT}")
+
+
+def train(options, out, steps, *more):
+    """train.py, from its last state if it has one."""
+    resume = ["--init=resume"] if (BUILD / out / "config.toml").exists() else []
+    run("train.py", *more, *resume, f"--out=build/{out}", f"--steps={steps}", f"--dtype={options.dtype}",
+        f"--threads={options.threads}", "--block-size=256", "--save-interval=250", "--eval-interval=250", "--log-interval=10")
+
+
+def text_lm(options):
+    checkpoint.write_json(BUILD / "text_lm_shape/config.json", TEXT_LM_SHAPE)
+    train(options, "text_lm_run", options.text_steps, "--init=cold", "--lm=build/text_lm_shape", "--data=build/text/train",
+          "--val-data=build/text/val", "--peak-lr=2e-3", "--warmup=100", "--units-per-step=4096")
+    store_half(BUILD / "text_lm_run/model", POCKET / "text_lm")
+
+
+def speech(options):
+    for name, count, first in (("train", options.spoken, SPOKEN), ("val", 120, SPOKEN_VAL), ("vocoder", 300, SPOKEN_VOCODER)):
+        if not (BUILD / "speech" / name / "phones.tsv").exists():
+            run("-m", "pocket.speech", f"--out=build/speech/{name}", f"--voices={name}", f"--count={count}",
+                f"--first-story={first}")
+
+
+def hubert(options):
+    run("-m", "pocket.train_hubert", f"--steps-1={options.hubert_steps}", f"--steps-2={options.hubert_steps * 7 // 6}",
+        f"--dtype={options.dtype}", f"--threads={options.threads}")
+    shutil.copytree(BUILD / "hubert", POCKET / "hubert.tmp", ignore=shutil.ignore_patterns("*.pt", "log.csv"))
+    checkpoint.replace_folder(POCKET / "hubert.tmp", POCKET / "hubert")
+
+
+def units(options):
+    for name, out in (("vocoder", "build/units/vocoder"), ("val", "pocket/units/val"), ("train", "pocket/units/train")):
+        run("hubert_units.py", f"build/speech/{name}", f"--out={out}")
+
+
+def vocoder(options):
+    run("-m", "pocket.train_vocoder", "--units=build/units/vocoder", "--out=pocket/vocoder",
+        f"--minutes={options.vocoder_minutes}", f"--bf16={options.dtype == 'bfloat16'}", f"--threads={options.threads or 2}")
+
+
+def prompt(options):
+    """A spoken beginning of a story that nothing was trained on."""
+    from audio import write_wav
+    from pocket.stories import story
+    samples, _ = Espeak().say(" ".join(story(PROMPT).split(". ")[:2]) + ".", *TRAIN_VOICES[0])
+    write_wav(POCKET / "prompt.wav", samples)
+
+
+def speech_lm(options):
+    train(options, "speech_lm_run", options.speech_steps, "--init=twist", "--units-per-step=4096", "--warmup=50")
+    store_half(BUILD / "speech_lm_run/model", POCKET / "speech_lm")
+
+
+STAGES = {  # in order; each with the file that shows it is done
+    text: BUILD / "text/train/meta.json", text_lm: POCKET / "text_lm/config.json", speech: BUILD / "speech/vocoder/phones.tsv",
+    hubert: POCKET / "hubert/config.json", units: POCKET / "units/train/meta.json", vocoder: POCKET / "vocoder/config.json",
+    prompt: POCKET / "prompt.wav", speech_lm: POCKET / "speech_lm/config.json"}
+
+
+def main(argv=None):
+    options = config.load(BuildConfig, argv)
+    names = {stage.__name__: stage for stage in STAGES}
+    if options.only and options.only not in names:
+        raise ValueError(f"--only={options.only}: expected one of {', '.join(names)}")
+    # glibc: keep large blocks instead of returning them to the system at every free; saves page faults
+    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40), MALLOC_TOP_PAD_=str(2**28))
+    for stage, result in STAGES.items():
+        if options.only not in (None, stage.__name__):
+            continue
+        if result.exists():
+            print(f"{stage.__name__}: {result.relative_to(ROOT)} exists, skipped")
+        else:
+            stage(options)
+
+
+if __name__ == "__main__":
+    config.command(main)

@@ -1,0 +1,131 @@
+"""A spoken prompt -> its continuation, spoken.
+
+    prompt.wav --units--> <S> units --generate (KV cache)--> more units --vocoder (predicted durations)--> wav
+
+    python sample.py prompt.wav                                  # the pocket models; writes samples/prompt_0.wav
+    python sample.py a.wav b.flac --model=runs/pocket/model --num-samples=4 --seed=1 --out=samples
+    python sample.py prompt.wav --resynth                        # encode and decode, no language model: what the vocoder can do
+
+Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice.
+Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8).
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import config
+import data
+import twist
+from audio import SAMPLE_RATE, read_wav, write_wav
+from hubert_units import deduplicate, load_unit_encoder
+from model import generate
+from vocoder import load_vocoder
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    prompts: tuple[str, ...] = ()  # audio files, any format, rate and channel count that libsndfile reads
+    model: str = "pocket"  # speech LM: folder, or `pocket`
+    tokenizer: str = "pocket"  # HuBERT folder with k-means, or `pocket`
+    vocoder: str = "pocket"  # vocoder folder, or `pocket`
+    out: str = "samples"  # folder for the wav files, named after the prompt
+    prompt_seconds: float = 3.0  # how much of the prompt the model hears; 0: all of it
+    max_new_units: int = 150  # longest continuation, in units (about 18 units a second)
+    temperature: float = 0.8  # 0 takes the likeliest unit each time
+    top_k: int | None = None  # draw among the k likeliest units only
+    top_p: float | None = None  # draw among the likeliest units that together reach this probability
+    num_samples: int = 1  # continuations per prompt
+    seed: int = 0  # the same seed gives the same continuations
+    resynth: bool = False  # units of the whole prompt back to speech, without the language model
+    continuation_only: bool = False  # also write the continuation without the prompt
+    device: str = "auto"  # auto | cpu | cuda
+
+
+def prepare_prompt(path, encoder, seconds):
+    """Units (T,) and runs (T,) of the first `seconds` of a recording."""
+    wav = read_wav(path)
+    if seconds:
+        wav = wav[: round(seconds * SAMPLE_RATE)]
+    try:
+        return deduplicate(encoder.encode(wav).cpu())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def continue_prompt(path, options, encoder, vocoder, slm, vocab):
+    """Write the continuations of one prompt; returns the files and the number of new units."""
+    units, runs = prepare_prompt(path, encoder, options.prompt_seconds)
+    device = slm.wte.weight.device
+    ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    room = slm.config.block_size - ids.shape[1]
+    if room < 1:
+        raise ValueError(f"{path}: {ids.shape[1]} prompt units fill the model's context of {slm.config.block_size}; "
+                         "lower --prompt-seconds")
+    rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
+                    generator, eos=vocab.eos, banned=vocab.banned)
+    files, new_units = [], 0
+    for i, row in enumerate(rows.cpu()):
+        spoken = vocab.decode(row)
+        new_units += len(spoken) - len(units)
+        # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing
+        timing = vocoder.durations(spoken.to(device)).cpu()
+        timing[: len(runs)] = runs
+        wav = vocoder(spoken, timing).cpu()
+        files.append(Path(options.out) / f"{Path(path).stem}_{i}.wav")
+        write_wav(files[-1], wav)
+        if options.continuation_only:
+            files.append(files[-1].with_name(f"{Path(path).stem}_{i}_continuation.wav"))
+            write_wav(files[-1], wav[int(runs.sum()) * vocoder.config.code_hop_size:])
+    return files, new_units
+
+
+def resynthesize(path, options, encoder, vocoder):
+    units, _ = prepare_prompt(path, encoder, 0)
+    file = Path(options.out) / f"{Path(path).stem}_resynth.wav"
+    write_wav(file, vocoder(units).cpu())
+    return [file], len(units)
+
+
+def main(argv=None):
+    options = config.load(SampleConfig, argv, positional="prompts")
+    if not options.prompts:
+        raise ValueError("no prompt given: python sample.py prompt.wav")
+    if options.num_samples < 1 or options.max_new_units < 1 or options.prompt_seconds < 0:
+        raise ValueError("expected --num-samples >= 1, --max-new-units >= 1 and --prompt-seconds >= 0")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
+    encoder = load_unit_encoder(options.tokenizer).to(device)
+    vocoder = load_vocoder(options.vocoder).to(device)
+    if vocoder.recipe:
+        data.check_recipe(vocoder.recipe, encoder.recipe, f"--vocoder={options.vocoder}")
+    if not options.resynth:
+        slm, vocab = twist.load_speech_lm(options.model)
+        slm.to(device)
+        if vocab.recipe:
+            data.check_recipe(vocab.recipe, encoder.recipe, f"--model={options.model}")
+    files, units, failed, begin = [], 0, 0, time.perf_counter()
+    for path in tqdm(options.prompts, desc="speaking", unit="prompt", disable=None):
+        try:
+            written, count = (resynthesize(path, options, encoder, vocoder) if options.resynth else
+                              continue_prompt(path, options, encoder, vocoder, slm, vocab))
+        except (ValueError, OSError) as error:  # the other prompts still get their continuations
+            print(f"sample.py: error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        files, units = files + written, units + count
+    seconds = time.perf_counter() - begin
+    if files:
+        print(f"{units} units in {seconds:.1f} s, {units / seconds:.0f} units per second (encoding and vocoder included)")
+        print("\n".join(map(str, files)))
+    if failed:
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    config.command(main)

@@ -1,0 +1,54 @@
+"""config.py: defaults < file < command line, and errors that help."""
+from dataclasses import dataclass
+
+import pytest
+
+import config
+
+
+@dataclass(frozen=True)
+class Example:
+    files: tuple[str, ...] = ()  # what to read
+    peak_lr: float = 1e-3  # learning rate
+    steps: int = 10  # updates
+    name: str | None = None  # of the run
+    fast: bool = False  # skip checks
+
+
+def test_the_command_line_overrides_the_file_and_both_spellings_work(tmp_path):
+    (tmp_path / "a.toml").write_text('peak_lr = 5e-4\nsteps = 7\nname = "from file"\n')
+    options = config.load(Example, [str(tmp_path / "a.toml"), "--steps=3", "--peak-lr=2e-4", "--fast"])
+    assert options == Example(peak_lr=2e-4, steps=3, name="from file", fast=True)
+
+
+def test_positional_words_go_to_the_named_field():
+    assert config.load(Example, ["a.wav", "--steps=2", "b.wav"], positional="files").files == ("a.wav", "b.wav")
+    with pytest.raises(ValueError, match="stray"):
+        config.load(Example, ["a.wav"])
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--peek-lr=1", "did you mean --peak-lr"), ("--steps=many", "whole number"), ("--fast=perhaps", "true or false"),
+    ("--steps", "needs a value")])
+def test_mistakes_name_the_nearest_key_or_the_type(argument, words):
+    with pytest.raises(ValueError, match=words):
+        config.load(Example, [argument])
+
+
+def test_an_unknown_key_in_the_file_is_an_error_too(tmp_path):
+    (tmp_path / "a.toml").write_text("stepz = 7\n")
+    with pytest.raises(ValueError, match="--steps"):
+        config.load(Example, [str(tmp_path / "a.toml")])
+
+
+def test_resolved_options_can_be_read_back(tmp_path):
+    options = Example(files=("a b", 'c"d'), peak_lr=1e-5, name="x\\y", fast=True)
+    (tmp_path / "a.toml").write_text(config.to_toml(options))
+    assert config.load(Example, [str(tmp_path / "a.toml")]) == options
+
+
+def test_help_shows_every_option_with_its_comment(capsys):
+    with pytest.raises(SystemExit):
+        config.load(Example, ["--help"])
+    text = capsys.readouterr().out
+    assert "--peak-lr" in text and "learning rate" in text and "skip checks" in text

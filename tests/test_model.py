@@ -1,0 +1,80 @@
+"""model.py: the cache changes nothing, the future changes nothing, sampling keeps to its rules."""
+import dataclasses
+
+import pytest
+import torch
+
+from model import KVCache, Transformer, TransformerConfig, filter_logits, generate
+
+LLAMA = TransformerConfig(vocab_size=40, block_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=48,
+                          norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False, mlp_bias=False,
+                          tie_embeddings=False, init_std=0.2, family="llama")
+OPT = TransformerConfig(vocab_size=40, block_size=64, n_layer=3, n_head=4, n_kv_head=4, n_embd=32, head_dim=8, n_inner=48,
+                        init_std=0.2)
+OPT_350M = dataclasses.replace(OPT, norm_order="post", embed_dim=16)
+
+
+@pytest.fixture(params=[LLAMA, OPT, OPT_350M], ids=["llama", "opt", "opt-350m"])
+def model(request):
+    return Transformer(request.param).init_weights(torch.Generator().manual_seed(0)).eval()
+
+
+def test_a_later_token_never_changes_an_earlier_output(model):
+    ids = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % 40
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12]) and not torch.equal(before[:, 12], after[:, 12])
+
+
+def test_pieces_through_the_cache_give_the_full_forward(model):
+    ids = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.config, 2, 20, "cpu", torch.float32)
+    pieces = [model(piece, cache=cache) for piece in ids.split([7, 1, 5, 1, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_generation_equals_argmax_of_full_forwards(model):
+    ids = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(1))
+    expected = ids
+    for _ in range(20):
+        expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(generate(model, ids, 20, temperature=0), expected)
+
+
+def test_the_loss_is_the_mean_over_targets_that_count(model):
+    ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = -100
+    logits = model(ids)[:, :-1].double()
+    expected = -logits.log_softmax(-1).gather(2, targets[:, :-1, None]).mean()
+    assert abs(model(ids, targets).item() - expected.item()) < 1e-5
+
+
+def test_the_same_seed_gives_the_same_continuation(model):
+    ids = torch.zeros(3, 4, dtype=torch.int64)
+    runs = [generate(model, ids, 12, generator=torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_a_finished_row_is_filled_with_eos_and_banned_ids_never_appear(model):
+    ids = torch.zeros(4, 4, dtype=torch.int64)
+    rows = generate(model, ids, 50, temperature=3.0, eos=1, banned=(0, 2), generator=torch.Generator().manual_seed(0))[:, 4:]
+    assert not ((rows == 0) | (rows == 2)).any()
+    for row in rows.tolist():
+        if 1 in row:
+            assert set(row[row.index(1):]) == {1}
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+    assert torch.isfinite(filter_logits(logits, top_k=2))[0].tolist() == [False, True, False, True]
+    assert torch.isfinite(filter_logits(logits, top_p=0.65))[0].tolist() == [False, True, False, True]
+    assert torch.isfinite(filter_logits(logits, top_p=0.1))[0].tolist() == [False, True, False, False]
+
+
+def test_too_long_a_sequence_says_so(model):
+    with pytest.raises(ValueError, match="at most 64"):
+        model(torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(ValueError, match="fewer"):
+        generate(model, torch.zeros(1, 60, dtype=torch.int64), 10)

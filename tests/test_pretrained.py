@@ -1,0 +1,278 @@
+"""pretrained.py: what transformers saves, in any of the spellings found on the hub, gives the same logits here.
+
+The oracle is transformers itself, on tiny models with every parameter drawn at random (norms and biases too).
+"""
+import functools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import pretrained
+from twist import load_lm_config, load_text_lm
+
+transformers = pytest.importorskip("transformers")
+
+V, T = 61, 23  # rows of the table; tokens of a test sequence
+LLAMA_SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                   max_position_embeddings=64)
+OPT_SHAPE = dict(vocab_size=V, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=64)
+
+
+def rope(theta):
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+CASES = {
+    "llama": ("llama", dict(rms_norm_eps=1e-5)),
+    "llama-gqa": ("llama", dict(num_key_value_heads=2, rms_norm_eps=1e-3)),
+    "llama-one-key-head": ("llama", dict(num_key_value_heads=1)),
+    "llama-head-dim": ("llama", dict(num_key_value_heads=2, head_dim=12)),
+    "llama-tied": ("llama", dict(tie_word_embeddings=True)),
+    "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=2)),
+    "llama-theta": ("llama", dict(rope_parameters=rope(100.0))),
+    "opt": ("opt", {}),
+    "opt-untied": ("opt", dict(tie_word_embeddings=False)),
+    "opt-gelu": ("opt", dict(activation_function="gelu")),
+    "opt-350m": ("opt", dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
+    "opt-pre-norm-projected": ("opt", dict(word_embed_proj_dim=16)),
+    "opt-post-norm-plain": ("opt", dict(do_layer_norm_before=False)),
+}
+BOTH = ["llama-gqa", "opt-350m", "opt"]
+
+
+@functools.cache
+def oracle(case):
+    """(their model, ids (2, T), its logits (2, T, V)), with no parameter left at its initial value."""
+    family, extra = CASES[case]
+    if family == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_SHAPE, **extra))
+    else:
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(**OPT_SHAPE, **extra))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            center = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0  # a norm's weight
+            parameter.copy_(center + 0.25 * torch.randn(parameter.shape, generator=generator))
+        model.eval()
+        ids = torch.randint(0, V, (2, T), generator=generator)
+        return model, ids, model(ids).logits
+
+
+def save(case, folder):
+    """The folder that transformers writes; returns ({their name: tensor}, their config.json)."""
+    oracle(case)[0].save_pretrained(folder)
+    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+def rewrite(folder, tensors=None, settings=None):
+    """Replace the weights or the config of a folder."""
+    if tensors is not None:
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    if settings is not None:
+        (folder / "config.json").write_text(json.dumps(settings))
+
+
+def assert_same_logits(case, folder, tolerance=1e-5):
+    _, ids, expected = oracle(case)
+    assert expected.std() > 0.3  # logits near zero would agree by accident
+    with torch.no_grad():
+        torch.testing.assert_close(load_text_lm(folder)(ids), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case, tmp_path):
+    save(case, tmp_path)
+    assert_same_logits(case, tmp_path)
+
+
+def test_loading_widens_to_float32_and_leaves_the_model_in_eval_mode(tmp_path):
+    tensors, _ = save("opt", tmp_path)
+    rewrite(tmp_path, {name: tensor.half() for name, tensor in tensors.items()})
+    model = load_text_lm(tmp_path)
+    assert not model.training and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert load_text_lm(tmp_path, dtype=torch.bfloat16).wte.weight.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------- spellings of the weights
+
+def without_prefix(tensors):
+    assert any(name.startswith("model.") for name in tensors)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def wrapped(tensors):
+    return {f"lm.{name}": tensor for name, tensor in tensors.items()}
+
+
+def with_inv_freq(tensors):
+    extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.full((4,), 99.0) for layer in range(2)}
+    return {**tensors, **extra, "model.rotary_emb.inv_freq": torch.full((4,), 99.0)}
+
+
+def with_tied_copy(tensors):
+    table = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+    assert "lm_head.weight" not in tensors
+    return {**tensors, "lm_head.weight": table.clone()}
+
+
+@pytest.mark.parametrize("case, change", [
+    ("opt-350m", without_prefix), ("opt", without_prefix), ("llama", without_prefix), ("llama-gqa", wrapped),
+    ("opt-350m", wrapped), ("llama", with_inv_freq), ("llama-tied", with_inv_freq), ("llama-tied", with_tied_copy),
+    ("opt", with_tied_copy), ("opt-350m", lambda tensors: without_prefix(with_tied_copy(tensors)))],
+    ids=lambda value: getattr(value, "__name__", value).strip("<>"))
+def test_every_spelling_of_the_names_gives_the_same_logits(case, change, tmp_path):
+    tensors, _ = save(case, tmp_path)
+    rewrite(tmp_path, change(tensors))
+    assert_same_logits(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_weights_stored_as_float16_give_the_logits_of_the_rounded_model(case, tmp_path):
+    tensors, settings = save(case, tmp_path)
+    rewrite(tmp_path, {name: tensor.half() for name, tensor in tensors.items()}, {**settings, "dtype": "float16"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    _, ids, unrounded = oracle(case)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(load_text_lm(tmp_path)(ids), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - unrounded).abs().max() > 1e-4  # the rounding is visible
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before-torch-1.6"])
+@pytest.mark.parametrize("case", BOTH)
+def test_a_bin_file_loads_like_safetensors(case, legacy, tmp_path):
+    tensors, _ = save(case, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    assert_same_logits(case, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("case", BOTH)
+def test_shards_with_an_index_load_like_one_file(case, kind, tmp_path):
+    tensors, _ = save(case, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    names, weight_map, stem = sorted(tensors), {}, {"safetensors": "model", "bin": "pytorch_model"}[kind]
+    for i in range(3):
+        shard = {name: tensors[name] for name in names[i::3]}  # a layer's tensors lie in several shards
+        file = f"{stem}-{i + 1:05d}-of-00003.{kind}"
+        (save_file if kind == "safetensors" else torch.save)(shard, tmp_path / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    (tmp_path / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_logits(case, tmp_path)
+
+
+def test_shards_written_by_transformers_load_too(tmp_path):
+    oracle("llama-gqa")[0].save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_logits("llama-gqa", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- spellings of the config
+
+def test_the_old_spelling_of_rope_theta_and_absent_defaults_are_understood(tmp_path):
+    _, settings = save("llama-theta", tmp_path)
+    assert settings.pop("rope_parameters")["rope_theta"] == 100.0
+    for key in ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings"):
+        settings.pop(key, None)  # files of 2023 hold none of them
+    rewrite(tmp_path, settings={**settings, "rope_theta": 100.0, "rope_scaling": None, "torch_dtype": "float16"})
+    assert_same_logits("llama-theta", tmp_path)
+
+
+def test_old_opt_configs_without_the_newer_keys_are_understood(tmp_path):
+    _, settings = save("opt", tmp_path)
+    for key in ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings",
+                "word_embed_proj_dim", "do_layer_norm_before", "activation_function"):
+        settings.pop(key, None)
+    rewrite(tmp_path, settings=settings)
+    assert_same_logits("opt", tmp_path)
+
+
+@pytest.mark.parametrize("case, change, words", [
+    ("llama", {"model_type": "mamba"}, "'mamba' is not supported"),
+    ("llama", {"model_type": None}, "model_type None"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type 'linear'"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("llama", {"num_key_value_heads": 3}, "3 key heads"),
+    ("opt", {"activation_function": "gelu_new"}, "'gelu_new' is not supported"),
+    ("opt", {"enable_bias": False}, "OPT variant"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "OPT variant"),
+    ("opt", {"_remove_final_layer_norm": True}, "OPT variant")])
+def test_a_config_that_the_code_would_misread_is_refused(case, change, words, tmp_path):
+    _, settings = save(case, tmp_path)
+    rewrite(tmp_path, settings={**settings, **change})
+    with pytest.raises(ValueError, match=words):
+        load_lm_config(tmp_path)  # the architecture alone is refused as well
+    with pytest.raises(ValueError, match=words):
+        load_text_lm(tmp_path)
+
+
+@pytest.mark.parametrize("case, key", [("llama", "hidden_size"), ("llama", "intermediate_size"), ("opt", "ffn_dim"),
+                                       ("opt", "max_position_embeddings")])
+def test_a_config_without_a_needed_key_names_it(case, key, tmp_path):
+    _, settings = save(case, tmp_path)
+    del settings[key]
+    rewrite(tmp_path, settings=settings)
+    with pytest.raises(ValueError, match=f"lacks '{key}'"):
+        load_text_lm(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- weights that do not fit
+
+@pytest.mark.parametrize("case, name", [
+    ("llama", "model.norm.weight"), ("llama", "lm_head.weight"), ("llama-gqa", "model.layers.1.self_attn.k_proj.weight"),
+    ("llama-biases", "model.layers.0.self_attn.v_proj.bias"), ("opt", "model.decoder.layers.1.fc2.bias"),
+    ("opt", "model.decoder.final_layer_norm.weight"), ("opt-350m", "model.decoder.project_out.weight")])
+def test_a_missing_tensor_is_named(case, name, tmp_path):
+    tensors, _ = save(case, tmp_path)
+    del tensors[name]
+    rewrite(tmp_path, tensors)
+    with pytest.raises(ValueError, match="missing .*" + name.replace(".", r"\.")):
+        load_text_lm(tmp_path)
+
+
+@pytest.mark.parametrize("case, name", [
+    ("llama", "model.layers.0.self_attn.q_norm.weight"), ("llama", "model.layers.2.mlp.up_proj.weight"),
+    ("llama", "model.layers.0.self_attn.q_proj.bias"), ("opt", "model.decoder.project_in.weight"),
+    ("opt-350m", "model.decoder.final_layer_norm.bias"), ("opt", "model.decoder.layers.0.self_attn.rotary_emb.inv_freq")])
+def test_an_unexpected_tensor_is_named(case, name, tmp_path):
+    tensors, _ = save(case, tmp_path)
+    rewrite(tmp_path, {**tensors, name: torch.zeros(3)})
+    with pytest.raises(ValueError, match="unexpected .*" + name.replace(".", r"\.")):
+        load_text_lm(tmp_path)
+
+
+@pytest.mark.parametrize("case, key, value", [("llama", "vocab_size", 60), ("llama", "intermediate_size", 41),
+                                              ("llama-gqa", "num_key_value_heads", 4), ("opt", "max_position_embeddings", 65),
+                                              ("opt", "ffn_dim", 48)])
+def test_weights_of_another_shape_than_the_config_promises_are_refused(case, key, value, tmp_path):
+    _, settings = save(case, tmp_path)
+    rewrite(tmp_path, settings={**settings, key: value})
+    with pytest.raises(ValueError, match="shape|size"):
+        load_text_lm(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- and back
+
+@pytest.mark.parametrize("case", CASES)
+def test_reading_and_writing_gives_their_tensors_and_a_config_that_transformers_opens(case, tmp_path):
+    tensors, _ = save(case, tmp_path / "theirs")
+    family, options, ours, _ = pretrained.read_lm(tmp_path / "theirs")
+    settings, written = pretrained.write_lm(family, options, ours)
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        unread = 2 if name.endswith("embed_positions.weight") else 0  # rows that no position uses
+        assert written[name].shape == tensor.shape and torch.equal(written[name][unread:], tensor[unread:]), name
+    checkpoint.write_model(tmp_path / "ours", settings, written)
+    assert pretrained.lm_options(checkpoint.read_json(tmp_path / "ours" / "config.json")) == (family, options)
+    model, ids, expected = oracle(case)
+    again, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(again) is type(model) and not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(ids).logits, expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,166 @@
+"""train.py: every start trains, resuming is exact to the bit, and a mistake costs nothing."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import train
+import twist
+
+ROOT = Path(train.__file__).parent
+
+
+def rows(folder):
+    with open(Path(folder) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder):
+    return checkpoint.read_tensors(Path(folder) / "model")
+
+
+def launch(arguments, **options):
+    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("init", ["twist", "cold", "shuffled"])
+def test_every_start_learns_and_leaves_a_model_a_log_and_its_options(init, train_arguments, tmp_path):
+    train.main([f"--init={init}", *train_arguments])
+    losses = [float(row["val_loss"]) for row in rows(tmp_path / "run") if row["val_loss"]]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.1  # at steps 0, 6 and 12
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == list(range(13))
+    slm, vocab = twist.load_speech_lm(tmp_path / "run" / "model")
+    assert vocab.num_units == 20 and vocab.recipe["centers"] == "none"
+    assert "peak_lr = 0.01" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_run_stopped_by_sigterm_and_resumed_ends_with_the_same_bits(train_arguments, tmp_path):
+    whole, broken = [*train_arguments, "--steps=60"], [*train_arguments, "--steps=60", f"--out={tmp_path}/broken"]
+    assert launch(["--init=twist", *whole]).returncode == 0
+    process = subprocess.Popen([sys.executable, "train.py", "--init=twist", *broken], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:  # wait until it has trained a few steps
+        if (tmp_path / "broken/log.csv").exists() and len(rows(tmp_path / "broken")) > 4:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "go on with: python train.py --init=resume" in output, output
+    stopped = len(rows(tmp_path / "broken")) - 1
+    assert stopped < 60
+    resumed = launch(["--init=resume", f"--out={tmp_path}/broken"])
+    assert resumed.returncode == 0, resumed.stderr
+    expected, result = weights(tmp_path / "run"), weights(tmp_path / "broken")
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items()) and result.keys() == expected.keys()
+    for a, b in zip(rows(tmp_path / "run"), rows(tmp_path / "broken"), strict=True):
+        assert (a["step"], a["loss"], a["val_loss"], a["grad_norm"]) == (b["step"], b["loss"], b["val_loss"], b["grad_norm"])
+
+
+def test_a_killed_run_goes_on_from_its_last_state(train_arguments, tmp_path, monkeypatch):
+    train.main(["--init=twist", *train_arguments])
+    expected = weights(tmp_path / "run")
+    # what kill -9 leaves: log rows beyond the last state, and half-written folders
+    assert [path.name for path in train.distributed.step_folders(tmp_path / "run")] == ["step_000010", "step_000012"]
+    train.distributed.remove(tmp_path / "run/step_000012")
+    (tmp_path / "run/step_000012.tmp").mkdir()
+    train.main(["--init=resume", f"--out={tmp_path}/run"])
+    assert all(torch.equal(weights(tmp_path / "run")[name], tensor) for name, tensor in expected.items())
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == list(range(13))
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(train_arguments, tmp_path):
+    train.main(["--init=cold", *train_arguments])
+    train.main(["--init=cold", *train_arguments, "--micro-batch=1", f"--out={tmp_path}/pieces"])
+    for a, b in zip(rows(tmp_path / "run"), rows(tmp_path / "pieces"), strict=True):
+        if a["loss"]:
+            assert abs(float(a["loss"]) - float(b["loss"])) < 1e-4
+
+
+def test_training_goes_on_from_a_speech_lm_folder(train_arguments, tmp_path):
+    train.main(["--init=twist", *train_arguments])
+    train.main([f"--init={tmp_path}/run/model", *train_arguments, f"--out={tmp_path}/more"])
+    assert float(rows(tmp_path / "more")[0]["val_loss"]) == pytest.approx(float(rows(tmp_path / "run")[-1]["val_loss"]), abs=1e-6)
+
+
+def test_transformers_opens_the_trained_folder_with_the_same_logits(train_arguments, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    train.main(["--init=twist", *train_arguments])
+    slm, vocab = twist.load_speech_lm(tmp_path / "run/model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").eval()
+    ids = torch.randint(0, vocab.size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(slm(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "inverse_sqrt", "constant"])
+def test_the_learning_rate_warms_up_to_its_peak_and_then_never_rises(schedule):
+    options = train.TrainConfig(steps=100, warmup=10, peak_lr=1.0, schedule=schedule)
+    rates = [train.lr_at(step, options) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
+    if schedule in ("cosine", "linear"):
+        assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--peek-lr=1"], "did you mean --peak-lr"), (["--data=nowhere"], "no such file or folder"),
+    (["--lm=nowhere"], "no such file or folder"), (["--units-per-step=100"], "multiple"), (["--schedule=sine"], "cosine"),
+    (["--dtype=float8"], "bfloat16"), (["--block-size=256"], "at most 128"), (["--init=resume"], "nothing to resume"),
+    (["--init=nowhere"], "no such file or folder")])
+def test_a_mistake_is_one_sentence_exit_code_2_and_no_run_folder(arguments, words, train_arguments, tmp_path):
+    result = launch([*train_arguments, *arguments])
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/log.csv").exists()
+
+
+def test_a_finished_run_is_not_overwritten_unasked(train_arguments, tmp_path):
+    train.main(["--init=twist", *train_arguments])
+    before = (tmp_path / "run/log.csv").read_text()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main(["--init=cold", *train_arguments])
+    assert (tmp_path / "run/log.csv").read_text() == before
+    train.main(["--init=cold", *train_arguments, "--overwrite=true"])
+    assert (tmp_path / "run/log.csv").read_text() != before
+
+
+def test_shards_of_another_tokenizer_are_refused(train_arguments, tmp_path):
+    from conftest import RECIPE, write_shards
+    other = write_shards(tmp_path / "other", 0, recipe={**RECIPE, "centers": "different"})
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train.main(["--init=twist", *train_arguments, f"--val-data={other}"])
+    train.main(["--init=twist", *train_arguments])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train.main([f"--init={tmp_path}/run/model", *train_arguments, f"--data={other}", f"--val-data={other}",
+                    f"--out={tmp_path}/mixed"])
+
+
+def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(train_arguments, tmp_path, capsys):
+    with pytest.raises(ValueError, match="not finite"):
+        train.main(["--init=cold", *train_arguments, "--peak-lr=1e30", "--clip=1e30", "--warmup=0", "--steps=50"])
+    assert "update skipped" in capsys.readouterr().out
+
+
+def test_validation_is_the_same_for_any_number_of_rows_per_forward(tiny_world):
+    vocab = twist.UnitVocab(20)
+    loader = data.UnitLoader(data.UnitShards(tiny_world / "val"), vocab, 8, 1, 0)
+    model = twist.cold_start(twist.load_lm_config(tiny_world / "text_lm"), vocab)
+    options = train.TrainConfig(eval_rows=0, dtype="float32")
+    dist = train.distributed.Dist(0, 1, torch.device("cpu"))
+    together = train.evaluate(model, loader, options, dist)
+    alone = [model(ids[None, :-1], ids[None, 1:]).item() for ids in (loader.window(w) for w in range(loader.windows))]
+    assert together == pytest.approx(sum(alone) / len(alone), abs=1e-5)
+
+
+def test_the_environment_of_a_launcher_is_not_needed():
+    assert "RANK" not in os.environ
