@@ -110,8 +110,9 @@ def save_state(folder, model, optimizer, state, dist, keep=2):
     dist.barrier()
 
 
-def remove(folder):
-    shutil.rmtree(folder)
+def remove_steps(folder):
+    for path in step_folders(folder):
+        shutil.rmtree(path)
 
 
 def step_folders(folder):

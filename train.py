@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,23 +168,8 @@ class Log:
             self.file.flush()
 
 
-def main(argv=None):
-    options, resuming = load_options(argv)
-    dist = distributed.setup(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)  # denormal second moments of AdamW are many times slower on CPUs
-    say = print if dist.is_main else lambda *_: None
-    out = Path(options.out)
-    if (out / "log.csv").exists() and not (resuming or options.overwrite):
-        raise ValueError(f"{out} already holds a run; go on with --init=resume, or give another --out, or --overwrite=true")
-
-    # data
-    train_shards, val_shards = shards_of(options.data, "train"), shards_of(options.val_data, "val")
-    data.check_recipe(val_shards.recipe, train_shards.recipe, f"--val-data={options.val_data}")
-    model, vocab = build_model(options, train_shards.recipe)
-    if options.block_size > model.config.block_size:
-        raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model.config.block_size}")
+def split_batch(options, dist):
+    """Rows of one update on each process, and rows of one forward: the user states ids per update, the rest follows."""
     rows, remainder = divmod(options.units_per_step, options.block_size * dist.world)
     if remainder or not rows:
         raise ValueError(f"--units-per-step={options.units_per_step} must be a multiple of block size x processes "
@@ -191,91 +177,127 @@ def main(argv=None):
     micro = options.micro_batch or rows
     if rows % micro:
         raise ValueError(f"--micro-batch={micro} must divide the {rows} rows that each process takes per update")
-    loader = data.UnitLoader(train_shards, vocab, options.block_size, rows * dist.world, options.seed)
-    val_loader = data.UnitLoader(val_shards, vocab, options.block_size, 1, 0)
+    return rows, micro
 
-    # model and optimizer
-    model = distributed.wrap(model.to(dist.device).train(), dist)
-    optimizer = build_optimizer(model, options)
-    first, trained_seconds = 0, 0.0
-    if resuming:
-        state = distributed.load_state(out, model, optimizer, dist)
-        first, trained_seconds = state["step"], state["seconds"]
-    elif dist.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in distributed.step_folders(out):
-            distributed.remove(old)
-        checkpoint.write_text(out / "config.toml", config.to_toml(options))
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{options.init}{' (resumed)' if resuming else ''}: {parameters:,} parameters, {loader.windows * loader.T:,} ids in "
-        f"{len(train_shards)} documents; steps {first} to {options.steps}, {options.units_per_step} ids each = "
-        f"{dist.world} processes x {rows // micro} x {micro} x {options.block_size}")
-    say(kernels.explain(dist.device.type))
 
-    # SIGTERM (a cluster's warning) and Ctrl-C end the run after the step in progress, with everything saved
+def update(model, optimizer, ids, micro, options, dist):
+    """One update from ids (rows, T + 1); returns (mean loss over all processes, gradient norm, was it applied?)."""
+    total = torch.zeros((), device=dist.device)
+    pieces = ids.split(micro)
+    for i, piece in enumerate(pieces):  # every piece has the same number of targets: the mean of means is the mean
+        with distributed.sync_gradients(model, on=i + 1 == len(pieces)), autocast(options, dist):
+            loss = model(piece[:, :-1], piece[:, 1:]) / len(pieces)
+            loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip).item()
+    mean_loss = dist.mean(total)
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean_loss, norm, finite
+
+
+@contextmanager
+def stop_signals():
+    """Yields a list that is filled when SIGTERM (a cluster's warning) or Ctrl-C arrives; the loop looks at it between steps."""
     stop = []
     handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(model, optimizer, loader, val_loader, rows, micro, first, seconds, options, dist, say):
+    """The loop, from step `first`; returns (steps done, last validation loss, seconds of training so far)."""
+    out = Path(options.out)
     log = Log(out / "log.csv", first, dist.is_main)
     bar = tqdm(total=options.steps, initial=first, unit="step", disable=None if dist.is_main else True)
-    started, bad, val_loss = time.perf_counter() - trained_seconds, 0, None
+    started, bad, step = time.perf_counter() - seconds, 0, first
 
-    def save(step):
+    def save():
         state = {"step": step, "seconds": time.perf_counter() - started, "options": dataclasses.asdict(options)}
         distributed.save_state(out, model, optimizer, state, dist, options.keep)
 
-    step = first
+    val_loss = evaluate(model, val_loader, options, dist)
     if first == 0:
-        val_loss = evaluate(model, val_loader, options, dist)
         log.write(step=0, val_loss=val_loss)
-    while step < options.steps and not dist.any(stop):
-        begin = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, options)
-        ids = loader.rows(step, dist.rank * rows, rows).to(dist.device)  # (rows, T + 1)
-        total = torch.zeros((), device=dist.device)
-        pieces = ids.split(micro)
-        for i, piece in enumerate(pieces):  # every piece has the same number of targets: the mean of means is the mean
-            with distributed.sync_gradients(model, on=i + 1 == len(pieces)), autocast(options, dist):
-                loss = model(piece[:, :-1], piece[:, 1:]) / len(pieces)
-                loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-        mean_loss = dist.mean(total)
-        if math.isfinite(mean_loss) and torch.isfinite(norm):
-            optimizer.step()
-            bad = 0
-        else:
-            bad += 1
-            say(f"step {step + 1}: loss {mean_loss} or gradient not finite, update skipped")
+    with stop_signals() as stop:
+        while step < options.steps and not dist.any(stop):
+            begin = time.perf_counter()
+            lr = lr_at(step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            ids = loader.rows(step, dist.rank * rows, rows).to(dist.device)  # (rows, T + 1)
+            loss, norm, applied = update(model, optimizer, ids, micro, options, dist)
+            step += 1
+            bad = 0 if applied else bad + 1
+            if not applied:
+                say(f"step {step}: loss {loss} or gradient norm {norm} not finite, update skipped")
             if bad == MAX_BAD_STEPS:
                 raise ValueError(f"{bad} updates in a row were not finite; lower --peak-lr and resume from the last state")
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        last = step == options.steps
-        if step % options.save_interval == 0 or last:
-            save(step)  # before the evaluation, which may run out of memory
-        row = dict(step=step, loss=mean_loss, lr=lr_at(step - 1, options), grad_norm=norm.item(),
-                   units_per_second=round(options.units_per_step / (time.perf_counter() - begin)))
-        if step % options.eval_interval == 0 or last:
-            row["val_loss"] = val_loss = evaluate(model, val_loader, options, dist)
-        if step % options.log_interval == 0 or "val_loss" in row:
-            log.write(**row, seconds=round(time.perf_counter() - started, 3))
-        bar.set_postfix(loss=f"{mean_loss:.3f}", val=f"{val_loss:.3f}" if val_loss else "-")
-        bar.update()
+            last = step == options.steps
+            row = dict(step=step, loss=loss, lr=lr, grad_norm=norm,
+                       units_per_second=round(options.units_per_step / (time.perf_counter() - begin)))
+            if step % options.save_interval == 0 or last:
+                save()  # before the evaluation, which may run out of memory
+            if step % options.eval_interval == 0 or last:
+                row["val_loss"] = val_loss = evaluate(model, val_loader, options, dist)
+            if step % options.log_interval == 0 or "val_loss" in row:
+                log.write(**row, seconds=round(time.perf_counter() - started, 3))
+            bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}")
+            bar.update()
+        if step < options.steps:
+            save()
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return step, val_loss, time.perf_counter() - started
+
+
+def main(argv=None):
+    options, resuming = load_options(argv)
+    dist = distributed.setup(options.device)
+    say = print if dist.is_main else lambda *_: None
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # denormal second moments of AdamW are many times slower on CPUs
+    out = Path(options.out)
+    if (out / "log.csv").exists() and not (resuming or options.overwrite):
+        raise ValueError(f"{out} already holds a run; go on with --init=resume, or give another --out, or --overwrite=true")
+
+    train_shards, val_shards = shards_of(options.data, "train"), shards_of(options.val_data, "val")
+    data.check_recipe(val_shards.recipe, train_shards.recipe, f"--val-data={options.val_data}")
+    model, vocab = build_model(options, train_shards.recipe)
+    if options.block_size > model.config.block_size:
+        raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model.config.block_size}")
+    rows, micro = split_batch(options, dist)
+    loader = data.UnitLoader(train_shards, vocab, options.block_size, rows * dist.world, options.seed)
+    val_loader = data.UnitLoader(val_shards, vocab, options.block_size, 1, 0)
+
+    model = distributed.wrap(model.to(dist.device).train(), dist)
+    optimizer = build_optimizer(model, options)
+    first, seconds = 0, 0.0
+    if resuming:
+        state = distributed.load_state(out, model, optimizer, dist)
+        first, seconds = state["step"], state["seconds"]
+    elif dist.is_main:
+        distributed.remove_steps(out)  # of a run that --overwrite replaces
+        checkpoint.write_text(out / "config.toml", config.to_toml(options))
+    dist.barrier()
+    say(f"{options.init}{' (resumed)' if resuming else ''}: {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{loader.windows * loader.T:,} ids in {len(train_shards)} documents; steps {first} to {options.steps}, "
+        f"{options.units_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}")
+    say(kernels.explain(dist.device.type))
+
+    step, val_loss, seconds = train(model, optimizer, loader, val_loader, rows, micro, first, seconds, options, dist, say)
     if step < options.steps:
-        save(step)
         say(f"stopped at step {step} of {options.steps}; go on with: python train.py --init=resume --out={out}")
     else:
-        if val_loss is None:  # resumed a run that was complete
-            val_loss = evaluate(model, val_loader, options, dist)
         if dist.is_main:
             twist.save_speech_lm(distributed.unwrap(model), vocab, out / "model")
         dist.barrier()
-        say(f"validation loss {val_loss:.4f} nats per unit, perplexity {math.exp(val_loss):.3f}, "
-            f"{step} steps in {time.perf_counter() - started:.0f} s")
+        say(f"validation loss {val_loss:.4f} nats per unit, perplexity {math.exp(val_loss):.3f}, {step} steps in {seconds:.0f} s")
         say(f"listen: python sample.py pocket/prompt.wav --model={out / 'model'}")
     distributed.cleanup()
 

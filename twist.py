@@ -44,6 +44,8 @@ class UnitVocab:
         if units.numel() and not 0 <= int(units.min()) <= int(units.max()) < self.num_units:
             raise ValueError(f"units lie in {int(units.min())} .. {int(units.max())}, this model knows 0 .. "
                              f"{self.num_units - 1}; they come from another tokenizer")
+        if (bos and self.bos is None) or (eos and self.eos is None):
+            raise ValueError("this model has no bos or no eos token; encode the units without it")
         ids = [units + self.offset]
         if bos:
             ids.insert(0, torch.tensor([self.bos]))

@@ -10,7 +10,8 @@
     python -m pocket.build --only=vocoder                          # one stage again
 
 Every stage is a command of this repository, printed before it runs. A stage whose result exists is skipped (delete the
-result to make it again), and one that was interrupted goes on from its last checkpoint. Work files go to build/, results to pocket/.
+result to make it again); one that was interrupted goes on from its last checkpoint. Work files go to build/, results to
+pocket/.
 """
 import os
 import shutil

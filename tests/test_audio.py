@@ -41,7 +41,8 @@ def test_resampling_agrees_with_a_direct_float64_sum_of_windowed_sincs():
     assert np.abs(result.numpy() - np.array(expected)).max() < 1e-5
 
 
-@pytest.mark.parametrize("suffix, subtype", [("wav", "PCM_24"), ("flac", "PCM_16"), ("ogg", "VORBIS"), ("mp3", None), ("aiff", "PCM_16")])
+@pytest.mark.parametrize("suffix, subtype", [("wav", "PCM_24"), ("flac", "PCM_16"), ("ogg", "VORBIS"), ("mp3", None),
+                                             ("aiff", "PCM_16")])
 def test_every_format_channel_count_and_rate_becomes_mono_16_khz(tmp_path, suffix, subtype):
     source = 0.4 * tone(44100)
     stereo = torch.stack([source, 0.5 * source], dim=1).numpy()

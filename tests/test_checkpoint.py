@@ -92,8 +92,8 @@ def test_a_file_cut_short_anywhere_is_an_error_that_names_it(write, name, tmp_pa
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("content", [b"<html>404 Not Found</html>", b"version https://git-lfs.github.com/spec/v1\noid 1",
-                                     b"PK\x03\x04 no archive", bytes(range(256)), b"\x80\x02}q\x00.", b"\x80\x04\x95", b"\0" * 64],
-                         ids=["html", "lfs-pointer", "zip-head", "bytes", "empty-pickle", "frame", "zeros"])
+                                     b"PK\x03\x04 no archive", bytes(range(256)), b"\x80\x02}q\x00.", b"\0" * 64],
+                         ids=["html", "lfs-pointer", "zip-head", "bytes", "empty-pickle", "zeros"])
 def test_a_file_of_something_else_is_an_error_that_names_it(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
