@@ -248,9 +248,11 @@ def load_unit_encoder(folder_or_name="pocket", kmeans=None, layer=None):
     tensors = checkpoint.read_file(kmeans)
     if "centers" not in tensors:
         raise ValueError(f"{kmeans} has no tensor `centers`, only {sorted(tensors)[:3]}")
-    layer = layer or int(checkpoint.read_metadata(kmeans).get("layer", 0))
-    if not layer:
-        raise ValueError(f"{kmeans} does not say which layer it belongs to; give --layer")
+    if layer is None:
+        metadata = checkpoint.read_metadata(kmeans)
+        if "layer" not in metadata:
+            raise ValueError(f"{kmeans} does not say which layer it belongs to; give --layer")
+        layer = int(metadata["layer"])
     name = "pocket" if folder == checkpoint.KINDS["tokenizer"] else folder.name
     return UnitEncoder(load_hubert(folder), tensors["centers"], layer, name).eval()
 
@@ -306,6 +308,9 @@ def main(argv=None):
     writer.close(failures)
     dist.barrier()
     if dist.rank == 0:
+        for path in Path(options.out).glob("[0-9]" * 5 + ".*"):  # shards of an earlier run on more processes
+            if int(path.name[:5]) >= dist.world and path.suffix in (".bin", ".jsonl", ".json", ".tmp"):
+                path.unlink()
         meta = data.merge_meta(options.out)
         print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units "
               f"({meta['units'] / max(meta['hours'] * 3600, 1e-9):.1f} per second) in {options.out}; "

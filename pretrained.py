@@ -289,9 +289,12 @@ def read_hubert(folder):
     for key, value in HUBERT_FIXED.items():
         if settings.get(key, value) != value:
             raise ValueError(f"{folder}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
-    options = {ours: settings[key] for key, ours in HUBERT_CONFIG.items() if key in settings}
+    settings.setdefault("conv_pos_batch_norm", False)  # a key newer than the first releases
+    lacking = [key for key in HUBERT_CONFIG if key not in settings]
+    if lacking:
+        raise ValueError(f"{folder}: config.json lacks {', '.join(lacking)} which a HuBERT needs")
+    options = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    options.setdefault("pos_batch_norm", False)
     left = {name.removeprefix("hubert."): tensor for name, tensor in checkpoint.read_tensors(folder).items()}
     fold_weight_norm(left, "encoder.pos_conv_embed.conv")
     result, missing = {}, []
@@ -314,7 +317,7 @@ def read_hubert(folder):
 def fold_weight_norm(tensors, name):
     """Replace g and v of a weight-normed positional convolution by w = g v / |v|, norm per tap over both channel axes."""
     for g, v in (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")):
-        if f"{name}.{g}" in tensors:
+        if f"{name}.{g}" in tensors and f"{name}.{v}" in tensors:  # one alone is reported as unexpected
             g, v = tensors.pop(f"{name}.{g}").float(), tensors.pop(f"{name}.{v}").float()  # (1, 1, taps), (C, C / groups, taps)
             tensors[f"{name}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
 

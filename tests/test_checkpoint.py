@@ -181,7 +181,8 @@ def test_a_model_written_in_shards_is_read_back_equal(shard_bytes, tmp_path):
         content = load_file(path).values()
         assert len(content) == 1 or sum(tensor.nbytes for tensor in content) <= shard_bytes
     if len(shards) > 1:
-        assert [path.name for path in shards] == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        assert [path.name for path in shards] == names
         index = checkpoint.read_json(tmp_path / "model" / "model.safetensors.index.json")
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
         assert_equal(checkpoint.read_tensors(tmp_path / "model" / "model.safetensors.index.json"), expected)
@@ -240,6 +241,22 @@ def test_a_crash_while_writing_leaves_the_old_model_whole(moment, tmp_path, monk
     checkpoint.write_model(folder, {"version": 2}, changed, shard_bytes=1)  # the leftovers of the crash do no harm
     assert_equal(checkpoint.read_tensors(folder), changed)
     assert names_in(tmp_path)[0] == "model" and not [name for name in names_in(tmp_path) if ".tmp" in name or ".old" in name]
+
+
+def test_a_crash_between_the_two_renames_has_set_the_old_model_aside(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    checkpoint.write_model(folder, {"version": 1}, tensors())
+    replace = os.replace
+
+    def crash(source, target):
+        if target == folder:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_model(folder, {"version": 2}, tensors(2))
+    assert_equal(checkpoint.read_tensors(tmp_path / "model.old"), tensors())
 
 
 def test_a_crash_while_writing_a_file_leaves_the_old_file_whole(tmp_path, monkeypatch):

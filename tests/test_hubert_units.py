@@ -57,7 +57,8 @@ def write_folder(folder, config=BASE, layer=2, centers=None, metadata=None):
     settings, tensors = pretrained.write_hubert(dataclasses.asdict(config), hubert.state_dict())
     checkpoint.write_model(folder, settings, tensors)
     if centers is None:
-        centers = hubert.eval()(noise(40_000)[None], layer)[0][:: 50 if config is BASE else 5][:K]  # real frames: all in use
+        features = hubert.eval()(noise(40_000)[None], layer)[0].detach()
+        centers = features[:: len(features) // K][:K].clone()  # real frames, so that all units occur
     metadata = {"layer": str(layer)} if metadata is None else metadata
     checkpoint.write_tensors(folder / "kmeans.safetensors", {"centers": centers}, metadata)
     return folder
@@ -73,7 +74,7 @@ def folders(tmp_path_factory):
 
 def their_model(config):
     transformers = pytest.importorskip("transformers")
-    settings, _ = pretrained.write_hubert(dataclasses.asdict(config), dict.fromkeys(dict(Hubert(config).state_dict()), torch.ones(1)))
+    settings, _ = pretrained.write_hubert(dataclasses.asdict(config), Hubert(config).state_dict())
     for key in ("architectures", "model_type"):
         settings.pop(key)
     model = transformers.HubertModel(transformers.HubertConfig(**settings)).eval()
@@ -84,8 +85,8 @@ def their_model(config):
 def old_weight_norm_names(tensors):
     new = "encoder.pos_conv_embed.conv.parametrizations.weight.original"
     assert new + "0" in tensors and new + "1" in tensors
-    return {name.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"):
-            tensor for name, tensor in tensors.items()}
+    new = "parametrizations.weight.original"
+    return {name.replace(f"{new}0", "weight_g").replace(f"{new}1", "weight_v"): tensor for name, tensor in tensors.items()}
 
 
 def wrapped(tensors):
@@ -189,7 +190,6 @@ def test_units_are_the_nearest_centres_by_brute_force_in_float64(folders):
     distance = (features.double()[:, None] - encoder.centers.double()[None]).square().sum(2)  # (F, K)
     expected = distance.argmin(1)
     assert torch.equal(encoder.encode(noise(60_000, seed=1)), expected)
-    assert torch.equal(encoder.quantize(features.bfloat16()).shape and encoder.quantize(features), expected)
     assert len(expected.unique()) >= K // 2  # many units occur
     centers = torch.randn(200, C, generator=torch.Generator().manual_seed(2))
     points = torch.randn(3000, C, generator=torch.Generator().manual_seed(3))
@@ -215,7 +215,7 @@ def test_a_batch_gives_the_units_of_each_recording_alone(kind, folders):
     assert len(together) == 4
     for units, wav in zip(together, wavs):
         assert torch.equal(units, encoder.encode(wav))
-        assert units.tolist() == load_unit_encoder(KINDS and folders[kind]).encode(wav.numpy()).tolist()
+        assert units.tolist() == encoder.encode(wav.numpy()).tolist()
 
 
 # ---------------------------------------------------------------------------------------------- k-means
@@ -323,7 +323,8 @@ def test_a_folder_that_holds_no_hubert_is_named(folders, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "wav2vec2"}, "'wav2vec2', expected 'hubert'"), ({"do_stable_layer_norm": True}, "do_stable_layer_norm"),
-    ({"feat_extract_norm": "layer"}, "feat_extract_norm"), ({"conv_bias": True}, "conv_bias"), ({"hidden_act": "relu"}, "hidden_act"),
+    ({"feat_extract_norm": "layer"}, "feat_extract_norm"), ({"conv_bias": True}, "conv_bias"),
+    ({"hidden_act": "relu"}, "hidden_act"),
     ({"conv_dim": None}, "conv_dim"), ({"num_hidden_layers": None}, "num_hidden_layers"), ({"num_hidden_layers": 4}, "missing"),
     ({"num_hidden_layers": 2}, "unexpected"), ({"conv_pos_batch_norm": True}, "missing"), ({"intermediate_size": 25}, "shape")])
 def test_a_config_that_the_code_would_misread_is_refused(change, words, tmp_path):

@@ -171,7 +171,8 @@ def test_a_shuffled_start_keeps_the_values_of_every_tensor_in_another_order(lm):
 def test_the_report_counts_what_is_kept_dropped_and_drawn(lm):
     slm = warm_start(lm, UnitVocab(98))
     rows = [line.split() for line in twist.report(lm, slm).splitlines()]
-    counts = {kind: sum(int(row[1].replace(",", "")) for row in rows if row[0] == kind) for kind in ("kept", "dropped", "drawn", "total")}
+    counts = {kind: sum(int(row[1].replace(",", "")) for row in rows if row[0] == kind)
+              for kind in ("kept", "dropped", "drawn", "total")}
     assert counts["total"] == sum(parameter.numel() for parameter in slm.parameters()) == counts["kept"] + counts["drawn"]
     assert counts["kept"] + counts["dropped"] == sum(parameter.numel() for parameter in lm.parameters())
     assert counts["drawn"] * 7 == counts["dropped"]  # 100 rows for 700
