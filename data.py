@@ -74,9 +74,15 @@ class ShardWriter:
         os.replace(path.with_suffix(".tmp"), path)
 
 
-def merge_meta(folder):
-    """Join the parts of all processes into meta.json and failures.csv; returns the meta."""
+def merge_meta(folder, shards=1):
+    """Join the parts of all `shards` processes into meta.json and failures.csv; returns the meta.
+
+    Shards with higher numbers, which an earlier run on more processes left, are removed: their documents stand in the new ones.
+    """
     folder = Path(folder)
+    for path in folder.glob("[0-9]" * 5 + ".*"):
+        if int(path.name[:5]) >= shards:
+            path.unlink()
     parts = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.part.json"))}
     failures = [failure for part in parts.values() for failure in part["failures"]]
     with open(folder / "failures.csv.tmp", "w", newline="") as file:

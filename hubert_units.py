@@ -308,10 +308,7 @@ def main(argv=None):
     writer.close(failures)
     dist.barrier()
     if dist.rank == 0:
-        for path in Path(options.out).glob("[0-9]" * 5 + ".*"):  # shards of an earlier run on more processes
-            if int(path.name[:5]) >= dist.world and path.suffix in (".bin", ".jsonl", ".json", ".tmp"):
-                path.unlink()
-        meta = data.merge_meta(options.out)
+        meta = data.merge_meta(options.out, dist.world)
         print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units "
               f"({meta['units'] / max(meta['hours'] * 3600, 1e-9):.1f} per second) in {options.out}; "
               f"{meta['failures']} failures" + (f", listed in {options.out}/failures.csv" if meta["failures"] else ""))

@@ -125,7 +125,7 @@ def integers(values, name):
     """Anything that holds whole numbers in one row -> (T,) int64."""
     try:
         values = torch.as_tensor(values)
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError, ValueError):
         raise ValueError(f"{name}: expected (T,) integers, got {values!r:.40}") from None
     if values.ndim != 1 or (len(values) and (values.is_floating_point() or values.is_complex())):
         raise ValueError(f"{name}: expected (T,) integers, got shape {tuple(values.shape)} of {values.dtype}")

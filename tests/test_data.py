@@ -27,7 +27,7 @@ def shards(tmp_path):
     documents = [rng.integers(0, 10, size=n).tolist() for n in (7, 0, 31, 1, 64, 12)]
     write(tmp_path, documents[:3], 0)
     write(tmp_path, documents[3:], 1)
-    data.merge_meta(tmp_path)
+    data.merge_meta(tmp_path, 2)
     return data.UnitShards(tmp_path), documents
 
 
