@@ -29,10 +29,11 @@ from pocket.speech import TRAIN_VOICES, Espeak
 
 ROOT = Path(__file__).parent.parent
 BUILD, POCKET = ROOT / "build", ROOT / "pocket"
-# A byte-level LLaMA: 2.7 M parameters, 258 rows (pad, begin/end, 256 bytes). Only the shape; train.py fills it.
+# A byte-level LLaMA: 2.7 M parameters, 258 rows (pad, begin/end, 256 bytes). Only the shape; train.py fills it. It is trained
+# on 256 positions and has learnt no others: rotary positions beyond those seen give nonsense.
 TEXT_LM_SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
-    "num_attention_heads": 3, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "num_attention_heads": 3, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
     "initializer_range": 0.05}
 # Seeds of the stories: no story is both read by the text LM and spoken, or both trained on and validated on.
 TEXT, TEXT_VAL, SPOKEN, SPOKEN_VAL, SPOKEN_VOCODER, PROMPT = 0, 5_000_000, 10_000_000, 20_000_000, 30_000_000, 40_000_000
@@ -45,7 +46,7 @@ class BuildConfig:
     spoken: int = 1300  # stories spoken for training (10.6 hours)
     text_steps: int = 4000  # updates of the text LM
     hubert_steps: int = 3000  # updates of HuBERT's first iteration; the second takes a sixth more
-    vocoder_minutes: float = 50.0  # time budget of the vocoder
+    vocoder_minutes: float = 42.0  # time budget of the vocoder
     speech_steps: int = 1200  # updates of the bundled speech LM
     dtype: str = "bfloat16"  # of matrix products while training; float32 on processors without bfloat16 instructions
     threads: int = 0  # CPU threads of each stage; 0: PyTorch's choice

@@ -17,6 +17,13 @@ from audio import read_wav, write_wav
 
 ROOT = Path(checkpoint.__file__).parent
 PROMPT = ROOT / "pocket/prompt.wav"
+GOLDEN = [  # frame units of the bundled prompt, in order of time
+    40, 29, 66, 14, 54, 55, 17, 95, 53, 79, 15, 9, 28, 53, 55, 61, 53, 11, 29, 18, 18, 78, 27, 63, 93, 11, 23, 23, 22, 44,
+    89, 89, 84, 48, 2, 96, 17, 38, 39, 53, 83, 59, 8, 10, 41, 82, 19, 52, 15, 58, 50, 5, 11, 23, 23, 34, 92, 37, 98, 68, 88,
+    56, 29, 76, 22, 78, 16, 93, 72, 29, 90, 44, 53, 83, 13, 60, 36, 78, 55, 56, 23, 66, 35, 79, 53, 83, 87, 59, 77, 41, 68,
+    52, 36, 6, 83, 13, 60, 36, 77, 29, 66, 14, 54, 16, 17, 95, 95, 67, 48, 96, 96, 86, 45, 3, 3, 71, 17, 52, 15, 9, 87, 25,
+    95, 35, 49, 84, 55, 61, 66, 81, 46, 62, 58, 81, 28, 50, 6, 97, 59, 38, 39, 39, 51, 51, 24,
+]
 
 
 def launch(*arguments):
@@ -137,3 +144,10 @@ def test_transformers_opens_the_bundled_hubert_with_the_same_features():
 def test_the_bundle_is_small():
     sizes = [file.stat().st_size for file in (ROOT / "pocket").rglob("*") if file.is_file() and "__pycache__" not in str(file)]
     assert max(sizes) < 10e6 and sum(sizes) < 30e6
+
+
+def test_the_units_of_the_bundled_prompt_are_the_ones_the_models_were_trained_with():
+    units = hubert_units.load_unit_encoder().encode(read_wav(PROMPT))
+    assert len(units) == len(GOLDEN)
+    # another processor may sum in another order and flip a unit that lies between two centres, hardly more
+    assert (units == torch.tensor(GOLDEN)).float().mean() > 0.98
