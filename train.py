@@ -52,7 +52,7 @@ class TrainConfig:
     units_per_step: int = 2048  # ids per update over all processes and micro-batches
     block_size: int = 256  # T, ids per row
     micro_batch: int = 0  # rows per forward on one process; 0: all of them
-    peak_lr: float = 1e-3  # AdamW's learning rate after warm-up
+    peak_lr: float = 2e-3  # AdamW's learning rate after warm-up
     min_lr: float = 0.1  # final learning rate as a share of the peak (cosine and linear)
     warmup: int = 20  # updates of linear warm-up
     schedule: str = "cosine"  # cosine | linear | inverse_sqrt | constant

@@ -47,7 +47,7 @@ class BuildConfig:
     text_steps: int = 4000  # updates of the text LM
     hubert_steps: int = 3000  # updates of HuBERT's first iteration; the second takes a sixth more
     vocoder_minutes: float = 42.0  # time budget of the vocoder
-    speech_steps: int = 1200  # updates of the bundled speech LM
+    speech_steps: int = 600  # updates of the bundled speech LM
     dtype: str = "bfloat16"  # of matrix products while training; float32 on processors without bfloat16 instructions
     threads: int = 0  # CPU threads of each stage; 0: PyTorch's choice
 

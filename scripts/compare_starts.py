@@ -27,7 +27,7 @@ ARMS = ("twist", "shuffled", "cold")
 class CompareConfig:
     out: str = "results/starts"  # folder for starts.csv, curves.csv and summary.json
     runs: str = "runs/starts"  # folder of the run folders
-    rates: tuple[str, ...] = ("2e-3", "4e-3", "8e-3")  # learning rates tried for every start
+    rates: tuple[str, ...] = ("1e-3", "2e-3", "4e-3", "8e-3")  # learning rates tried for every start
     seeds: int = 3  # seeds per start, at its best learning rate
     steps: int = 0  # updates per run; 0: train.py's default
     parallel: int = 2  # runs at a time, one thread each
