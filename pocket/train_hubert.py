@@ -47,8 +47,8 @@ class HubertTrainConfig:
     num_units: int = 100  # K of the final k-means
     targets_1: int = 100  # clusters of MFCC, iteration 1
     targets_2: int = 200  # clusters of hidden features, iteration 2
-    steps_1: int = 1500  # updates of iteration 1
-    steps_2: int = 2000  # updates of iteration 2
+    steps_1: int = 3000  # updates of iteration 1
+    steps_2: int = 3500  # updates of iteration 2
     target_layer: int = 3  # layer whose features become the targets of iteration 2
     batch: int = 16  # crops per update
     crop_frames: int = 100  # frames per crop (4 s)
