@@ -12,7 +12,9 @@ Run as a command it turns any tree of audio into unit shards:
 Sources: HuBERT, Hsu et al. 2021 (arXiv 2106.07447) sections II-III; the 25 Hz variant and deduplication, TWIST
 (arXiv 2305.13009) section 3; shapes B batch, S samples, F frames, C width, K centres, T units.
 """
+import glob
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import checkpoint
 import config
 import data
 import distributed
+import download
 import pretrained
 from audio import SAMPLE_RATE, read_wav
 
@@ -219,42 +222,53 @@ def fit_kmeans(features, k, generator, iterations=25):
     return centers, inertia
 
 
-def load_hubert(folder):
-    """A Hugging Face HuBERT folder (config.json + weights) -> Hubert in eval mode, float32."""
-    options, tensors = pretrained.read_hubert(folder)
+def load_hubert(path):
+    """A Hugging Face HuBERT folder (config.json + weights) or a fairseq .pt file -> Hubert in eval mode, float32."""
+    options, tensors = pretrained.read_hubert(path)
     with torch.device("meta"):
         hubert = Hubert(HubertConfig(**options))
-    pretrained.check_shapes(hubert.state_dict(), tensors, folder)
+    pretrained.check_shapes(hubert.state_dict(), tensors, path)
     hubert.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     return hubert.eval().requires_grad_(False)
 
 
-def load_unit_encoder(folder_or_name="pocket", kmeans=None, layer=None):
+def find_kmeans(path):
+    """The k-means file that belongs to a tokenizer on disk: kmeans.* in its folder, or HUBERT_L11_km500.bin beside HUBERT.pt."""
+    folder = path if path.is_dir() else path.parent
+    beside = [] if path.is_dir() else sorted(folder.glob(f"{glob.escape(path.stem)}*_km*"))
+    for file in (*(folder / f"kmeans.{ending}" for ending in ("safetensors", "bin", "pt")), *beside):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"no k-means centres at {folder / 'kmeans.safetensors'}; name a file with --kmeans, or one of "
+                            + ", ".join(download.KNOWN["kmeans"]))
+
+
+def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None):
     """Load HuBERT and its k-means.
 
     Args:
-        folder_or_name: folder with config.json and weights, or `pocket`.
-        kmeans: safetensors file holding `centers` (K, C); default kmeans.safetensors in the folder.
-        layer: transformer layer of the features; default the one named in the k-means file.
+        folder_or_file_or_name: Hugging Face folder, fairseq .pt file, `pocket`, or a known name (mhubert-base-25hz).
+        kmeans: file or known name; a safetensors file with `centers` (K, C), or scikit-learn's estimator as joblib wrote it.
+            Default: the one that belongs to the known name, or stands beside the tokenizer's file.
+        layer: transformer layer of the features, 1 is the first; default: what the k-means file or its name says.
     """
-    folder = checkpoint.find(str(folder_or_name), "tokenizer")
-    if not folder.is_dir():
-        raise ValueError(f"--tokenizer={folder} is a file; give the folder that holds its config.json and weights")
-    kmeans = Path(kmeans) if kmeans else folder / "kmeans.safetensors"
-    if not kmeans.is_file():
-        raise FileNotFoundError(f"no k-means centres at {kmeans}; name the file with --kmeans")
-    if kmeans.suffix != ".safetensors":
-        raise ValueError(f"{kmeans}: expected a .safetensors file with the tensor `centers` (K, C)")
-    tensors = checkpoint.read_file(kmeans)
-    if "centers" not in tensors:
-        raise ValueError(f"{kmeans} has no tensor `centers`, only {sorted(tensors)[:3]}")
+    name = str(folder_or_file_or_name)
+    path = checkpoint.find(name, "tokenizer")
+    if kmeans is None and name in download.KNOWN["tokenizer"]:
+        kmeans = download.KNOWN["tokenizer"][name].kmeans
+    file = checkpoint.find(str(kmeans), "kmeans") if kmeans else find_kmeans(path)
+    centers, layer_in_file = checkpoint.read_kmeans(file)
     if layer is None:
-        metadata = checkpoint.read_metadata(kmeans)
-        if "layer" not in metadata:
-            raise ValueError(f"{kmeans} does not say which layer it belongs to; give --layer")
-        layer = int(metadata["layer"])
-    name = "pocket" if folder == checkpoint.KINDS["tokenizer"] else folder.name
-    return UnitEncoder(load_hubert(folder), tensors["centers"], layer, name).eval()
+        layer = layer_in_file
+    if layer is None and kmeans in download.KNOWN["kmeans"]:
+        layer = download.KNOWN["kmeans"][kmeans].layer
+    layer_in_name = re.search(r"_L(\d+)_km", file.name)  # as published: ..._L11_km500.bin
+    if layer is None and layer_in_name:
+        layer = int(layer_in_name.group(1))
+    if layer is None:
+        raise ValueError(f"{file} does not say which layer it belongs to; give --layer")
+    own = name != "pocket" and Path(name).exists()
+    return UnitEncoder(load_hubert(path), centers, layer, path.name.removesuffix(".pt") if own else name).eval()
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -263,8 +277,8 @@ def load_unit_encoder(folder_or_name="pocket", kmeans=None, layer=None):
 class UnitsConfig:
     audio: tuple[str, ...] = ()  # files and folders (searched recursively)
     out: str = "units/mine"  # folder for the shards
-    tokenizer: str = "pocket"  # HuBERT folder, or `pocket`
-    kmeans: str | None = None  # k-means file, default the one in the tokenizer's folder
+    tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
+    kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
     layer: int | None = None  # transformer layer of the features, default the k-means file's
     dedup: bool = True  # collapse runs of equal units (false keeps every frame)
     device: str = "auto"  # auto | cpu | cuda

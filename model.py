@@ -2,13 +2,16 @@
 
     ids (B, T) -> table (B, T, C) [+ positions] -> L blocks of attention and feed-forward -> norm -> head -> logits (B, T, V)
 
-What differs between OPT, LLaMA and their kin is about twenty fields of TransformerConfig; which file spells them how is
-the business of pretrained.py. No files and no ranks here.
+What differs between OPT, GPT-2, GPT-NeoX, BLOOM, LLaMA, Qwen and their kin is two dozen fields of TransformerConfig; which file
+spells them how is the business of pretrained.py. No files and no ranks here.
 Shapes: B batch, T tokens (units), C width, H query heads, K key heads, D head dimension, V vocabulary, L layers.
 
 Sources: Vaswani et al. 2017; LLaMA, Touvron et al. 2023, section 2.2; OPT, Zhang et al. 2022; rotary positions, Su et al.
-2021, section 3.4; nucleus sampling, Holtzman et al. 2020.
+2021, section 3.4, on a part of each head and with parallel branches, GPT-NeoX, Black et al. 2022, section 2; ALiBi, Press et
+al. 2022; norm after the embedding, BLOOM 2022, section 3.2; norms of q and k, Qwen3 2025, section 2; nucleus sampling,
+Holtzman et al. 2020.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,21 +34,29 @@ class TransformerConfig:
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
     norm_order: str = "pre"  # pre | post: the norm before each branch, or after the sum (OPT-350M)
-    position: str = "learned"  # learned | rope
+    parallel_residual: bool = False  # attention and feed-forward read the same x, side by side (GPT-NeoX)
+    position: str = "learned"  # learned | rope | alibi
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    mlp: str = "relu"  # relu | gelu | swiglu
-    attention_bias: bool = True
+    rope_fraction: float = 1.0  # share of each head that rotates (GPT-NeoX: a quarter)
+    rope_scaling: tuple[float, float, float, int] | None = None  # LLaMA 3.1: factor, low, high, original positions
+    mlp: str = "relu"  # relu | gelu | gelu_tanh | swiglu
+    attention_bias: bool = True  # on q, k and v
+    out_bias: bool | None = None  # on attention's output; None: as attention_bias (Qwen2 has the one without the other)
     mlp_bias: bool = True
+    qk_norm: bool = False  # RMS norm of every query and key head, before it rotates (Qwen3)
     tie_embeddings: bool = True  # the head is the embedding table
     embed_dim: int = 0  # width of the table when it is projected to C and back (OPT-350M); 0: C
+    embed_norm: bool = False  # a norm right after the table (BLOOM)
     init_std: float = 0.02  # of every matrix of a fresh model
     family: str = "opt"  # whose tensor names an export uses
 
     def __post_init__(self):
         if not self.embed_dim:
             object.__setattr__(self, "embed_dim", self.n_embd)
+        if self.out_bias is None:
+            object.__setattr__(self, "out_bias", self.attention_bias)
         for name, known in (("norm", ("layernorm", "rmsnorm")), ("norm_order", ("pre", "post")),
-                            ("position", ("learned", "rope")), ("mlp", ("relu", "gelu", "swiglu"))):
+                            ("position", ("learned", "rope", "alibi")), ("mlp", ("relu", "gelu", "gelu_tanh", "swiglu"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not supported, expected one of {', '.join(known)}")
         if self.n_head % self.n_kv_head:
@@ -71,22 +82,48 @@ def make_norm(config):
     return norm(config.n_embd, eps=config.norm_eps)
 
 
-def rotary_table(first, length, config, device):
-    """cos and sin (T, 1, D) of the rotary angles of positions first .. first + length - 1, float32.
+def rotary_frequencies(config, device):
+    """Radians per position of each rotating pair, (R / 2,) float32, for the R dimensions of a head that rotate."""
+    width = int(config.head_dim * config.rope_fraction)
+    frequency = config.rope_theta ** -(torch.arange(0, width, 2, device=device).float() / width)
+    if config.rope_scaling is None:
+        return frequency
+    # LLaMA 3.1 stretches the long waves by `factor` and leaves the short ones; between the two bounds it goes from one
+    # to the other linearly in the number of turns that the original context holds.
+    factor, low, high, original = config.rope_scaling
+    turns = original * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / factor
 
-    Dimension i turns together with i + D / 2 (the half-split layout of the published files).
+
+def rotary_table(first, length, config, device):
+    """cos and sin (T, 1, R) of the rotary angles of positions first .. first + length - 1, float32.
+
+    Dimension i turns together with i + R / 2 (the half-split layout of the published files).
     """
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
-    angle = torch.arange(first, first + length, device=device).float()[:, None] * frequency  # (T, D / 2)
+    angle = torch.arange(first, first + length, device=device).float()[:, None] * rotary_frequencies(config, device)
     angle = torch.cat([angle, angle], dim=1)[:, None, :]
     return angle.cos(), angle.sin()
 
 
 def rotate(x, table):
-    """Rotate x (B, T, heads, D) by the angles of its positions."""
+    """Rotate the first R dimensions of x (B, T, heads, D) by the angles of its positions."""
     cos, sin = (part.to(x.dtype) for part in table)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    turning = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turning, still], dim=-1) if still.shape[-1] else turning
+
+
+def alibi_slopes(heads, device):
+    """ALiBi's slope of each head, (H,) float32: how much a score falls per position of distance.
+
+    For 2^n heads they are the powers 1 .. 2^n of 2^(-8 / 2^n); other counts fill up with every second slope of twice 2^n.
+    """
+    power = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * (heads - power), 2)]
+    return torch.tensor(slopes, device=device)
 
 
 class KVCache:
@@ -112,17 +149,20 @@ class Attention(nn.Module):
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
         width = config.n_head * config.head_dim
         self.qkv = nn.Linear(config.n_embd, width + 2 * config.n_kv_head * config.head_dim, bias=config.attention_bias)
-        self.out = nn.Linear(width, config.n_embd, bias=config.attention_bias)
+        self.out = nn.Linear(width, config.n_embd, bias=config.out_bias)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
-    def forward(self, x, table, cache):
+    def forward(self, x, table, slopes, cache):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H | K | K, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.out(kernels.attention(q, k, v).reshape(B, T, -1))
+        return self.out(kernels.attention(q, k, v, alibi_slopes=slopes).reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -137,22 +177,24 @@ class FeedForward(nn.Module):
     def forward(self, x):
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.relu(self.up(x)) if self.kind == "relu" else F.gelu(self.up(x)))
+        if self.kind == "relu":
+            return self.down(F.relu(self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.post = config.norm_order == "post"
+        self.post, self.parallel = config.norm_order == "post", config.parallel_residual
         self.ln_1, self.attn = make_norm(config), Attention(config, layer)
         self.ln_2, self.mlp = make_norm(config), FeedForward(config)
 
-    def forward(self, x, table, cache):
+    def forward(self, x, *position_and_cache):
         if self.post:
-            x = self.ln_1(x + self.attn(x, table, cache))
+            x = self.ln_1(x + self.attn(x, *position_and_cache))
             return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x), table, cache)
-        return x + self.mlp(self.ln_2(x))
+        y = x + self.attn(self.ln_1(x), *position_and_cache)
+        return y + self.mlp(self.ln_2(x if self.parallel else y))
 
 
 class Transformer(nn.Module):
@@ -163,6 +205,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         projected = config.embed_dim != config.n_embd
         self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False) if projected else None
+        self.ln_embed = make_norm(config) if config.embed_norm else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config) if config.norm_order == "pre" else None
         self.project_out = nn.Linear(config.n_embd, config.embed_dim, bias=False) if projected else None
@@ -201,13 +244,14 @@ class Transformer(nn.Module):
         x = self.wte(ids)  # (B, T, embed_dim)
         if self.project_in is not None:
             x = self.project_in(x)
-        table = None
         if self.wpe is not None:
             x = x + self.wpe(torch.arange(first, first + T, device=ids.device))
-        else:
-            table = rotary_table(first, T, config, ids.device)
+        if self.ln_embed is not None:
+            x = self.ln_embed(x)
+        table = rotary_table(first, T, config, ids.device) if config.position == "rope" else None
+        slopes = alibi_slopes(config.n_head, ids.device) if config.position == "alibi" else None
         for block in self.h:
-            x = block(x, table, cache)
+            x = block(x, table, slopes, cache)
         if cache is not None:
             cache.length += T
         if self.ln_f is not None:

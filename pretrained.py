@@ -1,160 +1,48 @@
-"""Foreign names <-> ours, as tables, in both directions. A family is data, not code.
+"""Foreign weights <-> ours, in both directions: text LMs by the tables of families.py, HuBERT by the one below.
 
-    folder --checkpoint.read_tensors--> {their name: tensor} --rows of the family's table--> {our name: tensor}
+    folder --checkpoint.open_tensors--> {their name: tensor} --rows of the family's table--> {our name: tensor}
 
-A row (theirs, ours) holds templates; {} is the layer number. Several foreign tensors may form one of ours (q, k and v
-are stored apart but multiplied at once): they are stacked along the first axis, and split again on the way out.
 Every foreign tensor is consumed by a row or listed as dropped on purpose; anything else is an error that names it.
 
-Sources: the config.json and tensor names that the Hugging Face releases of OPT, LLaMA and HuBERT use.
+Sources: tensor names of the Hugging Face releases, slamkit's wrapper of a unit LM, fairseq's HuBERT checkpoints.
 """
+import ast
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import checkpoint
+from families import FAMILIES, Row, having, linear
 
-
-@dataclass(frozen=True)
-class Row:
-    theirs: tuple[str, ...]  # templates; more than one are stacked along axis 0
-    ours: str
-    skip: int = 0  # first rows of their tensor that are not ours (OPT's positions begin at row 2)
-    when: Callable = lambda options: True  # does a model with these options have this tensor?
-
-
-def linear(theirs, ours, bias=lambda options: True, when=lambda options: True):
-    """The weight row and the bias row of a linear or norm layer."""
-    theirs = (theirs,) if isinstance(theirs, str) else theirs
-    return (Row(tuple(f"{name}.weight" for name in theirs), f"{ours}.weight", when=when),
-            Row(tuple(f"{name}.bias" for name in theirs), f"{ours}.bias",
-                when=lambda options: when(options) and bias(options)))
-
-
-@dataclass(frozen=True)
-class Family:
-    architecture: str  # the transformers class that opens our exports
-    read_config: Callable  # their config -> keyword arguments of TransformerConfig
-    write_config: Callable  # TransformerConfig fields -> their config
-    rows: tuple[Row, ...]
-    prefix: str  # what a full name starts with; older files leave it out
-    dropped: tuple[str, ...] = ()  # regular expressions of tensors that carry no information
-
-
-# ---------------------------------------------------------------------------------------------- LLaMA
-
-def read_llama_config(c):
-    rope = c.get("rope_parameters") or {}
-    scaling = c.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: rope scaling of type {kind!r} is not supported; only the default rotary embedding is")
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act {c['hidden_act']!r} is not supported for LLaMA, expected 'silu'")
-    return dict(
-        vocab_size=c["vocab_size"], block_size=c.get("max_position_embeddings", 2048), n_layer=c["num_hidden_layers"],
-        n_head=c["num_attention_heads"], n_kv_head=c.get("num_key_value_heads") or c["num_attention_heads"],
-        n_embd=c["hidden_size"], head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-        n_inner=c["intermediate_size"], norm="rmsnorm", norm_eps=c.get("rms_norm_eps", 1e-6), position="rope",
-        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))), mlp="swiglu",
-        attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
-        tie_embeddings=c.get("tie_word_embeddings", False), init_std=c.get("initializer_range", 0.02))
-
-
-def write_llama_config(o):
-    return {"vocab_size": o["vocab_size"], "max_position_embeddings": o["block_size"], "num_hidden_layers": o["n_layer"],
-            "num_attention_heads": o["n_head"], "num_key_value_heads": o["n_kv_head"], "hidden_size": o["n_embd"],
-            "head_dim": o["head_dim"], "intermediate_size": o["n_inner"], "rms_norm_eps": o["norm_eps"],
-            "rope_theta": o["rope_theta"], "hidden_act": "silu", "attention_bias": o["attention_bias"],
-            "mlp_bias": o["mlp_bias"], "tie_word_embeddings": o["tie_embeddings"], "initializer_range": o["init_std"]}
-
-
-def attention_bias(options):
-    return options["attention_bias"]
-
-
-def mlp_bias(options):
-    return options["mlp_bias"]
-
-
-def no_bias(options):
-    return False
-
-
-LLAMA = Family(
-    architecture="LlamaForCausalLM", read_config=read_llama_config, write_config=write_llama_config, prefix="model.",
-    rows=(
-        Row(("model.embed_tokens.weight",), "wte.weight"),
-        *linear("model.layers.{}.input_layernorm", "h.{}.ln_1", bias=no_bias),
-        *linear(tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"), "h.{}.attn.qkv", bias=attention_bias),
-        *linear("model.layers.{}.self_attn.o_proj", "h.{}.attn.out", bias=attention_bias),
-        *linear("model.layers.{}.post_attention_layernorm", "h.{}.ln_2", bias=no_bias),
-        *linear("model.layers.{}.mlp.gate_proj", "h.{}.mlp.gate", bias=mlp_bias),
-        *linear("model.layers.{}.mlp.up_proj", "h.{}.mlp.up", bias=mlp_bias),
-        *linear("model.layers.{}.mlp.down_proj", "h.{}.mlp.down", bias=mlp_bias),
-        *linear("model.norm", "ln_f", bias=no_bias),
-        Row(("lm_head.weight",), "lm_head.weight", when=lambda o: not o["tie_embeddings"])),
-    dropped=(r".*\.rotary_emb\.inv_freq",))
-
-
-# ---------------------------------------------------------------------------------------------- OPT
-
-def read_opt_config(c):
-    if not (c.get("enable_bias", True) and c.get("layer_norm_elementwise_affine", True)) \
-            or c.get("_remove_final_layer_norm", False):
-        raise ValueError("config.json: this OPT variant (no bias, or no affine or final layer norm) is not supported")
-    return dict(
-        vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
-        n_head=c["num_attention_heads"], n_kv_head=c["num_attention_heads"], n_embd=c["hidden_size"],
-        head_dim=c["hidden_size"] // c["num_attention_heads"], n_inner=c["ffn_dim"], norm="layernorm", norm_eps=1e-5,
-        norm_order="pre" if c.get("do_layer_norm_before", True) else "post", position="learned",
-        mlp=c.get("activation_function", "relu"), attention_bias=True, mlp_bias=True,
-        tie_embeddings=c.get("tie_word_embeddings", True), embed_dim=c.get("word_embed_proj_dim") or c["hidden_size"],
-        init_std=c.get("init_std", 0.02))
-
-
-def write_opt_config(o):
-    return {"vocab_size": o["vocab_size"], "max_position_embeddings": o["block_size"], "num_hidden_layers": o["n_layer"],
-            "num_attention_heads": o["n_head"], "hidden_size": o["n_embd"], "ffn_dim": o["n_inner"],
-            "word_embed_proj_dim": o["embed_dim"], "do_layer_norm_before": o["norm_order"] == "pre",
-            "activation_function": o["mlp"], "tie_word_embeddings": o["tie_embeddings"], "init_std": o["init_std"],
-            "dropout": 0.0}
-
-
-def projected(options):
-    return options["embed_dim"] != options["n_embd"]
-
-
-OPT = Family(
-    architecture="OPTForCausalLM", read_config=read_opt_config, write_config=write_opt_config, prefix="model.",
-    rows=(
-        Row(("model.decoder.embed_tokens.weight",), "wte.weight"),
-        Row(("model.decoder.embed_positions.weight",), "wpe.weight", skip=2),
-        Row(("model.decoder.project_in.weight",), "project_in.weight", when=projected),
-        Row(("model.decoder.project_out.weight",), "project_out.weight", when=projected),
-        *linear("model.decoder.layers.{}.self_attn_layer_norm", "h.{}.ln_1"),
-        *linear(tuple(f"model.decoder.layers.{{}}.self_attn.{x}_proj" for x in "qkv"), "h.{}.attn.qkv"),
-        *linear("model.decoder.layers.{}.self_attn.out_proj", "h.{}.attn.out"),
-        *linear("model.decoder.layers.{}.final_layer_norm", "h.{}.ln_2"),
-        *linear("model.decoder.layers.{}.fc1", "h.{}.mlp.up"),
-        *linear("model.decoder.layers.{}.fc2", "h.{}.mlp.down"),
-        # the post-norm 350M has no norm after the last layer
-        *linear("model.decoder.final_layer_norm", "ln_f", when=lambda o: o["norm_order"] == "pre"),
-        Row(("lm_head.weight",), "lm_head.weight", when=lambda o: not o["tie_embeddings"])))
-
-FAMILIES = {"llama": LLAMA, "opt": OPT}  # model_type in config.json -> family
-
+SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
+UNIT_LM = "speech_language_model"  # model_type of slamkit's wrapper around a text LM's network
 
 # ---------------------------------------------------------------------------------------------- text LMs, both directions
 
-def read_lm(folder):
-    """Returns (family name, keyword arguments of TransformerConfig, {our name: tensor}, their config.json)."""
+
+def read_settings(folder):
+    """config.json of a model folder. slamkit's wrapper is taken off: the network of `base_config` with the outer vocabulary.
+
+    The table was resized after the inner config was written, so the inner vocab_size may still be the text model's.
+    """
     settings = checkpoint.read_json(Path(folder) / "config.json")
+    if settings.get("model_type") != UNIT_LM:
+        return settings
+    base = settings.get("base_config")
+    if not isinstance(base, dict) or "vocab_size" not in settings:
+        raise ValueError(f"{folder}: config.json of a {UNIT_LM} lacks base_config or vocab_size; copy it again")
+    return {**base, "vocab_size": settings["vocab_size"], "wrapper": UNIT_LM}
+
+
+def read_lm(folder, dtype=None):
+    """Returns (family name, keyword arguments of TransformerConfig, {our name: tensor}, their config.json).
+
+    dtype: of the tensors, None: as stored. They are read one row at a time, so that the model never exists twice.
+    """
+    settings = read_settings(folder)
     family, options = lm_options(settings, folder)
-    tensors = ours(checkpoint.read_tensors(folder), FAMILIES[family], options, options["n_layer"], folder)
+    tensors = ours(checkpoint.open_tensors(folder), FAMILIES[family], options, folder, dtype)
     return family, options, tensors, settings
 
 
@@ -164,47 +52,62 @@ def lm_options(settings, where="config.json"):
     if family not in FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
     try:
-        return family, FAMILIES[family].read_config(settings)
+        options = FAMILIES[family].read_config(settings)
     except KeyError as error:
         raise ValueError(f"{where}: config.json lacks {error} which a {family} model needs") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: a value in config.json is of the wrong type ({error}); copy the file again") from None
+    for key in SIZES:
+        if type(options[key]) is not int or options[key] < 1:
+            raise ValueError(f"{where}: config.json makes {key} {options[key]!r}, expected a positive whole number")
+    return family, options
 
 
 def write_lm(family, options, tensors):
     """The reverse of read_lm: (their config.json, {their name: tensor})."""
     settings = {"architectures": [FAMILIES[family].architecture], "model_type": family,
                 **FAMILIES[family].write_config(options)}
-    return settings, theirs(tensors, FAMILIES[family].rows, options, options["n_layer"], sizes_of_qkv(options))
+    left, result = dict(tensors), {}
+    for row, layer in expand(FAMILIES[family].rows, options):
+        parts = row.layout.write(left.pop(row.ours.format(layer)), options)
+        result.update(zip((template.format(layer) for template in row.theirs), parts))
+    assert not left, f"tensors without a row in the family's table: {sorted(left)[:3]}"
+    return settings, result
 
 
-def sizes_of_qkv(options):
-    """Rows of q, k and v in the stacked weight."""
-    return [options["head_dim"] * n for n in (options["n_head"], options["n_kv_head"], options["n_kv_head"])]
+def full_name(name, family):
+    """Their name as the newest files spell it: without slamkit's `lm.`, with the family's prefix."""
+    name = name.removeprefix("lm.")
+    if name in ("lm_head.weight", "embed_out.weight"):
+        return family.head
+    return name if name.startswith(family.prefix) else family.prefix + name
 
 
-def ours(tensors, family, options, n_layer, where):
-    """{their name: tensor} -> {our name: tensor}; every tensor is consumed or dropped on purpose."""
-    left = {}
-    for name, tensor in tensors.items():
-        name = re.sub(r"^(?:lm\.)", "", name)
-        if not name.startswith((family.prefix, "lm_head.")):
-            name = family.prefix + name  # files of the older kind leave the prefix out
-        left[name] = tensor
-    result, missing = {}, []
-    for row, layer in expand(family.rows, options, n_layer):
-        parts = [left.pop(template.format(layer), None) for template in row.theirs]
-        if any(part is None for part in parts):
-            missing += [template.format(layer) for template, part in zip(row.theirs, parts) if part is None]
+def ours(source, family, options, where, dtype=None):
+    """{their name: tensor} -> {our name: tensor} of our own memory; every tensor is consumed or dropped on purpose."""
+    left, result, missing = {full_name(name, family): name for name in source}, {}, []
+    for row, layer in expand(family.rows, options):
+        names = [template.format(layer) for template in row.theirs]
+        missing += [name for name in names if name not in left]
+        parts = [source[left.pop(name)] for name in names if name in left]
+        if len(parts) < len(names):
             continue
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        result[row.ours.format(layer)] = value[row.skip:] if row.skip else value
-    if options.get("tie_embeddings"):
-        left.pop("lm_head.weight", None)  # a second copy of the embedding table; config.json says they are one
-    left = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in family.dropped)]
+        try:
+            value = row.layout.read(parts, options)
+        except RuntimeError:
+            raise ValueError(f"{where}: {names[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
+                             "they belong to different models") from None
+        result[row.ours.format(layer)] = torch.empty(value.shape, dtype=dtype or value.dtype).copy_(value)
+    if options["tie_embeddings"]:
+        left.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
+    left = [name for name in left if not re.fullmatch(family.dropped, name)]
     if missing or left:
-        raise ValueError(f"{where}: the weights do not fit config.json; missing {missing[:3] or 'none'}"
-                         f"{' ...' if len(missing) > 3 else ''}, unexpected {left[:3] or 'none'}"
-                         f"{' ...' if len(left) > 3 else ''}")
+        raise ValueError(f"{where}: the weights do not fit config.json; missing {shown(missing)}, unexpected {shown(left)}")
     return result
+
+
+def shown(names):
+    return f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}"
 
 
 def check_shapes(expected, tensors, where):
@@ -215,26 +118,20 @@ def check_shapes(expected, tensors, where):
                              f"{tuple(tensors[name].shape)}; they belong to different models")
 
 
-def theirs(tensors, rows, options, n_layer, sizes):
-    """{our name: tensor} -> {their name: tensor}."""
-    left, result = dict(tensors), {}
-    for row, layer in expand(rows, options, n_layer):
-        value = left.pop(row.ours.format(layer))
-        if row.skip:  # rows that transformers wants to exist but never reads
-            value = torch.cat([value.new_zeros(row.skip, *value.shape[1:]), value])
-        parts = [value] if len(row.theirs) == 1 else value.split(sizes)
-        result.update({template.format(layer): part for template, part in zip(row.theirs, parts)})
-    assert not left, f"tensors without a row in the family's table: {sorted(left)[:3]}"
-    return result
+def expand(rows, options, count=None):
+    """Every (row, layer) of a model with these options, layer after layer, as shards store them; None outside the stack.
 
-
-def expand(rows, options, n_layer):
-    """Every (row, layer) of a model with these options; layer is None for rows outside the stack."""
+    count: row -> how many layers it has; default options["n_layer"].
+    """
+    rows = [row for row in rows if row.when(options)]
+    count = count or (lambda row: options["n_layer"])
+    stack = [row for row in rows if "{}" in row.ours]
     for row in rows:
-        if row.when(options):
-            for layer in range(n_layer) if "{}" in row.ours else (None,):
-                yield row, layer
-
+        if row not in stack:
+            yield row, None
+        elif row is stack[0]:
+            for layer in range(max(map(count, stack))):
+                yield from ((other, layer) for other in stack if layer < count(other))
 
 # ---------------------------------------------------------------------------------------------- HuBERT
 
@@ -245,59 +142,51 @@ HUBERT_CONFIG = {  # theirs -> ours, where the value is the same
     "conv_pos_batch_norm": "pos_batch_norm", "layer_norm_eps": "norm_eps"}
 HUBERT_FIXED = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False,
                 "feat_proj_layer_norm": True, "feat_extract_activation": "gelu", "hidden_act": "gelu"}
+POS_CONV = "encoder.pos_conv_embed.conv"
+batch_norm = having("pos_batch_norm")
+
+HUBERT_ROWS = (
+    Row(("masked_spec_embed",), "mask_embedding"),
+    Row(("feature_extractor.conv_layers.{}.conv.weight",), "convs.{}.weight"),
+    *linear("feature_extractor.conv_layers.0.layer_norm", "group_norm"),
+    *linear("feature_projection.layer_norm", "feature_norm"),
+    *linear("feature_projection.projection", "projection"),
+    *linear("encoder.pos_conv_embed.batch_norm", "pos_norm", when=batch_norm),
+    Row(("encoder.pos_conv_embed.batch_norm.running_mean",), "pos_norm.running_mean", when=batch_norm),
+    Row(("encoder.pos_conv_embed.batch_norm.running_var",), "pos_norm.running_var", when=batch_norm),
+    Row(("encoder.pos_conv_embed.batch_norm.num_batches_tracked",), "pos_norm.num_batches_tracked", when=batch_norm),
+    *linear(POS_CONV, "pos_conv"),
+    *linear("encoder.layer_norm", "ln_in"),
+    *(row for part, name in (("attention.q_proj", "q"), ("attention.k_proj", "k"), ("attention.v_proj", "v"),
+                             ("attention.out_proj", "out"), ("layer_norm", "ln_1"),
+                             ("feed_forward.intermediate_dense", "up"), ("feed_forward.output_dense", "down"),
+                             ("final_layer_norm", "ln_2"))
+      for row in linear(f"encoder.layers.{{}}.{part}", f"layers.{{}}.{name}")))
+
+FAIRSEQ_NAMES = (  # beginning of a fairseq name, as a regular expression -> of the Hugging Face name
+    (r"mask_emb$", "masked_spec_embed"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.", r"feature_extractor.conv_layers.\1.conv."),
+    (r"feature_extractor\.conv_layers\.0\.2\.", "feature_extractor.conv_layers.0.layer_norm."),
+    (r"layer_norm\.", "feature_projection.layer_norm."),
+    (r"post_extract_proj\.", "feature_projection.projection."),
+    (r"encoder\.pos_conv\.0\.", f"{POS_CONV}."),
+    (r"encoder\.layers\.(\d+)\.self_attn\.", r"encoder.layers.\1.attention."),
+    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.", r"encoder.layers.\1.layer_norm."),
+    (r"encoder\.layers\.(\d+)\.fc1\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
+    (r"encoder\.layers\.(\d+)\.fc2\.", r"encoder.layers.\1.feed_forward.output_dense."))
+FAIRSEQ_BATCH_NORM = (  # with a BatchNorm in front, the positional convolution is the second module
+    (r"encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.batch_norm."), (r"encoder\.pos_conv\.1\.", f"{POS_CONV}."))
+FAIRSEQ_DROPPED = r"(final_proj|target_glu)\..*|label_embs_concat"  # the prediction head of pretraining
 
 
-def batch_norm(options):
-    return options["pos_batch_norm"]
-
-
-HUBERT = Family(
-    architecture="HubertModel", read_config=None, write_config=None, prefix="",
-    rows=(
-        Row(("masked_spec_embed",), "mask_embedding"),
-        Row(("feature_extractor.conv_layers.{}.conv.weight",), "convs.{}.weight"),
-        *linear("feature_extractor.conv_layers.0.layer_norm", "group_norm"),
-        *linear("feature_projection.layer_norm", "feature_norm"),
-        *linear("feature_projection.projection", "projection"),
-        *linear("encoder.pos_conv_embed.batch_norm", "pos_norm", when=batch_norm),
-        Row(("encoder.pos_conv_embed.batch_norm.running_mean",), "pos_norm.running_mean", when=batch_norm),
-        Row(("encoder.pos_conv_embed.batch_norm.running_var",), "pos_norm.running_var", when=batch_norm),
-        Row(("encoder.pos_conv_embed.batch_norm.num_batches_tracked",), "pos_norm.num_batches_tracked", when=batch_norm),
-        *linear("encoder.pos_conv_embed.conv", "pos_conv"),
-        *linear("encoder.layer_norm", "ln_in"),
-        *(row for part, name in (("attention.q_proj", "q"), ("attention.k_proj", "k"), ("attention.v_proj", "v"),
-                                 ("attention.out_proj", "out"), ("layer_norm", "ln_1"),
-                                 ("feed_forward.intermediate_dense", "up"), ("feed_forward.output_dense", "down"),
-                                 ("final_layer_norm", "ln_2"))
-          for row in linear(f"encoder.layers.{{}}.{part}", f"layers.{{}}.{name}"))))
-
-
-def expand_hubert(options):
-    """As expand(), with as many convolutions as the front end has."""
-    for row in HUBERT.rows:
-        if row.when(options):
-            count = len(options["conv_dim"]) if row.ours.startswith("convs.") else options["n_layer"]
-            for layer in range(count) if "{}" in row.ours else (None,):
-                yield row, layer
-
-
-def read_hubert(folder):
-    """A Hugging Face HuBERT folder -> (keyword arguments of HubertConfig, {our name: tensor})."""
-    settings = checkpoint.read_json(Path(folder) / "config.json")
-    if settings.get("model_type") != "hubert":
-        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'")
-    for key, value in HUBERT_FIXED.items():
-        if settings.get(key, value) != value:
-            raise ValueError(f"{folder}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
-    settings.setdefault("conv_pos_batch_norm", False)  # a key newer than the first releases
-    lacking = [key for key in HUBERT_CONFIG if key not in settings]
-    if lacking:
-        raise ValueError(f"{folder}: config.json lacks {', '.join(lacking)} which a HuBERT needs")
-    options = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    left = {name.removeprefix("hubert."): tensor for name, tensor in checkpoint.read_tensors(folder).items()}
-    fold_weight_norm(left, "encoder.pos_conv_embed.conv")
-    result, missing = {}, []
+def read_hubert(path):
+    """A Hugging Face HuBERT folder or a fairseq .pt file -> (keyword arguments of HubertConfig, {our name: tensor})."""
+    path = Path(path)
+    if path.is_dir():
+        options, left = hugging_face_hubert(path)
+    else:
+        options, left = fairseq_hubert(path)
+    left, result, missing = fold_weight_norm(left), {}, []
     for row, layer in expand_hubert(options):
         name = row.theirs[0].format(layer)
         if name in left:
@@ -309,17 +198,109 @@ def read_hubert(folder):
         else:
             missing.append(name)
     if missing or left:
-        raise ValueError(f"{folder}: the weights do not fit config.json; missing {missing[:3] or 'none'}, "
-                         f"unexpected {sorted(left)[:3] or 'none'}")
+        raise ValueError(f"{path}: the weights do not fit its config; missing {shown(missing)}, unexpected {shown(sorted(left))}")
     return options, result
 
 
-def fold_weight_norm(tensors, name):
-    """Replace g and v of a weight-normed positional convolution by w = g v / |v|, norm per tap over both channel axes."""
-    for g, v in (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")):
-        if f"{name}.{g}" in tensors and f"{name}.{v}" in tensors:  # one alone is reported as unexpected
-            g, v = tensors.pop(f"{name}.{g}").float(), tensors.pop(f"{name}.{v}").float()  # (1, 1, taps), (C, C / groups, taps)
-            tensors[f"{name}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
+def expand_hubert(options):
+    """Every (row, layer); the front end has as many layers as convolutions."""
+    return expand(HUBERT_ROWS, options,
+                  lambda row: len(options["conv_dim"]) if row.ours.startswith("convs.") else options["n_layer"])
+
+
+def hugging_face_hubert(folder):
+    """Folder -> (keyword arguments of HubertConfig, {their name: tensor})."""
+    settings = checkpoint.read_json(folder / "config.json")
+    if settings.get("model_type") != "hubert":
+        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'")
+    for key, value in HUBERT_FIXED.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"{folder}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
+    settings.setdefault("conv_pos_batch_norm", False)  # a key newer than the first releases
+    lacking = [key for key in HUBERT_CONFIG if key not in settings]
+    if lacking:
+        raise ValueError(f"{folder}: config.json lacks {', '.join(lacking)} which a HuBERT needs")
+    options = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    # preprocessor_config.json may ask for normalised waveforms; no published pipeline does that with these models
+    return options, {name.removeprefix("hubert."): tensor for name, tensor in checkpoint.read_tensors(folder).items()}
+
+
+def fairseq_hubert(path):
+    """fairseq .pt -> (keyword arguments of HubertConfig, {Hugging Face name: tensor}).
+
+    The shapes of the tensors say most of the architecture; the file's settings, which stripped copies lack, say the rest.
+    """
+    settings, tensors = checkpoint.read_fairseq(path)
+    table = FAIRSEQ_BATCH_NORM + FAIRSEQ_NAMES if "encoder.pos_conv.0.running_mean" in tensors else FAIRSEQ_NAMES
+    left = {}
+    for name, tensor in tensors.items():
+        if not re.fullmatch(FAIRSEQ_DROPPED, name):
+            new = next((re.sub(f"^{old}", new, name) for old, new in table if re.match(old, name)), name)
+            left[new] = tensor
+    for key, value in (("extractor_mode", "default"), ("layer_norm_first", False), ("conv_bias", False), ("sample_rate", 16_000)):
+        if getattr(settings.get(key, value), "value", settings.get(key, value)) not in (value, None):
+            raise ValueError(f"{path}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
+    try:
+        convs = [left[f"feature_extractor.conv_layers.{i}.conv.weight"]
+                 for i in range(sum(name.endswith(".conv.weight") and "conv_layers" in name for name in left))]
+        layers = {int(name.split(".")[2]) for name in left if name.startswith("encoder.layers.")}
+        width = left["feature_projection.projection.weight"].shape[0]
+        pos = next(left[name] for name in (f"{POS_CONV}.weight_v", f"{POS_CONV}.weight") if name in left)  # (C, C / groups, taps)
+        options = dict(
+            conv_dim=tuple(w.shape[0] for w in convs), conv_kernel=tuple(w.shape[2] for w in convs), n_embd=width,
+            n_layer=len(layers), n_head=settings.get("encoder_attention_heads") or width // 64,
+            n_inner=left["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0], pos_kernel=pos.shape[2],
+            pos_groups=width // pos.shape[1], pos_batch_norm=table is not FAIRSEQ_NAMES, norm_eps=1e-5,
+            normalize=bool(settings.get("normalize") or False))
+    except (KeyError, IndexError, StopIteration, ValueError) as error:
+        raise ValueError(f"{path} is no HuBERT: a tensor is missing or of another shape ({error}); give a fairseq HuBERT "
+                         "checkpoint or a Hugging Face folder") from None
+    return options | {"conv_stride": strides(settings.get("conv_feature_layers"), options, path)}, left
+
+
+def strides(text, options, where):
+    """Stride of every convolution, from fairseq's conv_feature_layers; without one, what HuBERT base has for each kernel."""
+    if text is None:
+        usual = {10: 5, 3: 2, 2: 2}
+        if not set(options["conv_kernel"]) <= set(usual):
+            raise ValueError(f"{where} has no settings, and convolutions of {options['conv_kernel']} taps whose strides "
+                             "cannot be told; give a file with its settings")
+        return tuple(usual[taps] for taps in options["conv_kernel"])
+    layers = parse_conv_layers(text)
+    if [layer[:2] for layer in layers] != list(zip(options["conv_dim"], options["conv_kernel"])):
+        raise ValueError(f"{where}: conv_feature_layers says {text}, but the weights have widths {options['conv_dim']} and "
+                         f"kernels {options['conv_kernel']}; settings and weights belong to different models")
+    return tuple(layer[2] for layer in layers)
+
+
+def parse_conv_layers(text):
+    """"[(512,10,5)] + [(512,3,2)] * 4" -> [(512, 10, 5), (512, 3, 2), ...]. Python's syntax, but nothing is evaluated."""
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int and 0 < node.value < 10_000:
+            return node.value
+        if isinstance(node, ast.List):
+            return [value(item) for item in node.elts]
+        if isinstance(node, ast.Tuple):
+            return tuple(value(item) for item in node.elts)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+            left, right = value(node.left), value(node.right)
+            if isinstance(left, list) and type(right) is (list if isinstance(node.op, ast.Add) else int) \
+                    and (isinstance(right, list) or len(left) * right <= 64):  # nobody has more convolutions
+                return left + right if isinstance(right, list) else left * right
+        raise ValueError
+
+    try:
+        if not isinstance(text, str) or len(text) > 1000:
+            raise ValueError
+        layers = value(ast.parse(text.strip(), mode="eval").body)
+        if not layers or not all(type(layer) is tuple and len(layer) == 3 and {type(n) for n in layer} == {int}
+                                 for layer in layers):
+            raise ValueError
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise ValueError(f"conv_feature_layers {text!r:.80} is no list of (width, kernel, stride); nothing was evaluated"
+                         ) from None
+    return layers
 
 
 def write_hubert(options, tensors):
@@ -327,5 +308,33 @@ def write_hubert(options, tensors):
     settings = {"architectures": ["HubertModel"], "model_type": "hubert", **HUBERT_FIXED,
                 **{key: options[ours] for key, ours in HUBERT_CONFIG.items()},
                 "num_feat_extract_layers": len(options["conv_dim"]), "vocab_size": 32}
-    return settings, {row.theirs[0].format(layer): tensors[row.ours.format(layer)]
-                      for row, layer in expand_hubert(options)}
+    theirs = {row.theirs[0].format(layer): tensors[row.ours.format(layer)] for row, layer in expand_hubert(options)}
+    if not options["pos_batch_norm"]:  # transformers wants weight norm there, and any direction with its own length is one
+        v = theirs.pop(f"{POS_CONV}.weight")
+        new = f"{POS_CONV}.parametrizations.weight.original"
+        theirs |= {f"{new}0": torch.linalg.vector_norm(v.float(), dim=(0, 1), keepdim=True).to(v.dtype), f"{new}1": v}
+    return settings, theirs
+
+
+# ---------------------------------------------------------------------------------------------- weight norm
+
+def fold_weight_norm(tensors):
+    """w = g v / |v| for every weight stored as length g and direction v, in either spelling; the rest as it is.
+
+    |v| runs over the dimensions that g has not: all but output channels in a convolution, all but INPUT channels in a
+    transposed one, all but the taps in HuBERT's positional convolution. Source: Salimans & Kingma 2016, section 2.
+    """
+    spellings = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
+    folded = dict(tensors)
+    for length, direction in spellings:
+        for name in [name for name in tensors if name.endswith("." + direction)]:
+            stem = name.removesuffix(direction)
+            if stem + length not in folded:
+                raise ValueError(f"the checkpoint has {name} but no {stem + length}; it is incomplete")
+            v, g = folded.pop(name).float(), folded.pop(stem + length).float()
+            axes = [axis for axis, size in enumerate(g.shape) if size == 1]
+            if g.ndim != v.ndim or not axes or any(g.shape[axis] not in (1, v.shape[axis]) for axis in range(v.ndim)):
+                raise ValueError(f"{name} of shape {tuple(v.shape)} and {stem + length} of {tuple(g.shape)} do not fit together; "
+                                 "the checkpoint is damaged")
+            folded[stem + "weight"] = g * v / torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+    return folded

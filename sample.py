@@ -29,9 +29,13 @@ from vocoder import load_vocoder
 @dataclass(frozen=True)
 class SampleConfig:
     prompts: tuple[str, ...] = ()  # audio files, any format, rate and channel count that libsndfile reads
-    model: str = "pocket"  # speech LM: folder, or `pocket`
-    tokenizer: str = "pocket"  # HuBERT folder with k-means, or `pocket`
-    vocoder: str = "pocket"  # vocoder folder, or `pocket`
+    model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
+    tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
+    kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
+    layer: int | None = None  # transformer layer of the features; default the k-means file's
+    vocoder: str = "pocket"  # vocoder: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
+    speaker: str | None = None  # number or name of the voice, where the vocoder has several
+    style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "samples"  # folder for the wav files, named after the prompt
     prompt_seconds: float = 3.0  # how much of the prompt the model hears; 0: all of it
     max_new_units: int = 150  # longest continuation, in units (about 18 units a second)
@@ -75,7 +79,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab):
         # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing
         timing = vocoder.durations(spoken.to(device)).cpu()
         timing[: len(runs)] = runs
-        wav = vocoder(spoken, timing).cpu()
+        wav = vocoder(spoken, timing, options.speaker, options.style).cpu()
         files.append(Path(options.out) / f"{Path(path).stem}_{i}.wav")
         write_wav(files[-1], wav)
         if options.continuation_only:
@@ -87,7 +91,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab):
 def resynthesize(path, options, encoder, vocoder):
     units, _ = prepare_prompt(path, encoder, 0)
     file = Path(options.out) / f"{Path(path).stem}_resynth.wav"
-    write_wav(file, vocoder(units).cpu())
+    write_wav(file, vocoder(units, None, options.speaker, options.style).cpu())
     return [file], len(units)
 
 
@@ -100,8 +104,9 @@ def main(argv=None):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
-    encoder = load_unit_encoder(options.tokenizer).to(device)
+    encoder = load_unit_encoder(options.tokenizer, options.kmeans, options.layer).to(device)
     vocoder = load_vocoder(options.vocoder).to(device)
+    vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     if vocoder.recipe:
         data.check_recipe(vocoder.recipe, encoder.recipe, f"--vocoder={options.vocoder}")
     if not options.resynth:

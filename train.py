@@ -42,7 +42,7 @@ CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant"), "dtype"
 @dataclass(frozen=True)
 class TrainConfig:
     init: str = "twist"  # twist | cold | shuffled | resume | a speech LM's folder to fine-tune
-    lm: str = "pocket"  # text LM to start from (cold: its config.json alone): folder, or `pocket`
+    lm: str = "pocket"  # text LM to start from (cold: its config.json alone): folder, `pocket`, or a hub name (facebook/opt-125m)
     embedding: str = "fresh"  # new unit table of a warm start: fresh | matched | truncate (twist.py)
     data: str = "pocket"  # folder of training shards
     val_data: str = "pocket"  # folder of validation shards

@@ -8,11 +8,11 @@ the speech units, train on with next-unit prediction on speech alone. A cold sta
 weights. The third start, `shuffled`, keeps every tensor's values but permutes them inside the tensor: what it gains
 over cold is the scale of the initialisation, what TWIST gains over it is knowledge.
 
-    python twist.py --lm=pocket --units=100 --out=warm      # prints what is kept, dropped and drawn anew
+    python twist.py --lm=facebook/opt-125m --units=500                # prints what is kept, dropped and drawn anew
+    python twist.py --lm=pocket --units=100 --out=warm               # and writes the warm-started model
 """
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,6 +20,9 @@ import checkpoint
 import config
 import pretrained
 from model import Transformer, TransformerConfig
+
+LARGEST_UNIT_VOCAB = 2**15  # rows; a larger table is one of text
+TABLES = ("wte.weight", "lm_head.weight")  # the tensors that have a row for every word, and the head only where it is not tied
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,9 @@ def warm_start(lm, vocab, seed=0, embedding="fresh"):
         embedding: fresh: the new table ~ N(0, init_std), 0.02 in the published families (the paper re-draws it);
             matched: ~ N(0, std of the text table); truncate: the first rows of the text table (what slamkit's resize does).
     """
-    tensors = {name: tensor.detach().clone() for name, tensor in lm.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
-    for name in ("wte.weight", "lm_head.weight"):
-        if name in tensors:
-            tensors[name] = new_table(tensors[name], vocab.size, lm.config, embedding, generator)
+    tensors = {name: new_table(tensor, vocab.size, lm.config, embedding, generator) if name in TABLES else tensor.detach().clone()
+               for name, tensor in lm.state_dict().items()}
     return build(dataclasses.replace(lm.config, vocab_size=vocab.size), tensors)
 
 
@@ -106,47 +107,65 @@ def shuffled_start(lm, vocab, seed=0, embedding="fresh"):
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in ("wte.weight", "lm_head.weight"):
+            if name not in TABLES:
                 order = torch.randperm(parameter.numel(), generator=generator)
                 parameter.copy_(parameter.flatten()[order].view_as(parameter))
     return model
 
 
+def empty(model_config):
+    """A model of that architecture on the meta device: shapes without numbers, for counting at any size."""
+    with torch.device("meta"):
+        return Transformer(model_config)
+
+
 def build(model_config, tensors, where="weights"):
     """A model of given tensors in eval mode; nothing is allocated twice."""
-    with torch.device("meta"):
-        model = Transformer(model_config)
+    model = empty(model_config)
     pretrained.check_shapes(model.state_dict(), tensors, where)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval().requires_grad_(True)
 
 
-def report(lm, slm):
-    """What the change of vocabulary kept, dropped and drew, as text."""
+def stored_parameters(model_config):
+    """Parameters in the file that an export writes, which is the number that papers print."""
+    options = dataclasses.asdict(model_config)
+    family = options.pop("family")
+    _, tensors = pretrained.write_lm(family, options, empty(model_config).state_dict())
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def report(lm, slm, embedding="fresh"):
+    """What the change of vocabulary kept, dropped and drew, as text. The models may be empty ones."""
     old, new = lm.state_dict(), slm.state_dict()
-    tables = [name for name in old if name in ("wte.weight", "lm_head.weight")]
-    kept = sum(tensor.numel() for name, tensor in new.items() if name not in tables)
-    lines = [f"kept     {kept:>13,} parameters in {len(new) - len(tables)} tensors: the body"]
+    tables = [name for name in old if name in TABLES]
+    body = sum(tensor.numel() for name, tensor in new.items() if name not in tables)
+    source = {"fresh": f"~ N(0, {lm.config.init_std})", "matched": "~ N(0, std of the text table)",
+              "truncate": "= the first rows of the text table"}[embedding]
+    lines = [f"kept     {body:>13,} parameters in {len(new) - len(tables)} tensors: the body"]
     for name in tables:
         lines.append(f"dropped  {old[name].numel():>13,} {name} {tuple(old[name].shape)}")
-        lines.append(f"drawn    {new[name].numel():>13,} {name} {tuple(new[name].shape)}")
-    return "\n".join(lines + [f"total    {sum(tensor.numel() for tensor in new.values()):>13,} parameters"])
+        lines.append(f"drawn    {new[name].numel():>13,} {name} {tuple(new[name].shape)} {source}")
+    total = sum(tensor.numel() for tensor in new.values())
+    unread = stored_parameters(slm.config) - total
+    lines.append(f"total    {total:>13,} parameters" + (
+        f"; {total + unread:,} in the file, whose position table has {unread:,} in rows that nothing reads" if unread else ""))
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- load and save
 
 def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
     """A text LM as any Hugging Face folder holds it -> Transformer in eval mode."""
-    folder = checkpoint.find(str(folder_or_name), "lm")
-    family, options, tensors, _ = pretrained.read_lm(folder)
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    folder = checkpoint.find_model(folder_or_name, "lm")
+    family, options, tensors, _ = pretrained.read_lm(folder, dtype)
     return build(TransformerConfig(**options, family=family), tensors, folder)
 
 
 def load_lm_config(folder_or_name="pocket"):
     """The architecture alone: TransformerConfig from a folder's config.json (the weights need not be there)."""
-    folder = checkpoint.find(str(folder_or_name), "lm")
-    family, options = pretrained.lm_options(checkpoint.read_json(folder / "config.json"), folder)
+    folder = checkpoint.find_model(folder_or_name, "lm")
+    family, options = pretrained.lm_options(pretrained.read_settings(folder), folder)
     return TransformerConfig(**options, family=family)
 
 
@@ -162,18 +181,44 @@ def save_speech_lm(slm, vocab, folder, dtype=torch.float32):
     checkpoint.write_model(folder, settings, tensors)
 
 
-def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
-    """Returns (Transformer in eval mode, UnitVocab). Raises ValueError for a folder that is a text LM."""
-    folder = checkpoint.find(str(folder_or_name), "model")
-    settings = checkpoint.read_json(Path(folder) / "config.json")
+def read_vocab(settings, where):
+    """The unit ids that a checkpoint's config.json declares, in one of three conventions.
+
+    ours         offset, num_units, bos, eos and pad are all written down
+    Meta's TWIST `offset` alone; every row from there on is a unit. Trained without bos, whatever bos_token_id its text LM left
+                 behind; an id below the offset may end a sequence.
+    slamkit      the wrapper: pad 0, <S> 1 at both ends, unit u is u + 2
+    """
+    rows = settings["vocab_size"]
+
+    def declared(key, limit, default=None):
+        token = settings.get(key, default)
+        return token if type(token) is int and 0 <= token < limit else None
+
+    if "wrapper" in settings:
+        if rows > LARGEST_UNIT_VOCAB:
+            raise ValueError(f"{where} has {rows} rows, a vocabulary of text and units together; only models of units alone open")
+        bos, eos, pad = (declared(f"{name}_token_id", 2, usual) for name, usual in (("bos", 1), ("eos", 1), ("pad", 0)))
+        return UnitVocab(rows - 2, 2, bos, eos, pad)
     if "offset" not in settings:
-        raise ValueError(f"{folder} is no speech LM: its config.json has no `offset`; "
-                         f"make one with train.py --init=twist --lm={folder}")
-    family, options, tensors, settings = pretrained.read_lm(folder)
-    vocab = UnitVocab(settings.get("num_units", settings["vocab_size"] - settings["offset"]), settings["offset"],
-                      settings.get("bos_token_id"), settings.get("eos_token_id"), settings.get("pad_token_id"),
-                      settings.get("tokenizer_recipe"))
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        raise ValueError(f"{where} is no speech LM: its config.json has no `offset`; "
+                         f"make one with train.py --init=twist --lm={where}")
+    offset = settings["offset"]
+    num_units = settings.get("num_units", rows - offset if type(offset) is int else None)
+    if not (type(offset) is type(num_units) is int and offset >= 0 and num_units > 0 and offset + num_units <= rows):
+        raise ValueError(f"{where}: config.json has offset {offset!r} and {num_units!r} units in a vocabulary of {rows} rows; "
+                         "expected offset + units <= rows; copy the file again")
+    if "num_units" in settings:
+        return UnitVocab(num_units, offset, *(declared(f"{name}_token_id", rows) for name in ("bos", "eos", "pad")),
+                         settings.get("tokenizer_recipe"))
+    return UnitVocab(num_units, offset, None, declared("eos_token_id", offset), declared("pad_token_id", offset))
+
+
+def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
+    """Ours, Meta's TWIST or slamkit's -> (Transformer in eval mode, UnitVocab). Raises ValueError for a text LM."""
+    folder = checkpoint.find_model(folder_or_name, "model")
+    vocab = read_vocab(pretrained.read_settings(folder), folder)
+    family, options, tensors, _ = pretrained.read_lm(folder, dtype)
     return build(TransformerConfig(**options, family=family), tensors, folder), vocab
 
 
@@ -181,7 +226,7 @@ def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
 
 @dataclass(frozen=True)
 class TwistConfig:
-    lm: str = "pocket"  # text LM: folder, or `pocket`
+    lm: str = "pocket"  # text LM: folder, `pocket`, or a name on the Hugging Face hub (facebook/opt-125m)
     units: int = 100  # K of the tokenizer
     embedding: str = "fresh"  # fresh | matched | truncate: how the unit table starts
     seed: int = 0  # of the new table
@@ -190,9 +235,14 @@ class TwistConfig:
 
 def main(argv=None):
     options = config.load(TwistConfig, argv)
-    lm, vocab = load_text_lm(options.lm), UnitVocab(options.units)
-    slm = warm_start(lm, vocab, options.seed, options.embedding)
-    print(report(lm, slm))
+    vocab = UnitVocab(options.units)
+    if options.out:
+        lm = load_text_lm(options.lm)
+        slm = warm_start(lm, vocab, options.seed, options.embedding)
+    else:  # counting needs config.json alone
+        lm = empty(load_lm_config(options.lm))
+        slm = empty(dataclasses.replace(lm.config, vocab_size=vocab.size))
+    print(report(lm, slm, options.embedding))
     if options.out:
         save_speech_lm(slm, vocab, options.out)
         print(f"wrote {options.out}")

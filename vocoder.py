@@ -9,12 +9,15 @@ the hop (samples per frame) is the product of the upsample rates: 640 at 25 Hz, 
 
     python vocoder.py units.jsonl --out=speech                     # one wav a line, named after its file_name
     python vocoder.py units/mine --out=speech --use-durations      # a shard folder; the recorded timing
+    python vocoder.py units.jsonl --vocoder=hubert-base-ls960 --speaker=3   # one of several voices, by number or name
 
-Modules carry the published parameter names, so a released checkpoint and its config.json load as they are.
+A vocoder of many voices has a table of speakers, and perhaps one of styles; their rows are appended to every frame's
+embedding. Modules carry the published parameter names, so a released checkpoint and its config.json load as they are.
 Sources: generator, Kong et al. 2020 (HiFi-GAN, arXiv 2010.05646) section 2.2; unit input, Polyak et al. 2021
 (arXiv 2104.00355) section 2.2; duration predictor, Ren et al. 2021 (FastSpeech 2, arXiv 2006.04558) section 2.3,
 used on units by Lee et al. 2022 (arXiv 2107.05604). Shapes: B batch, T units, F frames, S samples, C width.
 """
+import difflib
 import json
 import math
 from dataclasses import dataclass, fields
@@ -29,13 +32,15 @@ import checkpoint
 import config
 import data
 from audio import SAMPLE_RATE, write_wav
+from pretrained import fold_weight_norm
 
 SLOPE = 0.1  # leaky ReLU inside the generator
 LAST_SLOPE = 0.01  # leaky ReLU before the last convolution: the published models use the library's default there
 EDGE_KERNEL = 7  # taps of the first and the last convolution
 # Keys of published configs that would change the network; any value but these is refused rather than ignored.
-UNSUPPORTED = ("f0", "multispkr", "multistyle", "embedder_params", "f0_quant_num_bin", "code_vq_params")
-REMEDY = "give the config.json of a single-speaker unit HiFi-GAN without f0"
+UNSUPPORTED = ("f0", "embedder_params", "f0_quant_num_bin", "code_vq_params")
+REMEDY = "give the config.json of a unit HiFi-GAN without f0"
+SPEAKERS, STYLES = 200, 100  # rows of the tables of voices where the config does not say it, as in the published code
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class VocoderConfig:
     resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5),) * 3  # dilations of each block's pairs
     num_embeddings: int = 500  # K, number of units
     embedding_dim: int = 128  # width of a unit's embedding
-    model_in_dim: int = 128  # width that the generator takes; equal to embedding_dim without speaker and f0
+    model_in_dim: int = 128  # width that the generator takes: embedding_dim, once more for speakers, once more for styles
+    num_speakers: int = 0  # rows of the table of speakers; 0: one voice, no table
+    num_styles: int = 0  # rows of the table of speaking styles
     code_hop_size: int = 320  # samples per frame
     sampling_rate: int = SAMPLE_RATE  # Hz
     dur_predictor_params: DurationConfig | None = None  # None: no predictor, one frame per unit unless runs are given
@@ -77,8 +84,11 @@ class VocoderConfig:
             (len(self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes) > 0
              and all(k % 2 for k in self.resblock_kernel_sizes),
              "resblock_kernel_sizes: expected odd numbers, each with its list in resblock_dilation_sizes"),
-            (self.model_in_dim == self.embedding_dim, f"model_in_dim {self.model_in_dim} is not embedding_dim "
-             f"{self.embedding_dim}: the generator expects speaker, style or f0 inputs, which are not supported"),
+            (all(type(n) is int and n >= 0 for n in (self.num_speakers, self.num_styles)),
+             f"num_speakers {self.num_speakers!r}, num_styles {self.num_styles!r}: expected whole numbers"),
+            (self.model_in_dim == self.embedding_dim * (1 + bool(self.num_speakers) + bool(self.num_styles)),
+             f"model_in_dim {self.model_in_dim} is not embedding_dim {self.embedding_dim}, once for the units and once more for "
+             f"each of speakers ({self.num_speakers}) and styles ({self.num_styles}): it expects other inputs"),
             (not duration or (duration.var_pred_kernel_size, duration.encoder_embed_dim) == (3, self.embedding_dim),
              f"dur_predictor_params: expected kernel size 3 and encoder_embed_dim {self.embedding_dim}"),
         )
@@ -138,9 +148,12 @@ class Vocoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.recipe = config, None
+        self.speakers, self.styles = [], []  # names of the voices, where the checkpoint brings them
         width, edge = config.upsample_initial_channel, dict(kernel_size=EDGE_KERNEL, padding=EDGE_KERNEL // 2)
         blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
         self.dict = nn.Embedding(config.num_embeddings, config.embedding_dim)
+        self.spkr = nn.Embedding(config.num_speakers, config.embedding_dim) if config.num_speakers else None
+        self.style = nn.Embedding(config.num_styles, config.embedding_dim) if config.num_styles else None
         self.conv_pre = nn.Conv1d(config.model_in_dim, width, **edge)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes):
@@ -152,9 +165,16 @@ class Vocoder(nn.Module):
         duration = config.dur_predictor_params
         self.dur_predictor = DurationPredictor(duration) if duration else None
 
-    def decode(self, frames):
-        """Frame units (B, F) int64, already at the frame rate -> (B, F * hop) float32 in [-1, 1]."""
-        x = self.conv_pre(self.dict(frames).transpose(1, 2))  # (B, width, F)
+    def decode(self, frames, speaker=0, style=0):
+        """Frame units (B, F) int64, already at the frame rate -> (B, F * hop) float32 in [-1, 1].
+
+        speaker, style: row of their tables, where the vocoder has them.
+        """
+        x = self.dict(frames)  # (B, F, C)
+        for table, row in ((self.spkr, speaker), (self.style, style)):
+            if table is not None:
+                x = torch.cat([x, table.weight[row].expand(*frames.shape, -1)], dim=2)
+        x = self.conv_pre(x.transpose(1, 2))  # (B, width, F)
         num_blocks = len(self.config.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))  # (B, width / 2^(i+1), F * rates so far)
@@ -170,16 +190,33 @@ class Vocoder(nn.Module):
         log_frames = self.dur_predictor(self.dict(units)[None])[0]
         return torch.round(torch.exp(log_frames) - 1).clamp(min=1).long()
 
+    def voice(self, speaker=None, style=None):
+        """Rows of the tables of speakers and styles for numbers or names; None is the first. Raises ValueError, see forward."""
+        rows = []
+        for kind, wanted, count, names in (("speaker", speaker, self.config.num_speakers, self.speakers),
+                                           ("style", style, self.config.num_styles, self.styles)):
+            wanted = 0 if wanted is None else wanted
+            row = names.index(wanted) if wanted in names else int(wanted) if str(wanted).isdecimal() else -1
+            if not 0 <= row < max(count, 1):
+                near = difflib.get_close_matches(str(wanted), names, n=1, cutoff=0.0)
+                raise ValueError(f"{kind} {wanted!r}: this vocoder has " + (
+                    f"{kind}s 0 to {count - 1}" + (f"; did you mean {near[0]!r}?" if near else "") if count
+                    else f"no choice of {kind}; leave it out"))
+            rows.append(row)
+        return rows
+
     @torch.no_grad()
-    def forward(self, units, runs=None):
+    def forward(self, units, runs=None, speaker=None, style=None):
         """Speak one sequence of units.
 
         Args:
             units: (T,) integers in [0, K), repeats removed where the model has a duration predictor.
             runs: (T,) integers >= 1, frames of each unit; default: predicted.
+            speaker, style: number or name of the voice, where the vocoder has several; default: the first.
         Returns: (S,) float32 in [-1, 1] at 16 kHz, S = sum(runs) * hop; an empty sequence gives an empty tensor.
-        Raises: ValueError for a unit that the model does not know, or runs that do not fit.
+        Raises: ValueError for a unit or a voice that the model does not know, or runs that do not fit.
         """
+        voice = self.voice(speaker, style)
         device, K = self.dict.weight.device, self.config.num_embeddings
         units = integers(units, "units").to(device)
         if len(units) == 0:
@@ -191,7 +228,7 @@ class Vocoder(nn.Module):
         if len(runs) != len(units) or runs.min() < 1:
             raise ValueError(f"{len(runs)} runs, the shortest {min(runs.tolist(), default=0)}, for {len(units)} units; "
                              "expected one run of at least 1 frame for each")
-        return self.decode(torch.repeat_interleave(units, runs)[None])[0]
+        return self.decode(torch.repeat_interleave(units, runs)[None], *voice)[0]
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -207,6 +244,8 @@ def parse_config(table):
     known = {field.name: freeze(table[field.name]) for field in fields(VocoderConfig) if field.name in table}
     known.setdefault("code_hop_size", math.prod(known["upsample_rates"]))
     known["resblock"] = str(known.get("resblock", "1"))  # some files hold the number 1
+    for field, key, usual in (("num_speakers", "multispkr", SPEAKERS), ("num_styles", "multistyle", STYLES)):
+        known[field] = (table.get(field) or usual) if table.get(key) else 0
     duration = known.get("dur_predictor_params")
     known["dur_predictor_params"] = DurationConfig(**duration) if duration else None
     return VocoderConfig(**known)
@@ -216,34 +255,30 @@ def freeze(value):
     return tuple(freeze(item) for item in value) if isinstance(value, list) else value
 
 
-def fold_weight_norm(tensors):
-    """w = g v / |v| for every weight stored as length g and direction v, in either spelling; the rest as it is.
+def beside(path, name):
+    """The file `name` that belongs to a weight file, or to a folder: released files stand side by side as MODEL.pt,
+    MODEL_config.json or MODEL_generator.pt, MODEL_config.json; trainers and this project write plain config.json."""
+    if path.is_dir():
+        return path / name
+    stems = (path.stem, path.stem.removesuffix("_generator"))
+    return next((file for file in (path.with_name(f"{stem}_{name}") for stem in stems) if file.is_file()), path.with_name(name))
 
-    |v| runs over all dimensions but the first: output channels, and INPUT channels in a transposed convolution.
-    """
-    spellings = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
-    folded = dict(tensors)
-    for length, direction in spellings:
-        for name in [name for name in tensors if name.endswith("." + direction)]:
-            stem = name.removesuffix(direction)
-            if stem + length not in folded:
-                raise ValueError(f"the checkpoint has {name} but no {stem + length}; it is incomplete")
-            v, g = folded.pop(name).float(), folded.pop(stem + length).float()
-            folded[stem + "weight"] = g * v / v.norm(dim=tuple(range(1, v.ndim)), keepdim=True)
-    return folded
+
+def names_beside(path, name):
+    """Names of voices, one a line; none where there is no such file."""
+    file = beside(path, name)
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def load_vocoder(folder_or_file_or_name="pocket"):
-    """Load a unit HiFi-GAN: a folder (config.json + weights), a weight file beside its config, or `pocket`.
+    """Load a unit HiFi-GAN: a folder (config.json + weights), a weight file beside its config, `pocket`, or a known name.
 
     Returns: Vocoder in eval mode, float32 (half-precision storage is widened), weight norm folded. Its `recipe` names
         the tokenizer whose units it speaks, or is None where the config does not say.
     Raises: ValueError naming tensors that are missing, unknown or of another shape; OSError if files are absent.
     """
     path = checkpoint.find(str(folder_or_file_or_name), "vocoder")
-    # Released files stand beside NAME_config.json; trainers and this project write plain config.json.
-    named, folder = path.with_name(f"{path.stem}_config.json"), path if path.is_dir() else path.parent
-    table_path = named if path.is_file() and named.is_file() else folder / "config.json"
+    table_path = beside(path, "config.json")
     table = checkpoint.read_json(table_path)
     try:
         options = parse_config(table)
@@ -251,8 +286,8 @@ def load_vocoder(folder_or_file_or_name="pocket"):
         raise ValueError(f"{table_path} is no vocoder config ({error}); {REMEDY}") from None
     tensors = checkpoint.read_tensors(path)
     tensors = tensors.get("generator", tensors)  # trainers keep the generator under this key
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} holds {sorted(tensors)[:3]}, not the tensors of a generator; give its g_... file")
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds {str(list(tensors)[:3]):.80}, not the tensors of a generator; give its g_... file")
     tensors = fold_weight_norm(tensors)
     with torch.device("meta"):
         vocoder = Vocoder(options)
@@ -265,6 +300,7 @@ def load_vocoder(folder_or_file_or_name="pocket"):
                              f"e.g. {min(names)}; weights and config belong to different models")
     vocoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     vocoder.recipe = table.get("tokenizer")
+    vocoder.speakers, vocoder.styles = names_beside(path, "speakers.txt"), names_beside(path, "styles.txt")
     return vocoder.eval().requires_grad_(False)
 
 
@@ -273,7 +309,9 @@ def load_vocoder(folder_or_file_or_name="pocket"):
 @dataclass(frozen=True)
 class SpeakConfig:
     units: tuple[str, ...] = ()  # .jsonl files (keys units, duration, file_name) and shard folders
-    vocoder: str = "pocket"  # vocoder folder or weight file, or `pocket`
+    vocoder: str = "pocket"  # vocoder folder or weight file, `pocket`, or a known name
+    speaker: str | None = None  # number or name of the voice, where the vocoder has several
+    style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "speech"  # folder for the wav files
     use_durations: bool = False  # speak with the recorded run lengths instead of predicted ones
     device: str = "cpu"  # cpu | cuda
@@ -319,7 +357,7 @@ def main(argv=None):
             copy += 1
             stem = f"{Path(name).stem}_{copy}"
         taken.add(stem)
-        wav = vocoder(units, runs if options.use_durations else None)
+        wav = vocoder(units, runs if options.use_durations else None, options.speaker, options.style)
         write_wav(Path(options.out) / f"{stem}.wav", wav)
         seconds += len(wav) / SAMPLE_RATE
     print(f"{len(taken)} files, {seconds:.1f} s of speech in {options.out}")

@@ -45,6 +45,14 @@ def train_arguments(tiny_world, tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """A name that is no local path must not send a test to the network, or into the caches of whoever runs it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for variable in ("NANOTWIST_HOME", "TEXTLESS_CHECKPOINT_ROOT", "HF_HUB_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path / "no_cache"))
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Bit-equal sums need the same number of threads everywhere; tiny tensors are fastest with one."""
     torch.set_num_threads(1)

@@ -4,19 +4,24 @@ import dataclasses
 import pytest
 import torch
 
-from model import KVCache, Transformer, TransformerConfig, filter_logits, generate
+from model import KVCache, Transformer, TransformerConfig, alibi_slopes, filter_logits, generate, rotary_frequencies
 
 LLAMA = TransformerConfig(vocab_size=40, block_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=48,
                           norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False, mlp_bias=False,
                           tie_embeddings=False, init_std=0.2, family="llama")
 OPT = TransformerConfig(vocab_size=40, block_size=64, n_layer=3, n_head=4, n_kv_head=4, n_embd=32, head_dim=8, n_inner=48,
                         init_std=0.2)
-OPT_350M = dataclasses.replace(OPT, norm_order="post", embed_dim=16)
+SHAPES = {
+    "llama": LLAMA, "opt": OPT, "opt-350m": dataclasses.replace(OPT, norm_order="post", embed_dim=16),
+    "neox": dataclasses.replace(OPT, position="rope", rope_fraction=0.5, parallel_residual=True, mlp="gelu",
+                                tie_embeddings=False),
+    "bloom": dataclasses.replace(OPT, n_head=6, n_kv_head=6, position="alibi", embed_norm=True, mlp="gelu_tanh"),
+    "qwen": dataclasses.replace(LLAMA, attention_bias=True, out_bias=False, qk_norm=True, rope_scaling=(8.0, 1.0, 4.0, 16))}
 
 
-@pytest.fixture(params=[LLAMA, OPT, OPT_350M], ids=["llama", "opt", "opt-350m"])
+@pytest.fixture(params=SHAPES)
 def model(request):
-    return Transformer(request.param).init_weights(torch.Generator().manual_seed(0)).eval()
+    return Transformer(SHAPES[request.param]).init_weights(torch.Generator().manual_seed(0)).eval()
 
 
 def test_a_later_token_never_changes_an_earlier_output(model):
@@ -71,6 +76,26 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert torch.isfinite(filter_logits(logits, top_k=2))[0].tolist() == [False, True, False, True]
     assert torch.isfinite(filter_logits(logits, top_p=0.65))[0].tolist() == [False, True, False, True]
     assert torch.isfinite(filter_logits(logits, top_p=0.1))[0].tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("heads, expected", [
+    (16, [2 ** (-i / 2) for i in range(1, 17)]), (32, [2 ** (-i / 4) for i in range(1, 33)]), (1, [2**-8]),
+    (12, [2**-i for i in range(1, 9)] + [2 ** (-i / 2) for i in (1, 3, 5, 7)])])
+def test_alibi_slopes_are_the_published_ones(heads, expected):
+    torch.testing.assert_close(alibi_slopes(heads, "cpu"), torch.tensor(expected))
+
+
+def test_llama_3_stretches_long_waves_and_keeps_short_ones():
+    config = dataclasses.replace(LLAMA, head_dim=64, rope_theta=500000.0)
+    plain = rotary_frequencies(config, "cpu")
+    scaled = rotary_frequencies(dataclasses.replace(config, rope_scaling=(8.0, 1.0, 4.0, 8192)), "cpu")
+    length = 2 * torch.pi / plain
+    short, long = length < 8192 / 4, length > 8192
+    between = ~short & ~long
+    assert short.sum() > 5 and long.sum() > 5 and between.sum() > 1
+    assert torch.equal(scaled[short], plain[short])
+    torch.testing.assert_close(scaled[long], plain[long] / 8)
+    assert ((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8)).all()
 
 
 def test_too_long_a_sequence_says_so(model):

@@ -16,16 +16,20 @@ from twist import load_lm_config, load_text_lm
 transformers = pytest.importorskip("transformers")
 
 V, T = 61, 23  # rows of the table; tokens of a test sequence
-LLAMA_SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-                   max_position_embeddings=64)
-OPT_SHAPE = dict(vocab_size=V, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
-                 max_position_embeddings=64)
+SMALL = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+SHAPES = {"llama": dict(SMALL, intermediate_size=40), "gpt_neox": dict(SMALL, intermediate_size=40),
+          "opt": dict(SMALL, ffn_dim=40),
+          "bloom": dict(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, seq_length=64),
+          "gpt2": dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64)}
+SHAPES |= dict.fromkeys(("mistral", "qwen2", "qwen3"), dict(SHAPES["llama"], num_key_value_heads=2))
 
 
-def rope(theta):
-    return {"rope_type": "default", "rope_theta": theta}
+def rope(theta, **more):
+    return {"rope_type": "default", "rope_theta": theta, **more}
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # short, so that all three of its bands are met within T tokens
 CASES = {
     "llama": ("llama", dict(rms_norm_eps=1e-5)),
     "llama-gqa": ("llama", dict(num_key_value_heads=2, rms_norm_eps=1e-3)),
@@ -34,12 +38,32 @@ CASES = {
     "llama-tied": ("llama", dict(tie_word_embeddings=True)),
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=2)),
     "llama-theta": ("llama", dict(rope_parameters=rope(100.0))),
+    "llama-3": ("llama", dict(num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3)),
+    "mistral": ("mistral", dict(sliding_window=None)),
+    "mistral-window": ("mistral", dict(sliding_window=32)),
+    "mistral-head-dim": ("mistral", dict(head_dim=12, sliding_window=None)),
+    "qwen2": ("qwen2", dict(rope_parameters=rope(1e6), rms_norm_eps=1e-6)),
+    "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True, num_attention_heads=14, num_key_value_heads=2, hidden_size=56)),
+    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=32, max_window_layers=1)),
+    "qwen3": ("qwen3", dict(head_dim=16)),
+    "qwen3-tied": ("qwen3", dict(head_dim=12, tie_word_embeddings=True)),
     "opt": ("opt", {}),
     "opt-untied": ("opt", dict(tie_word_embeddings=False)),
     "opt-gelu": ("opt", dict(activation_function="gelu")),
     "opt-350m": ("opt", dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
     "opt-pre-norm-projected": ("opt", dict(word_embed_proj_dim=16)),
     "opt-post-norm-plain": ("opt", dict(do_layer_norm_before=False)),
+    "neox": ("gpt_neox", {}),
+    "neox-sequential": ("gpt_neox", dict(use_parallel_residual=False)),
+    "neox-rotary": ("gpt_neox", dict(rope_parameters=rope(100.0, partial_rotary_factor=0.5))),
+    "neox-all-rotary": ("gpt_neox", dict(rope_parameters=rope(1e4, partial_rotary_factor=1.0), hidden_act="gelu_new")),
+    "neox-no-bias": ("gpt_neox", dict(attention_bias=False)),
+    "neox-tied": ("gpt_neox", dict(tie_word_embeddings=True)),
+    "bloom": ("bloom", {}),
+    "bloom-6-heads": ("bloom", dict(n_head=6, hidden_size=48)),
+    "bloom-11-heads": ("bloom", dict(n_head=11, hidden_size=44)),
+    "gpt2": ("gpt2", {}),
+    "gpt2-inner": ("gpt2", dict(n_inner=40, activation_function="gelu")),
 }
 BOTH = ["llama-gqa", "opt-350m", "opt"]
 
@@ -48,10 +72,8 @@ BOTH = ["llama-gqa", "opt-350m", "opt"]
 def oracle(case):
     """(their model, ids (2, T), its logits (2, T, V)), with no parameter left at its initial value."""
     family, extra = CASES[case]
-    if family == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_SHAPE, **extra))
-    else:
-        model = transformers.OPTForCausalLM(transformers.OPTConfig(**OPT_SHAPE, **extra))
+    config = transformers.AutoConfig.for_model(family, **{**SHAPES[family], **extra})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,8 +135,31 @@ def with_inv_freq(tensors):
     return {**tensors, **extra, "model.rotary_emb.inv_freq": torch.full((4,), 99.0)}
 
 
+MASK = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()  # the buffers of causal masks that old files carry
+
+
+def with_masks(tensors):
+    gpt2 = any(".attn." in name for name in tensors)
+    stem = "transformer.h.{}.attn" if gpt2 else "gpt_neox.layers.{}.attention"
+    extra = {stem.format(layer) + name: value.clone() for layer in range(2)
+             for name, value in ((".bias", MASK), (".masked_bias", torch.tensor(-1e4)))}
+    if not gpt2:
+        extra |= {f"gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq": torch.full((1,), 99.0) for layer in range(2)}
+    return {**tensors, **extra}
+
+
+def without_transformer(tensors):
+    assert any(name.startswith("transformer.") for name in tensors)
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def with_new_head_name(tensors):
+    return {name.replace("embed_out.", "lm_head."): tensor for name, tensor in tensors.items()}
+
+
 def with_tied_copy(tensors):
-    table = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+    table = next(tensor for name, tensor in tensors.items()
+                 if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")))
     assert "lm_head.weight" not in tensors
     return {**tensors, "lm_head.weight": table.clone()}
 
@@ -122,7 +167,10 @@ def with_tied_copy(tensors):
 @pytest.mark.parametrize("case, change", [
     ("opt-350m", without_prefix), ("opt", without_prefix), ("llama", without_prefix), ("llama-gqa", wrapped),
     ("opt-350m", wrapped), ("llama", with_inv_freq), ("llama-tied", with_inv_freq), ("llama-tied", with_tied_copy),
-    ("opt", with_tied_copy), ("opt-350m", lambda tensors: without_prefix(with_tied_copy(tensors)))],
+    ("opt", with_tied_copy), ("gpt2", with_masks), ("gpt2", lambda tensors: without_transformer(with_masks(tensors))),
+    ("gpt2", with_tied_copy), ("neox", with_masks), ("neox-no-bias", with_masks), ("neox", with_new_head_name), ("neox", wrapped),
+    ("bloom", without_transformer), ("bloom", with_tied_copy), ("bloom-6-heads", wrapped), ("qwen2", with_inv_freq),
+    ("qwen3-tied", wrapped), ("opt-350m", lambda tensors: without_prefix(with_tied_copy(tensors)))],
     ids=lambda value: getattr(value, "__name__", value).strip("<>"))
 def test_every_spelling_of_the_names_gives_the_same_logits(case, change, tmp_path):
     tensors, _ = save(case, tmp_path)
@@ -183,6 +231,46 @@ def test_the_old_spelling_of_rope_theta_and_absent_defaults_are_understood(tmp_p
     assert_same_logits("llama-theta", tmp_path)
 
 
+def test_the_old_spelling_of_llama_3_rope_scaling_is_understood(tmp_path):
+    _, settings = save("llama-3", tmp_path)
+    scaling = settings.pop("rope_parameters")
+    theta, kind = scaling.pop("rope_theta"), scaling.pop("rope_type")
+    for spelling in ("rope_type", "type"):
+        rewrite(tmp_path, settings={**settings, "rope_theta": theta, "rope_scaling": {**scaling, spelling: kind}})
+        assert_same_logits("llama-3", tmp_path)
+
+
+def test_the_old_spelling_of_neox_rotary_options_is_understood(tmp_path):
+    _, settings = save("neox-rotary", tmp_path)
+    del settings["rope_parameters"]
+    for key in ("attention_bias", "tie_word_embeddings"):
+        settings.pop(key, None)
+    rewrite(tmp_path, settings={**settings, "rotary_pct": 0.5, "rotary_emb_base": 100})
+    assert_same_logits("neox-rotary", tmp_path)
+    _, settings = save("neox", tmp_path)  # and the defaults of a file that says neither
+    del settings["rope_parameters"]
+    rewrite(tmp_path, settings=settings)
+    assert_same_logits("neox", tmp_path)
+
+
+def test_the_spelling_of_the_official_bloom_configs_is_understood(tmp_path):
+    _, settings = save("bloom-6-heads", tmp_path)
+    settings |= {"n_embed": settings.pop("hidden_size"), "num_attention_heads": settings.pop("n_head"), "n_inner": None,
+                 "num_hidden_layers": settings.pop("n_layer"), "offset_alibi": 100, "masked_softmax_fusion": True}
+    settings.pop("seq_length", None)
+    rewrite(tmp_path, settings=settings)
+    assert_same_logits("bloom-6-heads", tmp_path)
+
+
+def test_a_sliding_window_is_the_longest_sequence(tmp_path):
+    for case in ("mistral-window", "qwen2-window"):
+        save(case, tmp_path / case)
+        assert load_lm_config(tmp_path / case).block_size == 32
+    _, settings = save("qwen2", tmp_path / "qwen2")  # every published Qwen names a window and does not use it
+    rewrite(tmp_path / "qwen2", settings={**settings, "use_sliding_window": False, "sliding_window": 8})
+    assert load_lm_config(tmp_path / "qwen2").block_size == 64
+
+
 def test_old_opt_configs_without_the_newer_keys_are_understood(tmp_path):
     _, settings = save("opt", tmp_path)
     for key in ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings",
@@ -196,14 +284,22 @@ def test_old_opt_configs_without_the_newer_keys_are_understood(tmp_path):
     ("llama", {"model_type": "mamba"}, "'mamba' is not supported"),
     ("llama", {"model_type": None}, "model_type None"),
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type 'linear'"),
-    ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, expected 'silu'"),
+    ("qwen3", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("mistral", {"attention_bias": True}, "attention_bias = True"),
+    ("llama", {"num_hidden_layers": "two"}, "n_layer 'two', expected a positive whole number"),
+    ("gpt2", {"n_layer": 0}, "n_layer 0"),
+    ("llama", {"num_attention_heads": None, "head_dim": None}, "wrong type"),
     ("llama", {"num_key_value_heads": 3}, "3 key heads"),
-    ("opt", {"activation_function": "gelu_new"}, "'gelu_new' is not supported"),
-    ("opt", {"enable_bias": False}, "OPT variant"),
-    ("opt", {"layer_norm_elementwise_affine": False}, "OPT variant"),
-    ("opt", {"_remove_final_layer_norm": True}, "OPT variant")])
+    ("opt", {"activation_function": "silu"}, "'silu' is not supported, expected one of relu, gelu"),
+    ("opt", {"enable_bias": False}, "enable_bias = False"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm = True"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+    ("gpt2", {"activation_function": "swish"}, "'swish'"), ("neox", {"hidden_act": "silu"}, "'silu'")])
 def test_a_config_that_the_code_would_misread_is_refused(case, change, words, tmp_path):
     _, settings = save(case, tmp_path)
     rewrite(tmp_path, settings={**settings, **change})
@@ -214,7 +310,8 @@ def test_a_config_that_the_code_would_misread_is_refused(case, change, words, tm
 
 
 @pytest.mark.parametrize("case, key", [("llama", "hidden_size"), ("llama", "intermediate_size"), ("opt", "ffn_dim"),
-                                       ("opt", "max_position_embeddings")])
+                                       ("opt", "max_position_embeddings"), ("bloom", "n_head"), ("bloom", "hidden_size"),
+                                       ("gpt2", "n_positions"), ("neox", "intermediate_size"), ("qwen3", "num_attention_heads")])
 def test_a_config_without_a_needed_key_names_it(case, key, tmp_path):
     _, settings = save(case, tmp_path)
     del settings[key]
@@ -228,6 +325,9 @@ def test_a_config_without_a_needed_key_names_it(case, key, tmp_path):
 @pytest.mark.parametrize("case, name", [
     ("llama", "model.norm.weight"), ("llama", "lm_head.weight"), ("llama-gqa", "model.layers.1.self_attn.k_proj.weight"),
     ("llama-biases", "model.layers.0.self_attn.v_proj.bias"), ("opt", "model.decoder.layers.1.fc2.bias"),
+    ("neox", "embed_out.weight"), ("neox", "gpt_neox.layers.1.attention.query_key_value.bias"),
+    ("bloom", "transformer.word_embeddings_layernorm.bias"), ("gpt2", "transformer.h.0.attn.c_attn.bias"),
+    ("qwen2", "model.layers.0.self_attn.q_proj.bias"), ("qwen3", "model.layers.1.self_attn.k_norm.weight"),
     ("opt", "model.decoder.final_layer_norm.weight"), ("opt-350m", "model.decoder.project_out.weight")])
 def test_a_missing_tensor_is_named(case, name, tmp_path):
     tensors, _ = save(case, tmp_path)
@@ -240,7 +340,9 @@ def test_a_missing_tensor_is_named(case, name, tmp_path):
 @pytest.mark.parametrize("case, name", [
     ("llama", "model.layers.0.self_attn.q_norm.weight"), ("llama", "model.layers.2.mlp.up_proj.weight"),
     ("llama", "model.layers.0.self_attn.q_proj.bias"), ("opt", "model.decoder.project_in.weight"),
-    ("opt-350m", "model.decoder.final_layer_norm.bias"), ("opt", "model.decoder.layers.0.self_attn.rotary_emb.inv_freq")])
+    ("opt-350m", "model.decoder.final_layer_norm.bias"), ("opt", "model.decoder.layers.0.self_attn.rotary_emb.inv_freq"),
+    ("qwen2", "model.layers.0.self_attn.o_proj.bias"), ("bloom", "transformer.h.0.attn.bias"),
+    ("neox", "gpt_neox.layers.0.attention.q_norm.bias"), ("gpt2", "transformer.h.2.attn.bias.weight")])
 def test_an_unexpected_tensor_is_named(case, name, tmp_path):
     tensors, _ = save(case, tmp_path)
     rewrite(tmp_path, {**tensors, name: torch.zeros(3)})
@@ -250,7 +352,9 @@ def test_an_unexpected_tensor_is_named(case, name, tmp_path):
 
 @pytest.mark.parametrize("case, key, value", [("llama", "vocab_size", 60), ("llama", "intermediate_size", 41),
                                               ("llama-gqa", "num_key_value_heads", 4), ("opt", "max_position_embeddings", 65),
-                                              ("opt", "ffn_dim", 48)])
+                                              ("opt", "ffn_dim", 48), ("neox", "hidden_size", 64), ("bloom", "n_head", 5),
+                                              ("bloom", "hidden_size", 64), ("gpt2", "n_inner", 40), ("qwen3", "head_dim", 8),
+                                              ("llama-gqa", "num_attention_heads", 8), ("neox", "num_attention_heads", 3)])
 def test_weights_of_another_shape_than_the_config_promises_are_refused(case, key, value, tmp_path):
     _, settings = save(case, tmp_path)
     rewrite(tmp_path, settings={**settings, key: value})
@@ -272,7 +376,75 @@ def test_reading_and_writing_gives_their_tensors_and_a_config_that_transformers_
     checkpoint.write_model(tmp_path / "ours", settings, written)
     assert pretrained.lm_options(checkpoint.read_json(tmp_path / "ours" / "config.json")) == (family, options)
     model, ids, expected = oracle(case)
-    again, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True,
+                                                                      attn_implementation="eager")
     assert type(again) is type(model) and not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(ids).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- training arithmetic
+
+@pytest.mark.parametrize("case", ["qwen3-tied", "bloom-6-heads", "neox", "opt-350m"])
+def test_the_loss_and_every_gradient_equal_those_of_transformers(case, tmp_path):
+    tensors, _ = save(case, tmp_path)
+    theirs, ids, _ = oracle(case)
+    model = load_text_lm(tmp_path).train()
+    theirs.zero_grad()
+    expected = theirs(ids, labels=ids).loss
+    expected.backward()
+    loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    family, options = pretrained.lm_options(checkpoint.read_json(tmp_path / "config.json"))
+    _, found = pretrained.write_lm(family, options, gradients)
+    names = dict(theirs.named_parameters())
+    largest = max(parameter.grad.abs().max().item() for parameter in names.values())
+    assert len(found) >= 20
+    for name, gradient in found.items():
+        wanted = names[{"embed_out.weight": "lm_head.weight"}.get(name, name)].grad
+        skipped = 2 if name.endswith("embed_positions.weight") else 0
+        # the gradient of a bias of the keys is zero but for rounding, since it adds the same to every score of a row
+        scale = max(wanted.abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(gradient[skipped:], wanted[skipped:], rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize("case", ["llama-gqa", "opt", "neox", "gpt2", "qwen3", "qwen2", "bloom"])
+def test_bfloat16_differs_from_float32_no_more_than_theirs_does(case, tmp_path):
+    save(case, tmp_path)
+    _, ids, exact = oracle(case)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    with torch.no_grad():
+        ours = (load_text_lm(tmp_path, dtype=torch.bfloat16)(ids).float() - exact).square().mean().sqrt()
+        peers = (theirs(ids).logits.float() - exact).square().mean().sqrt()
+    assert 1e-4 < ours < 1.25 * peers, (ours, peers)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+def test_tensors_are_read_when_asked_for_and_shards_one_at_a_time(tmp_path, monkeypatch):
+    tensors, settings = save("opt", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"shard{i % 2}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, tmp_path / shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    opened = checkpoint.open_tensors(tmp_path)
+    assert sorted(opened) == names and len(opened) == len(names)
+    (tmp_path / "shard1.safetensors").unlink()
+    assert torch.equal(opened[names[0]], tensors[names[0]])  # in shard 0
+    with pytest.raises(FileNotFoundError, match="shard1.safetensors"):
+        opened[names[1]]
+    with pytest.raises(FileNotFoundError, match="shard1.safetensors"):
+        load_text_lm(tmp_path)
+
+
+def test_a_loaded_model_owns_its_memory(tmp_path):
+    save("llama-tied", tmp_path)
+    model = load_text_lm(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (tmp_path / "model.safetensors").write_bytes(b"overwritten in place")  # a mapped file would change, or crash, the model
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

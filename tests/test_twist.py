@@ -16,7 +16,13 @@ LLAMA = TransformerConfig(vocab_size=700, block_size=64, n_layer=2, n_head=4, n_
                           mlp_bias=False, tie_embeddings=False, init_std=0.03, family="llama")
 OPT = TransformerConfig(vocab_size=700, block_size=64, n_layer=2, n_head=4, n_kv_head=4, n_embd=32, head_dim=8, n_inner=40,
                         init_std=0.03)
-SHAPES = {"llama": LLAMA, "llama-tied": dataclasses.replace(LLAMA, tie_embeddings=True, head_dim=12), "opt": OPT,
+NEOX = dataclasses.replace(OPT, position="rope", rope_fraction=0.25, parallel_residual=True, mlp="gelu", tie_embeddings=False,
+                           family="gpt_neox")
+BLOOM = dataclasses.replace(OPT, n_head=2, n_kv_head=2, head_dim=16, n_inner=128, position="alibi", embed_norm=True,
+                            mlp="gelu_tanh", family="bloom")
+QWEN = dataclasses.replace(LLAMA, attention_bias=True, out_bias=False, tie_embeddings=True, family="qwen2")
+SHAPES = {"neox": NEOX, "bloom": BLOOM, "qwen2": QWEN, "gpt2": dataclasses.replace(OPT, mlp="gelu_tanh", family="gpt2"),
+          "llama": LLAMA, "llama-tied": dataclasses.replace(LLAMA, tie_embeddings=True, head_dim=12), "opt": OPT,
           "opt-350m": dataclasses.replace(OPT, norm_order="post", embed_dim=16)}
 TABLES = ("wte.weight", "lm_head.weight")
 META = UnitVocab(30, offset=4, bos=None, eos=None, pad=None)  # the kind of Meta's TWIST checkpoints: no <S>
@@ -180,24 +186,62 @@ def test_the_report_counts_what_is_kept_dropped_and_drawn(lm):
 
 # ---------------------------------------------------------------------------------------------- published sizes
 
-OPT_125M = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "ffn_dim": 3072, "max_position_embeddings": 2048, "do_layer_norm_before": True, "word_embed_proj_dim": 768}
-OPT_350M = {"model_type": "opt", "vocab_size": 50272, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "ffn_dim": 4096, "max_position_embeddings": 2048, "do_layer_norm_before": False, "word_embed_proj_dim": 512}
+def opt(hidden, layers, heads, embed=None):
+    return {"model_type": "opt", "vocab_size": 50272, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "ffn_dim": 4 * hidden, "max_position_embeddings": 2048,
+            "do_layer_norm_before": embed is None, "word_embed_proj_dim": embed or hidden}
 
 
-@pytest.mark.parametrize("settings, rows, published", [
-    (OPT_125M, 502, 87_015_936), (OPT_350M, 502, 305_714_176), (OPT_350M, 50272, 331_196_416)])
-def test_parameter_counts_equal_the_published_ones(settings, rows, published):
+def pythia(hidden, layers, heads):
+    return {"model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "intermediate_size": 4 * hidden, "max_position_embeddings": 2048, "rotary_pct": 0.25}
+
+
+def llama_like(kind, hidden, layers, heads, keys, inner, vocab, tied, **more):
+    return {"model_type": kind, "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": keys, "intermediate_size": inner, "tie_word_embeddings": tied,
+            **more}
+
+
+OPT_350M = opt(1024, 24, 16, 512)
+LLAMA_7B = llama_like("llama", 4096, 32, 32, 32, 11008, 32000, False)
+QWEN_05B = llama_like("qwen2", 896, 24, 14, 2, 4864, 151936, True)
+BLOOM_560M = {"model_type": "bloom", "vocab_size": 250880, "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16}
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
+
+
+@pytest.mark.parametrize("settings, rows, published, unread", [
+    (opt(768, 12, 12), 502, 87_015_936, 2 * 768), (OPT_350M, 502, 305_714_176, 2 * 1024),
+    (OPT_350M, 50272, 331_196_416, 2 * 1024), (opt(2048, 24, 32), 50272, 1_315_758_080, 2 * 2048),
+    (QWEN_05B, 502, 358_347_904, 0), (QWEN_05B, 151936, 494_032_768, 0),
+    (pythia(768, 12, 12), 502, 85_827_072, 0), (pythia(1024, 24, 16), 502, 303_339_520, 0),
+    (pythia(768, 12, 12), 50304, 162_322_944, 0), (BLOOM_560M, 250880, 559_214_592, 0), (GPT2, 50257, 124_439_808, 0),
+    (LLAMA_7B, 32000, 6_738_415_616, 0),
+    (llama_like("llama", 2048, 22, 32, 4, 5632, 32000, False), 32000, 1_100_048_384, 0),
+    (llama_like("llama", 576, 30, 9, 3, 1536, 49152, True), 49152, 134_515_008, 0),
+    (llama_like("qwen3", 1024, 28, 16, 8, 3072, 151936, True, head_dim=128), 151936, 596_049_920, 0)],
+    ids=["opt-125m", "opt-350m", "opt-350m-text", "opt-1.3b-text", "qwen2.5-0.5b", "qwen2.5-0.5b-text", "pythia-160m",
+         "pythia-410m", "pythia-160m-text", "bloom-560m-text", "gpt2-text", "llama-7b-text", "tinyllama-text",
+         "smollm2-135m-text", "qwen3-0.6b-text"])
+def test_parameter_counts_equal_the_published_ones(settings, rows, published, unread):
     family, options = pretrained.lm_options(settings)
-    assert rows in (UnitVocab(500).size, options["vocab_size"])
-    options["vocab_size"] = rows
-    with torch.device("meta"):
-        model = Transformer(TransformerConfig(**options, family=family))
-    _, exported = pretrained.write_lm(family, options, model.state_dict())
-    assert sum(tensor.numel() for tensor in exported.values()) == published
-    # two rows of their position table are never read; ours does not hold them
-    assert sum(parameter.numel() for parameter in model.parameters()) == published - 2 * settings["hidden_size"]
+    lm_config = TransformerConfig(**options, family=family)
+    slm_config = dataclasses.replace(lm_config, vocab_size=rows)
+    assert rows in (UnitVocab(500).size, lm_config.vocab_size)
+    assert twist.stored_parameters(slm_config) == published
+    model = twist.empty(slm_config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    # rows of OPT's position table that are never read; ours does not hold them
+    assert sum(parameter.numel() for parameter in model.parameters()) == published - unread
+    total = twist.report(twist.empty(lm_config), model).splitlines()[-1]
+    assert f"{published - unread:,} parameters" in total and (f"{published:,} in the file" in total) == bool(unread)
+
+
+def test_the_command_counts_at_any_size_from_the_config_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    twist.main([f"--lm={tmp_path}", "--units=500", "--embedding=matched"])
+    printed = capsys.readouterr().out
+    assert "(32000, 4096)" in printed and "(502, 4096)" in printed and "6,480," in printed and "std of the text table" in printed
 
 
 # ---------------------------------------------------------------------------------------------- load and save
@@ -249,6 +293,84 @@ def test_a_checkpoint_that_says_only_its_offset_has_all_other_rows_as_units(tmp_
         del settings[key]
     checkpoint.write_json(tmp_path / "model" / "config.json", settings)
     assert load_speech_lm(tmp_path / "model")[1] == META
+
+
+def rewrite_config(folder, **change):
+    settings = {**checkpoint.read_json(folder / "config.json"), **change}
+    checkpoint.write_json(folder / "config.json", {key: value for key, value in settings.items() if value != "absent"})
+
+
+@pytest.mark.parametrize("declared, expected", [
+    ({}, (None, None, None)), ({"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}, (None, 2, 1)),
+    ({"bos_token_id": 0, "eos_token_id": 7, "pad_token_id": None}, (None, None, None))])
+def test_metas_twist_has_no_bos_whatever_its_text_lm_left_behind(declared, expected, tmp_path):
+    save_speech_lm(cold_start(OPT, META), META, tmp_path / "model")
+    absent = dict.fromkeys(("num_units", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_recipe"), "absent")
+    rewrite_config(tmp_path / "model", **{**absent, **declared})
+    vocab = load_speech_lm(tmp_path / "model")[1]
+    assert vocab == UnitVocab(30, 4, *expected)
+    assert vocab.encode([0, 29]).tolist() == [4, 33] and 3 in vocab.banned
+
+
+def test_metas_folder_may_have_one_folder_around_it(tmp_path):
+    save_speech_lm(cold_start(OPT, META), META, tmp_path / "TWIST-350M" / "TWIST-350M")
+    assert load_speech_lm(tmp_path / "TWIST-350M")[1] == META
+
+
+def wrap_as_slamkit(folder, rows, **base):
+    """Rewrite a saved model as slamkit's UnitLM: `lm.` before every name, the text LM's config one level down."""
+    settings = {**checkpoint.read_json(folder / "config.json"), **base}
+    for key in ("offset", "num_units", "tokenizer_recipe"):
+        settings.pop(key, None)
+    outer = {"model_type": "speech_language_model", "architectures": ["UnitLM"], "base_model_name": "Qwen/Qwen2.5-0.5B",
+             "vocab_size": rows, "twist_init": True, "base_config": settings}
+    checkpoint.write_json(folder / "config.json", outer)
+    tensors = checkpoint.read_tensors(folder)
+    checkpoint.write_tensors(folder / "model.safetensors", {f"lm.{name}": tensor for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("shape, inner_rows", [(QWEN, 151936), (QWEN, 32), (OPT, 50272)], ids=["qwen", "qwen-resized", "opt"])
+def test_slamkits_wrapper_opens_with_its_own_ids_and_the_inner_rope_theta(shape, inner_rows, tmp_path):
+    vocab = UnitVocab(30)
+    slm = perturbed(cold_start(shape, vocab))
+    save_speech_lm(slm, vocab, tmp_path / "model")
+    wrap_as_slamkit(tmp_path / "model", 32, vocab_size=inner_rows, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    again, found = load_speech_lm(tmp_path / "model")
+    assert found == UnitVocab(30, offset=2, bos=1, eos=1, pad=0) and again.config == slm.config
+    assert_bit_equal(values(again), values(slm))
+    if shape is QWEN:  # slam was trained with 10,000, not with the 1,000,000 of its text LM
+        wrap = checkpoint.read_json(tmp_path / "model" / "config.json")
+        assert wrap["base_config"]["rope_theta"] == again.config.rope_theta == 500.0
+    assert twist.load_text_lm(tmp_path / "model").config == slm.config
+
+
+def test_a_wrapper_that_tells_no_ids_has_slamkits(tmp_path):
+    save_speech_lm(cold_start(QWEN, UnitVocab(30)), UnitVocab(30), tmp_path / "model")
+    absent = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "absent")
+    rewrite_config(tmp_path / "model", **absent)
+    wrap_as_slamkit(tmp_path / "model", 32)
+    assert load_speech_lm(tmp_path / "model")[1] == UnitVocab(30)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"offset": 5}, "offset 5 and 30 units in a vocabulary of 34 rows"), ({"num_units": 31}, "offset \\+ units <= rows"),
+    ({"offset": -1}, "offset -1"), ({"offset": "4"}, "offset '4'"), ({"num_units": None}, "None units"),
+    ({"offset": 40, "num_units": "absent"}, "-6 units"), ({"offset": None, "num_units": "absent"}, "offset None")])
+def test_a_vocabulary_that_does_not_hold_offset_and_units_is_refused(change, words, tmp_path):
+    save_speech_lm(cold_start(OPT, META), META, tmp_path / "model")
+    rewrite_config(tmp_path / "model", **change)
+    with pytest.raises(ValueError, match=words):
+        load_speech_lm(tmp_path / "model")
+
+
+def test_a_model_of_text_and_units_together_is_refused(tmp_path):
+    save_speech_lm(cold_start(QWEN, UnitVocab(30)), UnitVocab(30), tmp_path / "model")
+    wrap_as_slamkit(tmp_path / "model", 152_000)
+    with pytest.raises(ValueError, match="text and units together"):
+        load_speech_lm(tmp_path / "model")
+    checkpoint.write_json(tmp_path / "model" / "config.json", {"model_type": "speech_language_model", "vocab_size": 32})
+    with pytest.raises(ValueError, match="lacks base_config"):
+        load_speech_lm(tmp_path / "model")
 
 
 def test_a_text_lm_is_no_speech_lm(tmp_path):

@@ -13,7 +13,8 @@ import checkpoint
 import data
 import vocoder
 from audio import SAMPLE_RATE
-from vocoder import DurationConfig, Vocoder, VocoderConfig, fold_weight_norm, load_vocoder, parse_config
+from pretrained import fold_weight_norm
+from vocoder import DurationConfig, Vocoder, VocoderConfig, load_vocoder, parse_config
 
 K, HOP = 20, 40
 CONFIG = VocoderConfig(upsample_rates=(5, 4, 2), upsample_kernel_sizes=(11, 8, 4), upsample_initial_channel=16,
@@ -255,7 +256,8 @@ def test_the_config_may_leave_out_what_follows_from_the_rest():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"f0": True}, "asks for f0"), ({"multispkr": "from_input_file"}, "asks for multispkr"), ({"multistyle": "x"}, "multistyle"),
+    ({"f0": True}, "asks for f0"), ({"multispkr": "from_input_file"}, "model_in_dim 8 is not .* speakers \\(200\\)"),
+    ({"multistyle": "from_input_file", "num_styles": 7, "model_in_dim": 24}, "model_in_dim 24 is not .* styles \\(7\\)"),
     ({"f0_quant_num_bin": 32}, "f0_quant_num_bin"), ({"embedder_params": {"a": 1}}, "embedder_params"),
     ({"upsample_rates": [5, 4, 4]}, "multiply to 80, not code_hop_size 40"), ({"code_hop_size": 320}, "multiply to 40"),
     ({"upsample_kernel_sizes": [11, 8]}, "expected one for each"), ({"upsample_kernel_sizes": [10, 8, 4]}, "even number"),
@@ -296,6 +298,80 @@ def test_a_discriminator_file_or_a_missing_one_is_refused(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_vocoder(tmp_path / "do_00400000")
+
+
+# ---------------------------------------------------------------------------------------------- several voices
+
+MANY = dataclasses.replace(CONFIG, num_speakers=5, num_styles=3, model_in_dim=24, dur_predictor_params=None)
+
+
+def write_voices(folder, config=MANY, names=True, stem=""):
+    """A vocoder of five speakers and three styles, as published; returns its network and its weight file."""
+    net = network(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = table(multispkr="from_input_file", multistyle="from_input_file" if config.num_styles else None,
+                     num_speakers=config.num_speakers, num_styles=config.num_styles, model_in_dim=config.model_in_dim,
+                     dur_predictor_params=None)
+    (folder / f"{stem}config.json").write_text(json.dumps(settings))
+    if names:
+        (folder / f"{stem}speakers.txt").write_text("ann\nbob\ncat\ndan\neve\n")
+        (folder / f"{stem}styles.txt").write_text("default\nwhisper\nlaughing\n")
+    torch.save({"generator": net.state_dict()}, folder / f"{stem}generator.pt")
+    return net, folder / f"{stem}generator.pt"
+
+
+@pytest.mark.parametrize("stem", ["", "hifigan_expresso_"])
+def test_a_voice_is_chosen_by_number_or_name(stem, tmp_path):
+    net, file = write_voices(tmp_path, stem=stem)
+    voc, frames = load_vocoder(file), UNITS.repeat_interleave(2)
+    assert voc.speakers == ["ann", "bob", "cat", "dan", "eve"] and voc.styles == ["default", "whisper", "laughing"]
+    weights = {name: tensor.double() for name, tensor in net.state_dict().items()}
+    spoken, seen = {}, []
+    for speaker, style in ((0, 0), (2, 0), (2, 1), (4, 2)):
+        # units, speaker, style: side by side in every frame, in that order
+        x = torch.cat([weights["dict.weight"][frames].T, weights["spkr.weight"][speaker][:, None].expand(-1, 14),
+                       weights["style.weight"][style][:, None].expand(-1, 14)])
+        first = F.conv1d(x[None], weights["conv_pre.weight"], weights["conv_pre.bias"], padding=3)
+        hook = voc.conv_pre.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        spoken[speaker, style] = voc(UNITS, [2] * 7, speaker=speaker, style=style)
+        hook.remove()
+        torch.testing.assert_close(seen[-1].double(), first, rtol=1e-5, atol=1e-5)
+        assert torch.equal(spoken[speaker, style], voc(UNITS, [2] * 7, speaker=voc.speakers[speaker], style=voc.styles[style]))
+        assert torch.equal(spoken[speaker, style], voc(UNITS, [2] * 7, speaker=str(speaker), style=str(style)))
+    assert torch.equal(spoken[0, 0], voc(UNITS, [2] * 7))  # the first is the default
+    assert not torch.equal(spoken[0, 0], spoken[2, 0]) and not torch.equal(spoken[2, 0], spoken[2, 1])
+    assert len(voc(UNITS)) == 7 * HOP  # without a predictor a unit is a frame
+
+
+def test_a_voice_that_does_not_exist_is_named_with_the_nearest(folder, tmp_path):
+    voc = load_vocoder(write_voices(tmp_path)[1])
+    for speaker, words in ((5, "speaker 5: this vocoder has speakers 0 to 4"), ("-1", "speakers 0 to 4"),
+                           ("anne", "'anne'.*did you mean 'ann'"), (True, "speaker True"), (1.5, "speaker 1.5")):
+        with pytest.raises(ValueError, match=words):
+            voc(UNITS, speaker=speaker)
+    with pytest.raises(ValueError, match="style 'whispr'.*did you mean 'whisper'"):
+        voc(UNITS, style="whispr")
+    one = load_vocoder(folder)
+    assert torch.equal(one(UNITS), one(UNITS, speaker=0))
+    with pytest.raises(ValueError, match="speaker 2: this vocoder has no choice of speaker; leave it out"):
+        one(UNITS, speaker=2)
+
+
+def test_a_table_of_speakers_alone_and_without_names_opens(tmp_path):
+    config = dataclasses.replace(MANY, num_styles=0, model_in_dim=16)
+    net, file = write_voices(tmp_path, config, names=False)
+    voc = load_vocoder(file)
+    assert voc.config == config and voc.speakers == [] and voc.style is None
+    assert not torch.equal(voc(UNITS, speaker=3), voc(UNITS, speaker=4))
+    with pytest.raises(ValueError, match="no choice of style"):
+        voc(UNITS, style=1)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["num_speakers"]  # the published config leaves it to the code: 200 rows
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="reshapes 1 tensors.*spkr.weight"):
+        load_vocoder(file)
+    torch.save({"generator": network(dataclasses.replace(config, num_speakers=200)).state_dict()}, file)
+    assert load_vocoder(file).config.num_speakers == 200
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -348,3 +424,14 @@ def test_a_line_that_cannot_be_spoken_is_an_error(line, folder, tmp_path):
         vocoder.main([str(tmp_path / "units.jsonl"), f"--vocoder={folder}", f"--out={tmp_path / 'wavs'}"])
     with pytest.raises(ValueError, match="no units given"):
         vocoder.main([f"--vocoder={folder}"])
+
+
+def test_the_command_speaks_with_the_chosen_voice(tmp_path):
+    net, file = write_voices(tmp_path / "vocoder")
+    units = write_lines(tmp_path / "units.jsonl", [{"units": [1, 2, 3], "file_name": "one.wav"}])
+    vocoder.main([units, f"--vocoder={file}", f"--out={tmp_path / 'wavs'}", "--speaker=cat", "--style=2"])
+    samples, _ = soundfile.read(tmp_path / "wavs" / "one.wav")
+    expected = load_vocoder(file)([1, 2, 3], speaker=2, style=2)
+    torch.testing.assert_close(torch.from_numpy(samples).float(), expected, rtol=0, atol=1 / 32767)
+    with pytest.raises(ValueError, match="speaker 'zoe'"):
+        vocoder.main([units, f"--vocoder={file}", f"--out={tmp_path / 'wavs'}", "--speaker=zoe"])

@@ -1,0 +1,101 @@
+"""A zip archive of a model, from a stranger -> a folder, whole or not at all.
+
+    NAME.zip --every member's name, kind and size looked at first--> NAME.tmp/ --all bytes written, checksums right--> NAME/
+
+An archive may lie: names that lead out of the folder, links, members larger than they declare. None of it is followed.
+Sources: PKWARE's APPNOTE.TXT, section 4.4; the warnings in the documentation of Python's zipfile.
+"""
+import os
+import re
+import shutil
+import stat
+import zipfile
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+CHUNK = 1 << 20  # bytes written at a time
+
+
+def room_for(size, folder):
+    """Raise OSError unless `size` more bytes fit."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(f"{size / 1e9:.2f} GB are needed in {folder}, where {free / 1e9:.2f} GB are free; "
+                      "delete something, or set NANOTWIST_HOME to a larger disk")
+
+
+def unzip(archive, folder):
+    """Unpack an archive from a stranger into a folder that does not exist yet; nothing is visible there before all is.
+
+    Raises: ValueError for an archive that is damaged or reaches out of its folder; OSError where the disk is too small.
+    """
+    archive, folder = Path(archive), Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; delete it to unpack {archive} again")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = file.infolist()
+            check_members(members, archive)
+            room_for(sum(member.file_size for member in members), temporary)
+            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None):
+                unpack(file, member, temporary)
+        os.replace(temporary, folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+        raise ValueError(f"{archive} is damaged or no zip archive ({error}); delete it and get it again") from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"cannot unpack {archive} to {folder} ({error.strerror}); make room there or check the archive") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_members(members, archive):
+    for member in members:
+        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made on Unix
+        trouble = ("leads out of its folder" if member.filename.startswith("/") or ".." in member.filename.split("/")
+                   else "has a backslash or colon in its name" if re.search(r"[\\:]", member.filename)
+                   else "is a link or a device" if kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+                   else "is encrypted" if member.flag_bits & 1
+                   else "is packed in an unusual way" if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                   else None)
+        if trouble:
+            raise ValueError(f"{archive}: {member.filename!r} {trouble}; this is no model archive, and nothing was unpacked")
+
+
+def unpack(file, member, folder):
+    """One member, never more bytes than it declares."""
+    target = folder / member.filename
+    if member.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = member.file_size
+    with file.open(member) as source, open(target, "xb") as out:  # x: no member twice
+        while chunk := source.read(CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                break
+            out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    if left:
+        raise zipfile.BadZipFile(f"{member.filename} has another size than declared")
+
+
+def model_folder(folder):
+    """The folder that holds config.json: this one, or the only one in it that does."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    nested = [path.parent for path in folder.glob("*/config.json")]
+    if len(nested) != 1:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{folder} holds {found}: expected config.json there or in exactly one folder below, "
+                         f"found it in {len(nested)}; check the archive, then delete this folder to unpack it again")
+    return nested[0]

@@ -1,0 +1,132 @@
+"""Ours beside the peers: what an operation costs, as ratios -> a table on screen and results/NAME.json.
+
+    python bench.py memory                    # peak memory of opening a sharded checkpoint of 2 GiB
+    python bench.py memory --gib=0.5          # a smaller one; needs as much free disk in the folder for temporary files
+
+memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
+and its figure is the highest resident memory during the opening, less what the process held before, over the size of the
+opened model. Pages of mapped files count: they are memory while they are mapped.
+"""
+import importlib.util
+import multiprocessing
+import platform
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import pretrained
+import twist
+from model import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    what: tuple[str, ...] = ()  # memory
+    out: str = "results"  # folder for the JSON file
+    gib: float = 2.0  # memory: size of the model in float32
+    shards: int = 4  # memory: files it is divided into
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+def resident(key):
+    """VmRSS (now) or VmHWM (highest so far) of this process, bytes."""
+    for line in open("/proc/self/status"):
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"the system does not say {key}; bench.py memory needs Linux")
+
+
+def open_all_at_once(folder):
+    """The plain way, as a yardstick: every tensor read and converted, then copied into a model that was built before."""
+    family, options = pretrained.lm_options(pretrained.read_settings(folder))
+    model = Transformer(TransformerConfig(**options, family=family))
+    held = {name: tensor.float() for name, tensor in checkpoint.read_tensors(folder).items()}
+    model.load_state_dict(pretrained.ours(held, pretrained.FAMILIES[family], options, folder))
+    return model
+
+
+def open_with_transformers(folder):
+    import transformers  # a peer, installed with the test packages; imported here because the rest runs without it
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+OPENERS = {"ours": twist.load_text_lm, "all at once": open_all_at_once, "transformers": open_with_transformers}
+
+
+def measure_opening(how, folder):
+    """In a process of its own: (peak bytes above what was held before, parameters)."""
+    if how == "transformers":
+        import transformers  # noqa: F401  its own imports are not part of the opening
+    before = resident("VmRSS")
+    model = OPENERS[how](folder)
+    return resident("VmHWM") - before, sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_large_model(folder, options, dtype, kind):
+    """A LLaMA-shaped checkpoint of about options.gib in float32, in shards; returns its number of parameters."""
+    shape = dict(vocab_size=32_000, n_head=12, n_kv_head=12, n_embd=1536, head_dim=128, n_inner=4096, norm="rmsnorm",
+                 position="rope", mlp="swiglu", attention_bias=False, mlp_bias=False, tie_embeddings=False, family="llama")
+    layer = 4 * 1536**2 + 3 * 1536 * 4096
+    layers = max(1, round((options.gib * 2**30 / 4 - 2 * 32_000 * 1536) / layer))
+    model = Transformer(TransformerConfig(**shape, n_layer=layers)).to(dtype)
+    fields = asdict(model.config)
+    settings, tensors = pretrained.write_lm(fields.pop("family"), fields, model.state_dict())
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    checkpoint.write_model(folder, settings, tensors, shard_bytes=total // options.shards + 1)
+    if kind == "bin":
+        index, renamed = folder / "model.safetensors.index.json", {}
+        for name, shard in checkpoint.read_json(index)["weight_map"].items():
+            renamed[name] = f"pytorch_{Path(shard).stem}.bin"
+            if (folder / shard).exists():
+                torch.save(checkpoint.read_file(folder / shard), folder / renamed[name])
+                (folder / shard).unlink()
+        index.unlink()
+        checkpoint.write_json(folder / "pytorch_model.bin.index.json",
+                              {"metadata": {"total_size": total}, "weight_map": renamed})
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def bench_memory(options):
+    """Rows of (stored as, opened by, GiB of the model, peak / size)."""
+    rows = []
+    openers = [how for how in OPENERS if how != "transformers" or importlib.util.find_spec("transformers")]
+    stored = (("float32 safetensors", torch.float32, "safetensors"), ("float16 safetensors", torch.float16, "safetensors"),
+              ("float16 bin", torch.float16, "bin"))
+    for name, dtype, kind in tqdm(stored, desc="memory", disable=None):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder) / "model"
+            parameters = write_large_model(folder, options, dtype, kind)
+            for how in openers:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    peak, found = pool.submit(measure_opening, how, folder).result()
+                assert found == parameters, f"{how} opened {found} parameters of {parameters}"
+                rows.append({"stored": name, "opened_by": how, "gib": round(4 * parameters / 2**30, 3),
+                             "peak_over_size": round(peak / (4 * parameters), 3)})
+    return rows
+
+
+BENCHMARKS = {"memory": bench_memory}
+
+
+def main(argv=None):
+    options = config.load(BenchConfig, argv, positional="what")
+    if len(options.what) != 1 or options.what[0] not in BENCHMARKS:
+        raise ValueError(f"expected one of {', '.join(BENCHMARKS)}, got {' '.join(options.what) or 'nothing'}")
+    rows = BENCHMARKS[options.what[0]](options)
+    result = {"command": f"python bench.py {options.what[0]} --gib={options.gib} --shards={options.shards}",
+              "machine": platform.processor() or platform.machine(), "torch": torch.__version__, "rows": rows}
+    checkpoint.write_json(Path(options.out) / f"{options.what[0]}.json", result)
+    widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
+    for row in ({key: key for key in widths}, *rows):
+        print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))
+
+
+if __name__ == "__main__":
+    config.command(main)
