@@ -171,7 +171,7 @@ class Unpickler(pickle._Unpickler):
     def __init__(self, file, size, fetch=None):
         super().__init__(file, encoding="latin1")  # Python 2's strings may be the bytes of arrays: as_bytes turns them back
         self.file, self.fetch, self.storages = file, fetch, {}
-        self.allowance = 16 * size + 2**16  # bytes; a genuine file makes one or two copies of what it has
+        self.allowance = 8 * size + 2**16  # bytes; a genuine file makes one or two copies of what it has
 
     def load(self):
         self.memo = {}

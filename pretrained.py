@@ -239,7 +239,7 @@ def fairseq_hubert(path):
             new = next((re.sub(f"^{old}", new, name) for old, new in table if re.match(old, name)), name)
             left[new] = tensor
     for key, value in (("extractor_mode", "default"), ("layer_norm_first", False), ("conv_bias", False), ("sample_rate", 16_000)):
-        if getattr(settings.get(key, value), "value", settings.get(key, value)) not in (value, None):
+        if settings.get(key) not in (value, None):
             raise ValueError(f"{path}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
     try:
         convs = [left[f"feature_extractor.conv_layers.{i}.conv.weight"]

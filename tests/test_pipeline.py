@@ -1,6 +1,13 @@
-"""From wav to wav with the bundled pocket world, and what happens to inputs that cannot work."""
+"""From wav to wav with the bundled pocket world and with published names, and what happens to inputs that cannot work."""
+import dataclasses
+import functools
+import hashlib
+import http.server
+import json
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +16,15 @@ import soundfile
 import torch
 
 import checkpoint
+import download
 import hubert_units
 import sample
 import train
 import twist
 from audio import read_wav, write_wav
+from model import TransformerConfig
+from test_hubert_units import BASE, SLOW, fairseq_names, noise, perturb
+from vocoder import DurationConfig, Vocoder, VocoderConfig, load_vocoder
 
 ROOT = Path(checkpoint.__file__).parent
 PROMPT = ROOT / "pocket/prompt.wav"
@@ -151,3 +162,134 @@ def test_the_units_of_the_bundled_prompt_are_the_ones_the_models_were_trained_wi
     assert len(units) == len(GOLDEN)
     # another processor may sum in another order and flip a unit that lies between two centres, hardly more
     assert (units == torch.tensor(GOLDEN)).float().mean() > 0.98
+
+
+# ---------------------------------------------------------------------------------------------- published names
+
+UNITS = 20  # the published tokenizer has 500
+TWIST_SHAPE = TransformerConfig(vocab_size=UNITS + 3, block_size=128, n_layer=2, n_head=4, n_kv_head=4, n_embd=32, head_dim=8,
+                                n_inner=64, norm_order="post", embed_dim=16, init_std=0.3)  # as OPT-350M
+SLAM_SHAPE = dataclasses.replace(TWIST_SHAPE, norm="rmsnorm", norm_order="pre", embed_dim=32, position="rope", mlp="swiglu",
+                                 out_bias=False, mlp_bias=False, n_kv_head=2, family="qwen2")  # as Qwen2.5
+
+
+def publish_speech_parts(root):
+    """A small 25 Hz HuBERT, its k-means and its vocoder, in the formats and under the names of the published ones."""
+    joblib, cluster = pytest.importorskip("joblib"), pytest.importorskip("sklearn.cluster")
+    folder = root / download.SPEECH
+    folder.mkdir(parents=True)
+    config = dataclasses.replace(SLOW, n_layer=12)
+    hubert = hubert_units.Hubert(config)
+    perturb(hubert.state_dict())
+    _, theirs = hubert_units.pretrained.write_hubert(dataclasses.asdict(config), hubert.state_dict())
+    cfg = {"model": {"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 3", "encoder_attention_heads": 4,
+                     "conv_pos_batch_norm": True}, "task": {"normalize": False, "sample_rate": 16000}}
+    torch.save({"args": None, "cfg": cfg, "model": fairseq_names(theirs)}, root / f"{download.MHUBERT}.pt")
+    features = hubert.eval()(noise(200_000)[None], 11)[0].detach()
+    kmeans = cluster.KMeans(UNITS, n_init=1, random_state=0).fit(features.numpy())
+    joblib.dump(kmeans, root / f"{download.MHUBERT}_L11_km500.bin")
+    duration = DurationConfig(8, 6, 3, 0.5)
+    options = VocoderConfig(upsample_rates=(5, 4, 4, 4, 2), upsample_kernel_sizes=(11, 8, 8, 8, 4), upsample_initial_channel=32,
+                            resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3),), num_embeddings=UNITS, embedding_dim=8,
+                            model_in_dim=8, code_hop_size=640, dur_predictor_params=duration)
+    torch.save({"generator": Vocoder(options).state_dict()}, root / f"{download.HIFIGAN}.pt")
+    (root / f"{download.HIFIGAN}_config.json").write_text(json.dumps({**dataclasses.asdict(options), "f0": False}))
+
+
+def publish_language_models(root):
+    """TWIST-350M.zip as Meta's, slprl/slam and facebook/opt-125m as the hub's."""
+    meta, slam = twist.UnitVocab(UNITS, 3, None, None, None), twist.UnitVocab(UNITS)
+    folder = root / "zip" / "TWIST-350M"
+    twist.save_speech_lm(twist.cold_start(TWIST_SHAPE, meta), meta, folder)
+    settings = checkpoint.read_json(folder / "config.json")
+    for key in ("num_units", "tokenizer_recipe"):
+        del settings[key]
+    checkpoint.write_json(folder / "config.json", {**settings, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1})
+    torch.save({name: tensor.half() for name, tensor in checkpoint.read_tensors(folder).items()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (root / "textless_nlp/twist/lms").mkdir(parents=True)
+    shutil.make_archive(root / "textless_nlp/twist/lms/TWIST-350M", "zip", root / "zip")
+
+    folder = root / "slprl/slam/resolve/main"
+    twist.save_speech_lm(twist.cold_start(SLAM_SHAPE, slam), slam, folder)
+    inner = checkpoint.read_json(folder / "config.json")
+    checkpoint.write_json(folder / "config.json", {"model_type": "speech_language_model", "vocab_size": UNITS + 2,
+                                                   "base_config": {**inner, "vocab_size": 151936}})
+    checkpoint.write_tensors(folder / "model.safetensors",
+                             {f"lm.{name}": tensor for name, tensor in checkpoint.read_tensors(folder).items()})
+
+    folder = root / "facebook/opt-125m/resolve/main"
+    opt = dataclasses.replace(TWIST_SHAPE, norm_order="pre", embed_dim=32)
+    twist.save_speech_lm(twist.cold_start(opt, twist.UnitVocab(300)), twist.UnitVocab(300), folder)
+    torch.save({name.removeprefix("model."): tensor.half() for name, tensor in checkpoint.read_tensors(folder).items()},
+               folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A server that stands for all hosts, with small models in published formats; returns the paths that were asked for."""
+    root, asked = tmp_path / "server", []
+    publish_speech_parts(root)
+    publish_language_models(root)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=root))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    for variable in ("NANOTWIST_MIRROR", "HF_ENDPOINT"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for kind, names in download.KNOWN.items():  # the hashes of the small files in place of the published ones
+        for name, entry in names.items():
+            files = [file._replace(sha256=hashlib.sha256((root / file.url).read_bytes()).hexdigest())
+                     if file.sha256 and (root / file.url).is_file() else file for file in entry.files]
+            monkeypatch.setitem(names, name, entry._replace(files=files))
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_published_models_are_fetched_by_name_once_and_continue_a_prompt(published, tmp_path, monkeypatch):
+    names = ["--tokenizer=mhubert-base-25hz", "--vocoder=mhubert-base-25hz"]
+    for model in ("TWIST-350M", "slprl/slam"):
+        sample.main([str(PROMPT), f"--model={model}", *names, f"--out={tmp_path / model}", "--max-new-units=12"])
+    assert any("TWIST-350M.zip" in path for path in published) and any("/slprl/slam/" in path for path in published)
+    assert hubert_units.load_unit_encoder("mhubert-base-25hz").layer == 11
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fetched = len(published)
+    for model in ("TWIST-350M", "slprl/slam"):
+        sample.main([str(PROMPT), f"--model={model}", *names, f"--out={tmp_path / 'again' / model}", "--max-new-units=12"])
+        wav = (tmp_path / model / "prompt_0.wav").read_bytes()
+        assert wav == (tmp_path / "again" / model / "prompt_0.wav").read_bytes() and len(wav) > 3 * 2 * 16000
+    assert len(published) == fetched
+    vocab = twist.load_speech_lm("TWIST-350M")[1]
+    assert (vocab.offset, vocab.bos, vocab.eos, vocab.num_units) == (3, None, 2, UNITS)
+    assert twist.load_speech_lm("slprl/slam")[1] == twist.UnitVocab(UNITS)
+    assert load_vocoder("mhubert-base-25hz-kmeans-500-hifigan").config.code_hop_size == 640
+
+
+def test_a_text_lm_of_the_hub_is_warm_started_by_name(published, tmp_path, capsys):
+    twist.main(["--lm=facebook/opt-125m", "--units=20", f"--out={tmp_path / 'warm'}"])
+    assert "(302, 32)" in capsys.readouterr().out and twist.load_speech_lm(tmp_path / "warm")[1] == twist.UnitVocab(20)
+    wanted = [path for path in published if "opt-125m" in path]
+    assert wanted[-1].endswith("pytorch_model.bin") and any(path.endswith("model.safetensors") for path in wanted)
+    with pytest.raises(FileNotFoundError, match="--lm=facebook/opt-999: no such file or folder.*opt-999"):
+        twist.load_text_lm("facebook/opt-999")
+    with pytest.raises(FileNotFoundError, match="--tokenizer=mhubert: .*mhubert-base-25hz"):
+        hubert_units.load_unit_encoder("mhubert")
+    with pytest.raises(FileNotFoundError, match="--kmeans=km: .*hubert-base-ls960-kmeans-100"):
+        hubert_units.load_unit_encoder("mhubert-base-25hz", kmeans="km")
+
+
+def test_a_tokenizer_in_hugging_face_form_takes_a_published_k_means(published, tmp_path):
+    hubert = hubert_units.Hubert(dataclasses.replace(BASE, n_layer=12))
+    perturb(hubert.state_dict())
+    settings, tensors = hubert_units.pretrained.write_hubert(dataclasses.asdict(hubert.config), hubert.state_dict())
+    checkpoint.write_model(tmp_path / "hubert", settings, tensors)
+    encoder = hubert_units.load_unit_encoder(tmp_path / "hubert", kmeans="mhubert-base-25hz-kmeans-500")
+    assert (encoder.layer, encoder.num_units) == (11, UNITS)
+    with pytest.raises(FileNotFoundError, match="--kmeans, or one of mhubert-base-25hz-kmeans-500"):
+        hubert_units.load_unit_encoder(tmp_path / "hubert")
