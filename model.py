@@ -59,6 +59,8 @@ class TransformerConfig:
                             ("position", ("learned", "rope", "alibi")), ("mlp", ("relu", "gelu", "gelu_tanh", "swiglu"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not supported, expected one of {', '.join(known)}")
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction = {self.rope_fraction} is not supported, expected more than 0 and at most 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly")
 

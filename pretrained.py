@@ -16,6 +16,7 @@ import checkpoint
 from families import FAMILIES, Row, having, linear
 
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
+MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
 UNIT_LM = "speech_language_model"  # model_type of slamkit's wrapper around a text LM's network
 
 # ---------------------------------------------------------------------------------------------- text LMs, both directions
@@ -58,8 +59,9 @@ def lm_options(settings, where="config.json"):
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: a value in config.json is of the wrong type ({error}); copy the file again") from None
     for key in SIZES:
-        if type(options[key]) is not int or options[key] < 1:
-            raise ValueError(f"{where}: config.json makes {key} {options[key]!r}, expected a positive whole number")
+        largest = MOST_LAYERS if key == "n_layer" else LARGEST_SIZE
+        if type(options[key]) is not int or not 1 <= options[key] <= largest:
+            raise ValueError(f"{where}: config.json makes {key} {options[key]!r}, expected a whole number from 1 to {largest}")
     return family, options
 
 

@@ -75,7 +75,8 @@ def warm_start(lm, vocab, seed=0, embedding="fresh"):
 
     Args:
         embedding: fresh: the new table ~ N(0, init_std), 0.02 in the published families (the paper re-draws it);
-            matched: ~ N(0, std of the text table); truncate: the first rows of the text table (what slamkit's resize does).
+            matched: ~ N(0, std of the text table), which trains on worse in the pocket world (results/README.md);
+            truncate: the first rows of the text table, whatever their words (what slamkit's resize does).
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: new_table(tensor, vocab.size, lm.config, embedding, generator) if name in TABLES else tensor.detach().clone()

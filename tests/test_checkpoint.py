@@ -2,12 +2,17 @@
 import json
 import os
 import pickle
+import random
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import hubert_units
+import twist
+import vocoder
 
 
 def tensors(count=6):
@@ -117,6 +122,48 @@ def test_a_config_that_is_no_json_object_is_an_error_that_names_it(content, tmp_
 def test_a_missing_config_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no config.json in {tmp_path}"):
         checkpoint.read_json(tmp_path / "config.json")
+
+
+def flipped(data, positions, cases, seed):
+    """Copies of a file's bytes with one byte at one of the positions changed."""
+    rng = random.Random(seed)
+    for _ in range(cases):
+        position, value = rng.choice(positions), rng.randrange(1, 256)
+        yield data[:position] + bytes([data[position] ^ value]) + data[position + 1:]
+
+
+def pocket_copy(folder, part):
+    shutil.copytree(checkpoint.KINDS[part], folder)
+    return folder
+
+
+@pytest.mark.parametrize("part, load", [
+    ("lm", twist.load_text_lm), ("model", lambda folder: twist.load_speech_lm(folder)[0]),
+    ("tokenizer", hubert_units.load_unit_encoder), ("vocoder", vocoder.load_vocoder)],
+                         ids=["lm", "model", "tokenizer", "vocoder"])
+def test_a_flipped_byte_in_a_header_or_config_is_a_clear_error_or_changes_no_weight(part, load, tmp_path):
+    folder = pocket_copy(tmp_path / "copy", part)
+    expected = load(folder).state_dict()
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    whole, header, refused = weights.read_bytes(), int.from_bytes(weights.read_bytes()[:8], "little"), 0
+    for damaged in flipped(whole, range(8 + header), 40, seed=0):  # what follows the header is the numbers, without a checksum
+        weights.write_bytes(damaged)
+        try:
+            assert_equal(load(folder).state_dict(), expected)
+        except (ValueError, OSError) as error:
+            assert str(error)
+            refused += 1
+    assert refused > 20
+    weights.write_bytes(whole)
+    data = settings.read_bytes()
+    for damaged in flipped(data, range(len(data)), 120, seed=1):
+        settings.write_bytes(damaged)
+        try:
+            assert_equal(load(folder).state_dict(), expected)  # a changed number that no weight depends on, e.g. an epsilon
+        except (ValueError, OSError) as error:
+            assert str(error)
+            refused += 1
+    assert refused > 60
 
 
 # ---------------------------------------------------------------------------------------------- shards with an index

@@ -380,7 +380,8 @@ def test_the_k_means_file_of_a_tokenizer_is_found_beside_it(folders, tmp_path):
 
 @pytest.mark.parametrize("value, save", [
     ({"cluster_centers": np.ones((3, C)), "n_clusters": 3}, pickle.dump),
-    ({"cluster_centers_": np.ones((3, C), "f4")}, pickle.dump), (np.ones((3, C)), pickle.dump), ({"centers": torch.ones(3, C)}, torch.save)], ids=["dictionary", "state", "array", "tensor"])
+    ({"cluster_centers_": np.ones((3, C), "f4")}, pickle.dump), (np.ones((3, C)), pickle.dump),
+    ({"centers": torch.ones(3, C)}, torch.save)], ids=["dictionary", "state", "array", "tensor"])
 def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     with open(tmp_path / "km.bin", "wb") as file:
         save(value, file)

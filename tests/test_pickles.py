@@ -405,7 +405,8 @@ def test_both_spellings_of_numpy_and_those_of_python_2_are_read(tmp_path):
     data = array.tobytes()  # as Python 2 wrote it: the bytes are a string
     content = (b"\x80\x02}(U\x05arraycnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85"
                b"U\x01b\x87R(K\x01K\x02K\x03\x86cnumpy\ndtype\nU\x02f4K\0K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xff"
-               b"J\xff\xff\xff\xffK\0tb\x89U" + bytes([len(data)]) + data + b"tbU\x03setc__builtin__\nset\n](K\x01K\x02e\x85RU\x05orderccollections\nOrderedDict\n](](U\x01aK\x01ee\x85R"
+               b"J\xff\xff\xff\xffK\0tb\x89U" + bytes([len(data)]) + data
+               + b"tbU\x03setc__builtin__\nset\n](K\x01K\x02e\x85RU\x05orderccollections\nOrderedDict\n](](U\x01aK\x01ee\x85R"
                b"U\x06objectccopy_reg\n_reconstructor\nckmeans\nKMeans\nc__builtin__\nobject\nN\x87R}U\x01kK\x05sbu.")
     assert_equal(pickle.loads(content.partition(b"U\x06object")[0] + b"u.", encoding="latin1")["array"], array)
     (tmp_path / "a").write_bytes(content)

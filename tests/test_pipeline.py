@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from test_hubert_units import BASE, SLOW, fairseq_names, noise, perturb
 
 import checkpoint
 import download
@@ -23,7 +24,6 @@ import train
 import twist
 from audio import read_wav, write_wav
 from model import TransformerConfig
-from test_hubert_units import BASE, SLOW, fairseq_names, noise, perturb
 from vocoder import DurationConfig, Vocoder, VocoderConfig, load_vocoder
 
 ROOT = Path(checkpoint.__file__).parent
@@ -242,7 +242,7 @@ def published(tmp_path, monkeypatch):
     for variable in ("NANOTWIST_MIRROR", "HF_ENDPOINT"):
         monkeypatch.setenv(variable, f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    for kind, names in download.KNOWN.items():  # the hashes of the small files in place of the published ones
+    for names in download.KNOWN.values():  # the hashes of the small files in place of the published ones
         for name, entry in names.items():
             files = [file._replace(sha256=hashlib.sha256((root / file.url).read_bytes()).hexdigest())
                      if file.sha256 and (root / file.url).is_file() else file for file in entry.files]

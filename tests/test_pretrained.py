@@ -178,10 +178,12 @@ def test_every_spelling_of_the_names_gives_the_same_logits(case, change, tmp_pat
     assert_same_logits(case, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("case", BOTH)
-def test_weights_stored_as_float16_give_the_logits_of_the_rounded_model(case, tmp_path):
+def test_weights_stored_in_half_precision_give_the_logits_of_the_rounded_model(case, dtype, tmp_path):
     tensors, settings = save(case, tmp_path)
-    rewrite(tmp_path, {name: tensor.half() for name, tensor in tensors.items()}, {**settings, "dtype": "float16"})
+    rounded = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    rewrite(tmp_path, rounded, {**settings, "dtype": dtype})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     _, ids, unrounded = oracle(case)
     with torch.no_grad():
@@ -289,8 +291,10 @@ def test_old_opt_configs_without_the_newer_keys_are_understood(tmp_path):
     ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, expected 'silu'"),
     ("qwen3", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ("mistral", {"attention_bias": True}, "attention_bias = True"),
-    ("llama", {"num_hidden_layers": "two"}, "n_layer 'two', expected a positive whole number"),
-    ("gpt2", {"n_layer": 0}, "n_layer 0"),
+    ("llama", {"num_hidden_layers": "two"}, "n_layer 'two', expected a whole number from 1 to 1000"),
+    ("gpt2", {"n_layer": 0}, "n_layer 0"), ("llama", {"num_hidden_layers": 10**9}, "n_layer 1000000000"),
+    ("opt", {"vocab_size": 10**12}, "vocab_size 1000000000000"),
+    ("neox", {"rope_parameters": rope(1e4, partial_rotary_factor=-1)}, "rope_fraction"),
     ("llama", {"num_attention_heads": None, "head_dim": None}, "wrong type"),
     ("llama", {"num_key_value_heads": 3}, "3 key heads"),
     ("opt", {"activation_function": "silu"}, "'silu' is not supported, expected one of relu, gelu"),
