@@ -1,75 +1,196 @@
-"""Audio file <-> mono float32 samples at 16 kHz.
+"""Audio file <-> mono float32 samples at 16 kHz, whole or block after block.
 
-    file --soundfile--> (S', channels) --mean--> (S',) --windowed-sinc resampling--> (S,) float32 in [-1, 1]
+    file --soundfile--> (n', channels) --mean--> (n',) --Resampler.feed--> (n,) float32 in [-1, 1], again and again
 
-Channels are averaged before resampling (one filter pass instead of several; the two commute).
+Channels are averaged before resampling (one filter pass instead of several; the two commute). Many hours need no more
+memory than ten seconds: read_blocks holds one block, and the resampler the few samples its filter still needs.
 
     python -c "from audio import read_wav; print(read_wav('pocket/prompt.wav').shape)"
 """
 import math
+import mmap
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 
 SAMPLE_RATE = 16_000  # Hz; every encoder and vocoder of this project works at this rate
 LOWPASS_ZEROS = 6  # zero crossings of the sinc on each side of its centre
 ROLLOFF = 0.99  # cut-off as a share of the lower Nyquist frequency
+UNKNOWN_BYTES = 0x7F00_0000  # programs that write into a pipe announce this or more: they cannot know the length
+UNKNOWN_FRAMES = 2**62  # libsndfile announces more than this for a flac without a length
+# What libsndfile's log says of samples that go on after the file's end, by format: wav and caf, aiff, svx, au, w64, rf64.
+CUT_SHORT = re.compile(r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+MP3_SLACK = 2 * 1152  # samples: two MPEG frames; encoders do not agree what to count
+AGAIN = "copy or download it again"
 
 
-def resample(samples, source_rate, target_rate=SAMPLE_RATE):
-    """Change the sampling rate by band-limited interpolation.
+class Resampler:
+    """Changes the sampling rate of a recording that arrives in pieces, by band-limited interpolation.
 
-    Args:
-        samples: (S,) float tensor at source_rate.
-        source_rate, target_rate: positive integers, Hz.
-    Returns: (ceil(S * target_rate / source_rate),) tensor of the same dtype.
+    However it is cut, the pieces joined are the same to the bit: ceil(S * target_rate / source_rate) samples from S.
     Source: a sinc low-pass under a squared-cosine (Hann) window, torchaudio's default filter
     (`sinc_interp_hann`: 6 zero crossings, roll-off 0.99), so units computed here agree with its users'.
     """
-    if source_rate <= 0 or target_rate <= 0:
-        raise ValueError(f"sampling rates must be positive, got {source_rate} and {target_rate} Hz")
-    divisor = math.gcd(source_rate, target_rate)
-    source, target = source_rate // divisor, target_rate // divisor
-    if source == target or samples.numel() == 0:
-        return samples
-    cutoff = min(source, target) * ROLLOFF
-    width = math.ceil(LOWPASS_ZEROS * source / cutoff)  # input samples on each side
-    # One filter per output phase. Built in float64: a float32 kernel is off by up to 1e-5.
-    taps = torch.arange(-width, width + source, dtype=torch.float64) / source
-    phases = torch.arange(target, dtype=torch.float64) / target
-    t = ((taps[None, :] - phases[:, None]) * cutoff).clamp(-LOWPASS_ZEROS, LOWPASS_ZEROS)
-    window = torch.cos(t * math.pi / (2 * LOWPASS_ZEROS)) ** 2
-    kernel = (torch.sinc(t) * window * (cutoff / source)).to(samples.dtype)  # (target, 2 * width + source)
-    padded = F.pad(samples, (width, width + source))
-    frames = F.conv1d(padded[None, None], kernel[:, None], stride=source)  # (1, target, n)
-    length = math.ceil(target * samples.numel() / source)
-    return frames[0].T.reshape(-1)[:length]
+
+    def __init__(self, source_rate, target_rate=SAMPLE_RATE, dtype=torch.float32):
+        if source_rate <= 0 or target_rate <= 0:
+            raise ValueError(f"sampling rates must be positive, got {source_rate} and {target_rate} Hz")
+        divisor = math.gcd(source_rate, target_rate)
+        self.source, self.target = source_rate // divisor, target_rate // divisor
+        cutoff = min(self.source, self.target) * ROLLOFF
+        self.width = math.ceil(LOWPASS_ZEROS * self.source / cutoff)  # input samples on each side
+        # `source` inputs last as long as `target` outputs. Output i of such a frame lies at input i * source / target:
+        position = torch.arange(self.target) * self.source
+        self.start = (position // self.target).numpy()  # its whole part, and below the rest in [0, 1)
+        rest = (position % self.target).double() / self.target
+        # One row of weights per neighbour. Built in float64: a float32 kernel is off by up to 1e-5.
+        lags = torch.arange(-self.width, self.width + 2, dtype=torch.float64)
+        t = ((lags[:, None] - rest) * (cutoff / self.source)).clamp(-LOWPASS_ZEROS, LOWPASS_ZEROS)
+        window = torch.cos(t * math.pi / (2 * LOWPASS_ZEROS)) ** 2
+        self.kernel = (torch.sinc(t) * window * (cutoff / self.source)).to(dtype).numpy()  # (2 * width + 2, target)
+        self.pending = torch.zeros(self.width, dtype=dtype)  # input still needed; there is silence before the first sample
+        self.taken = self.given = 0  # samples so far
+
+    def feed(self, samples):
+        """The output (m,) that the input up to and with samples (n,) allows; m may be 0."""
+        if self.source == self.target:
+            return samples
+        self.taken += len(samples)
+        samples = torch.cat([self.pending, samples])
+        span = self.source + 2 * self.width + 1  # inputs that one frame of outputs looks at
+        n = max(0, (len(samples) - span) // self.source + 1)
+        self.pending = samples[n * self.source:].clone()
+        self.given += n * self.target
+        if n == 0:
+            return samples[:0]
+        frames = samples.unfold(0, span, self.source).T.numpy()  # (span, n), a view
+        output = np.zeros((self.target, n), frames.dtype)
+        # Tap after tap, not by convolution: the order of the sum, thus its rounding, does not depend on the block's size.
+        # By NumPy: threads that share out such short sums wait longer for each other than they add.
+        for lag, weights in enumerate(self.kernel):
+            output += weights[:, None] * frames[self.start + lag]
+        return torch.from_numpy(output.T.reshape(-1))
+
+    def finish(self):
+        """The output that is left, with silence after the last sample."""
+        left = -(-self.target * self.taken // self.source) - self.given  # rounded up
+        return self.feed(self.pending.new_zeros(self.source + self.width + 1))[:left]
 
 
-def read_wav(path):
-    """Read any file that libsndfile opens (wav, flac, ogg, mp3, aiff, ...).
+def resample(samples, source_rate, target_rate=SAMPLE_RATE):
+    """Change the sampling rate (whole numbers of Hz) of a whole recording: see Resampler.
 
-    Returns: (S,) float32 tensor at 16 kHz, channels averaged; integer formats are scaled to [-1, 1).
-    Raises: OSError if there is no such file; ValueError if it is no audio, is empty or holds NaN or infinity.
+    Args: samples (S,) float tensor at source_rate.
+    Returns: (ceil(S * target_rate / source_rate),) tensor of the same dtype.
     """
-    path = Path(path)
+    resampler = Resampler(source_rate, target_rate, samples.dtype)
+    return torch.cat([resampler.feed(samples), resampler.finish()])
+
+
+class _Sequential(soundfile.SoundFile):
+    """soundfile seeks after every read; a file without seeking is decoded straight on and may be of unknown length."""
+
+    def seekable(self):
+        return False
+
+
+def _with_length(path):
+    """The path, or for a WAV from a pipe whose header says 0 a copy-on-write view of it with the length filled in."""
+    with open(path, "rb") as file:
+        head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)
+        start = head.find(b"data") + 8
+        closed = int.from_bytes(head[4:8], "little") + 8 == size  # then the file is just empty
+        if head[:4] != b"RIFF" or head[start - 4:start] != bytes(4) or closed:
+            return path
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        view[start - 4:start] = min(size - start, 0xFFFF_FFFF).to_bytes(4, "little")
+        return view
+
+
+def _open(path):
+    """The sound file with its header read and checked."""
     if not path.exists():
         raise FileNotFoundError(f"no audio file at {path}; check the path")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an audio file; name the files in it")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise ValueError(f"cannot read {path} as audio ({error}); give a wav, flac, ogg, mp3 or aiff file") from None
-    if len(samples) == 0:
-        raise ValueError(f"{path} holds no samples; give a recording of at least 0.05 s")
-    samples = torch.from_numpy(samples).mean(dim=1)
-    if not torch.isfinite(samples).all():
-        raise ValueError(f"{path} holds NaN or infinite samples; export the recording again")
-    return resample(samples, rate)
+        sound = _Sequential(_with_length(path))
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
+        raise ValueError(f"cannot read {path} as audio ({getattr(error, 'error_string', error)}); "
+                         "give a wav, flac, ogg, mp3 or aiff file") from None
+    if not 1000 <= sound.samplerate <= 1_000_000:  # Hz; beyond, a filter could fill the memory
+        raise ValueError(f"{path} is damaged: its header claims {sound.samplerate} samples a second; {AGAIN}")
+    for promised, present in CUT_SHORT.findall(sound.extra_info):
+        if int(present) < int(promised) < UNKNOWN_BYTES:
+            raise ValueError(f"{path} is cut short: its header promises {promised} bytes, {present} are there; {AGAIN}")
+    return sound
+
+
+def _promised_frames(path, sound):
+    """Samples per channel that the file must at least have; 0 if it does not say."""
+    if sound.frames > UNKNOWN_FRAMES:
+        return 0
+    if sound.format != "MP3":
+        return sound.frames
+    # An mp3 tells its length in its first MPEG frame, if at all; else libsndfile guesses from the bit rate.
+    with open(path, "rb") as file:
+        tag = file.read(10)  # of ID3v2 (title, picture, ...), to be skipped: its length in four times 7 bits
+        file.seek(10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(tag[6:])) if tag[:3] == b"ID3" else 0)
+        first = file.read(64)
+    return sound.frames - MP3_SLACK if b"Xing" in first or b"Info" in first else 0
+
+
+def read_blocks(path, seconds=10.0):
+    """Read any file that libsndfile opens (wav, flac, ogg, mp3, aiff, ...), block after block.
+
+    Args:
+        seconds: of the file per block.
+    Yields: (n,) float32 tensors at 16 kHz, n may be 0; channels averaged; integer formats are scaled to [-1, 1).
+    Raises: OSError if there is no such file; ValueError, at the latest where the damage is met, if it is no audio, is empty,
+        holds NaN or infinity, or is cut short. A missing end is noticed in wav, aiff, au, w64, rf64 and caf (by the header; one
+        that a stream began with 0 or about 2 or 4 GiB promises nothing), in flac, and beyond 2 frames in mp3 with a Xing or
+        Info header. It cannot be noticed in ogg and other mp3, nor in a flac of unknown length that ends between frames.
+    """
+    path = Path(path)
+    with _open(path) as sound:
+        rate, total = sound.samplerate, 0
+        size = max(1, min(round(seconds * rate), sound.frames))
+        resampler = Resampler(rate)
+        while True:
+            try:
+                block = sound.read(size, dtype="float32", always_2d=True)  # (n', channels)
+            except soundfile.LibsndfileError as error:
+                raise ValueError(f"{path} is damaged or cut short after {total / rate:.2f} s ({error.error_string}); "
+                                 f"{AGAIN}") from None
+            if len(block) == 0:
+                break
+            total += len(block)
+            samples = torch.from_numpy(block).mean(dim=1)
+            if not torch.isfinite(samples).all():
+                raise ValueError(f"{path} holds NaN or infinite samples; export the recording again")
+            yield resampler.feed(samples)
+        if total == 0:
+            raise ValueError(f"{path} holds no samples; give a recording of at least 0.05 s")
+        if total < _promised_frames(path, sound):
+            raise ValueError(f"{path} is cut short: it ends after {total / rate:.2f} s; {AGAIN}")
+        yield resampler.finish()
+
+
+def read_wav(path):
+    """The blocks of read_blocks joined: (S,) float32 tensor at 16 kHz. Raises the same."""
+    return torch.cat(list(read_blocks(path)))
+
+
+def duration(path):
+    """Seconds that the file lasts according to its header. Raises as read_blocks for what the header alone shows."""
+    with _open(Path(path)) as sound:
+        if sound.frames < UNKNOWN_FRAMES:
+            return sound.frames / sound.samplerate
+    return sum(len(block) for block in read_blocks(path)) / SAMPLE_RATE
 
 
 def write_wav(path, samples, rate=SAMPLE_RATE):

@@ -2,15 +2,24 @@
 
     python bench.py memory                    # peak memory of opening a sharded checkpoint of 2 GiB
     python bench.py memory --gib=0.5          # a smaller one; needs as much free disk in the folder for temporary files
+    python bench.py units                     # speech -> units, in times real time, beside transformers' HubertModel
 
 memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
 and its figure is the highest resident memory during the opening, less what the process held before, over the size of the
 opened model. Pages of mapped files count: they are memory while they are mapped.
+
+units: HuBERT base with random weights, at 25 Hz up to layer 11 and at 50 Hz up to layer 9, 500 centres; speech of 10 s alone, and
+eight recordings of 1.5 to 10 s, which the peer gets as one padded batch with its attention mask. Ours and the peer's take turns;
+medians. Agreement is the share of frames whose unit is that of the peer's features of each recording alone, in float32.
 """
+import functools
 import importlib.util
 import multiprocessing
+import os
 import platform
+import statistics
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +27,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import audio
 import checkpoint
 import config
 import pretrained
 import twist
+from hubert import load_hubert
+from hubert_units import UnitEncoder
 from model import Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = ()  # memory
+    what: tuple[str, ...] = ()  # memory | units
     out: str = "results"  # folder for the JSON file
     gib: float = 2.0  # memory: size of the model in float32
     shards: int = 4  # memory: files it is divided into
+    repeats: int = 5  # units: times that each way is measured
+    device: str = "cpu"  # units: cpu | cuda
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -112,7 +126,85 @@ def bench_memory(options):
     return rows
 
 
-BENCHMARKS = {"memory": bench_memory}
+# ---------------------------------------------------------------------------------------------- units
+
+RAGGED_SECONDS = (10, 9.4, 8.1, 7, 5.5, 4, 2.6, 1.5)
+HUBERTS = {  # name: (transformers' options besides the defaults, which are HuBERT base; layer of the units)
+    "mHuBERT base, 25 Hz, layer 11": (dict(conv_dim=(512,) * 8, conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2), num_feat_extract_layers=8,
+                                           conv_stride=(5, 2, 2, 2, 2, 2, 2, 2), conv_pos_batch_norm=True), 11),
+    "HuBERT base, 50 Hz, layer 9": ({}, 9)}
+
+
+def side_by_side(ways, repeats, device):
+    """{name: function} -> {name: median seconds}, the functions taking turns; one round before the first is not counted."""
+    seconds = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, function in ways.items():
+            begin = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(measured[1:]) for name, measured in seconds.items()}
+
+
+def quantized(encoder, peer, wavs):
+    return encoder.quantize(peer(wavs).flatten(0, 1))
+
+
+@torch.inference_mode()
+def bench_units(options):
+    """Rows of (network, input, precision, ours and the peer in times real time, their ratio, agreement of units)."""
+    import transformers  # the peer
+    rows, speech = [], audio.read_wav(checkpoint.POCKET / "prompt.wav").repeat(4).to(options.device)
+    inputs = {"10 s alone": [speech[:160_000]], "ragged batch of 8": [speech[:int(s * 16_000)] for s in RAGGED_SECONDS]}
+    precisions = [torch.float32] + ([torch.bfloat16, torch.float16] if options.device == "cuda" else [])
+    for name, (extra, layer) in HUBERTS.items():
+        torch.manual_seed(0)
+        theirs = transformers.HubertModel(transformers.HubertConfig(**extra)).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            hubert = load_hubert(folder)
+        theirs.to(options.device)
+
+        def peer(wavs, theirs=theirs, layer=layer):
+            wav, mask = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), None
+            if len(wavs) > 1:
+                mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(w, dtype=torch.int64) for w in wavs], batch_first=True)
+            return theirs(wav, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
+
+        expected = {key: [peer([wav])[0] for wav in wavs] for key, wavs in inputs.items()}
+        frames = torch.cat(expected["ragged batch of 8"])
+        encoder = UnitEncoder(hubert, frames[torch.randperm(len(frames))[:500]].clone(), layer).to(options.device).eval()
+        if options.device == "cpu":
+            encoder.hubert.pack()
+        for key, wavs in inputs.items():
+            for precision in precisions:
+                with torch.autocast(options.device, precision, enabled=precision != torch.float32):
+                    ways = {"ours": functools.partial(encoder.encode_batch, wavs),
+                            "peer": functools.partial(quantized, encoder, peer, wavs)}
+                    seconds = side_by_side(ways, options.repeats, options.device)
+                    units = torch.cat(encoder.encode_batch(wavs))
+                reference = torch.cat([encoder.quantize(features) for features in expected[key]])
+                length = sum(map(len, wavs)) / audio.SAMPLE_RATE
+                rows.append({"network": name, "input": key, "precision": str(precision).removeprefix("torch."),
+                             "ours_x_real_time": round(length / seconds["ours"], 2),
+                             "peer_x_real_time": round(length / seconds["peer"], 2),
+                             "ours_over_peer": round(seconds["peer"] / seconds["ours"], 2),
+                             "agreement": round((units == reference).float().mean().item(), 5)})
+    return rows
+
+
+BENCHMARKS = {"memory": bench_memory, "units": bench_units}
+
+
+def machine():
+    """What the numbers were measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
+        if os.path.exists("/proc/cpuinfo") else [platform.processor()]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main(argv=None):
@@ -120,8 +212,8 @@ def main(argv=None):
     if len(options.what) != 1 or options.what[0] not in BENCHMARKS:
         raise ValueError(f"expected one of {', '.join(BENCHMARKS)}, got {' '.join(options.what) or 'nothing'}")
     rows = BENCHMARKS[options.what[0]](options)
-    result = {"command": f"python bench.py {options.what[0]} --gib={options.gib} --shards={options.shards}",
-              "machine": platform.processor() or platform.machine(), "torch": torch.__version__, "rows": rows}
+    result = {"command": f"python bench.py {options.what[0]}", "options": asdict(options), "machine": machine(),
+              "torch": torch.__version__, "rows": rows}
     checkpoint.write_json(Path(options.out) / f"{options.what[0]}.json", result)
     widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
     for row in ({key: key for key in widths}, *rows):

@@ -200,17 +200,17 @@ def read_fairseq(path):
 
 
 def read_kmeans(path):
-    """A k-means file -> centres (K, C) float32, and the HuBERT layer they belong to where the file says it (else None).
+    """A k-means file -> centres (K, C) float32, and what the file says of them, as text by name: layer, frame_rate, model.
 
-    Either our safetensors (`centers`, the layer in its header), or a pickle or joblib dump of a scikit-learn KMeans or
-    MiniBatchKMeans, of a dictionary with the centres, or of the array alone.
+    Either our safetensors (`centers`, the rest in its header), or a pickle or joblib dump of a scikit-learn KMeans or
+    MiniBatchKMeans, of a dictionary with the centres, or of the array alone, which say nothing.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors, layer = read_file(path), read_metadata(path).get("layer")
+        tensors = read_file(path)
         if "centers" not in tensors:
             raise ValueError(f"{path} has no tensor `centers`, only {sorted(tensors)[:3]}")
-        return tensors["centers"].float(), int(layer) if layer else None
+        return tensors["centers"].float(), read_metadata(path)
     value = pickles.load(path)
     state = value.state if isinstance(value, pickles.Inert) else value
     if isinstance(state, dict):
@@ -218,7 +218,7 @@ def read_kmeans(path):
     if state is None or getattr(state, "ndim", None) != 2:
         raise ValueError(f"{path} holds no table of centres (K, C); give the joblib dump of a KMeans, or a safetensors file "
                          "with the tensor `centers`")
-    return torch.as_tensor(state).float(), None
+    return torch.as_tensor(state).float(), {}
 
 
 def write_tensors(path, tensors, metadata=None):

@@ -37,6 +37,11 @@ def load(cls, argv=None, positional=None):
             words.append(argument)
             continue
         key, equals, text = argument[2:].partition("=")
+        positive = [field for field in dataclasses.fields(cls) if field.type is bool
+                    and not equals and key.replace("-", "_") == f"no_{field.name}"]
+        if positive:  # --no-dedup is --dedup=false
+            values[positive[0].name] = False
+            continue
         field = find_field(cls, key)
         if not equals:
             if field.type is not bool:

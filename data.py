@@ -4,25 +4,39 @@
            00000.runs.bin     uint16, how many frames each unit lasted (for the vocoder and the inspector; the LM ignores it)
            00000.offsets.bin  int64, document i is units[offsets[i]:offsets[i + 1]]
            00000.files.jsonl  one JSON a document: file_name, seconds
-           meta.json          the recipe that made the units, totals
+           meta.json          the recipe that made the units, totals; written last: without it no shard counts
+           failures.csv       recordings that could not be encoded, and why
+           work/              what an unfinished extraction has done so far, see journal.py
 
-One process writes one shard; a folder may hold many. Shapes: B batch, T units per window.
+A folder holds as many shards as it needs. Shapes: B batch, T units per document or window.
 
-    python data.py units/mine            # what is in a folder
-    python data.py units/mine --jsonl    # the same as slamkit's JSON lines (units, duration, file_name)
+    python data.py units/mine                       # what is in a folder: hours, frequencies, entropy, run lengths
+    python data.py units/mine --jsonl=mine.jsonl    # the same as slamkit's JSON lines; --jsonl alone prints them
+    python data.py features.jsonl --out=units/x --num-units=500 --frame-rate=25 --layer=11 --centers=0123456789abcdef
+    python data.py train.tsv train.km --out=units/x --like=units/mine --dedup      # fairseq; the recipe of another folder
 """
 import csv
 import hashlib
+import io
 import json
 import os
+import shutil
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+import config
+import journal
+import unit_files
+from journal import as_uint16, read_json, refuse_other_recipe, write_whole
 
 FORMAT = 1  # version of the layout above
-MAX_UNIT = 2**16 - 1
+SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 6,000 hours at 12 units a second
 
 
 def fingerprint(tensor):
@@ -30,54 +44,79 @@ def fingerprint(tensor):
     return hashlib.sha256(tensor.contiguous().cpu().numpy().astype("<f4").tobytes()).hexdigest()[:16]
 
 
+def fingerprint_names(names):
+    """The same of a list of file names, each as JSON on a line of its own: tells whether a folder holds exactly these."""
+    total = hashlib.sha256()
+    for name in names:
+        total.update(json.dumps(str(name)).encode() + b"\n")
+    return total.hexdigest()[:16]
+
+
 class ShardWriter:
     """Writes one shard. Nothing appears under its final name before close()."""
+
+    SUFFIXES = ("units.bin", "runs.bin", "files.jsonl", "offsets.bin")
 
     def __init__(self, folder, recipe, shard=0):
         self.folder, self.recipe, self.shard = Path(folder), recipe, f"{shard:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        existing = self.folder / "meta.json"
-        if existing.is_file() and json.loads(existing.read_text())["recipe"] != recipe:
-            raise ValueError(f"{folder} holds units of another recipe; choose another --out, or delete that folder")
-        self.units = open(self._temporary("units.bin"), "wb")
-        self.runs = open(self._temporary("runs.bin"), "wb")
-        self.files = open(self._temporary("files.jsonl"), "w")
-        self.offsets, self.seconds = [0], 0.0
+        meta = read_json(self.folder / "meta.json") or {}
+        refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
+        self.streams = []
+        self.discard()  # what a killed process left
+        self.units, self.runs, self.files = self.streams = [open(self._temporary(suffix), "wb") for suffix in self.SUFFIXES[:3]]
+        self.offsets, self.seconds, self.part = [0], 0.0, None
 
     def _temporary(self, suffix):
         return self.folder / f"{self.shard}.{suffix}.tmp"
 
     def add(self, units, runs, name, seconds):
         """One document. units (T,) in [0, 65535]; runs (T,) frames; seconds: its length as audio."""
-        units, runs = np.asarray(units), np.asarray(runs)
-        if len(units) and (units.min() < 0 or units.max() > MAX_UNIT):
-            raise ValueError(f"{name}: units must lie in [0, {MAX_UNIT}], got {units.min()} to {units.max()}")
-        self.units.write(units.astype("<u2").tobytes())
-        self.runs.write(np.minimum(runs, MAX_UNIT).astype("<u2").tobytes())
-        self.files.write(json.dumps({"file_name": name, "seconds": round(seconds, 4)}) + "\n")
+        units, runs = as_uint16(name, units, runs)
+        self.units.write(units.tobytes())
+        self.runs.write(runs.tobytes())
+        self.files.write(json.dumps({"file_name": name, "seconds": round(seconds, 4)}).encode() + b"\n")
         self.offsets.append(self.offsets[-1] + len(units))
         self.seconds += seconds
 
-    def close(self, failures=()):
-        """Give the shard its final name. failures: (file, reason) pairs, kept as failures.csv lines."""
-        for file in (self.units, self.runs, self.files):
+    def finish(self):
+        """Everything on the disk, still under temporary names."""
+        self.streams.append(open(self._temporary("offsets.bin"), "wb"))
+        self.streams[-1].write(np.asarray(self.offsets, dtype="<i8").tobytes())
+        for file in self.streams:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        np.asarray(self.offsets, dtype="<i8").tofile(self._temporary("offsets.bin"))
-        for suffix in ("units.bin", "runs.bin", "files.jsonl", "offsets.bin"):
+        self.part = {"recipe": self.recipe, "files": len(self.offsets) - 1, "units": self.offsets[-1], "seconds": self.seconds}
+        self.offsets = None
+
+    def publish(self, failures=()):
+        """Final names for a finished shard. A meta.json of older shards goes first: it must never describe a mixture."""
+        (self.folder / "meta.json").unlink(missing_ok=True)
+        for suffix in self.SUFFIXES:
             os.replace(self._temporary(suffix), self.folder / f"{self.shard}.{suffix}")
-        part = {"recipe": self.recipe, "files": len(self.offsets) - 1, "units": self.offsets[-1],
-                "seconds": self.seconds, "failures": list(failures)}
-        path = self.folder / f"{self.shard}.part.json"
-        path.with_suffix(".tmp").write_text(json.dumps(part))
-        os.replace(path.with_suffix(".tmp"), path)
+        part = json.dumps({**self.part, "failures": list(failures)}).encode()
+        write_whole(self.folder / f"{self.shard}.part.json", part)
+
+    def close(self, failures=()):
+        """Give the shard its final name. failures: (file, reason) pairs, kept as failures.csv lines."""
+        self.finish()
+        self.publish(failures)
+
+    def discard(self):
+        """Close and remove what is not published; nothing happens after close()."""
+        for file in self.streams:
+            with suppress(OSError):  # the disk may be full, and what cannot be written is removed anyway
+                file.close()
+        for suffix in self.SUFFIXES:
+            self._temporary(suffix).unlink(missing_ok=True)
 
 
-def merge_meta(folder, shards=1):
-    """Join the parts of all `shards` processes into meta.json and failures.csv; returns the meta.
+def merge_meta(folder, shards=1, names=None):
+    """Join the parts of all `shards` shards into meta.json and failures.csv; returns the meta.
 
-    Shards with higher numbers, which an earlier run on more processes left, are removed: their documents stand in the new ones.
+    Shards with higher numbers, which an earlier run left, are removed: their documents stand in the new ones.
+    names: the file names that were asked for, good and failed; their fingerprint tells a later start that all is done.
     """
     folder = Path(folder)
     for path in folder.glob("[0-9]" * 5 + ".*"):
@@ -85,31 +124,91 @@ def merge_meta(folder, shards=1):
             path.unlink()
     parts = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.part.json"))}
     failures = [failure for part in parts.values() for failure in part["failures"]]
-    with open(folder / "failures.csv.tmp", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "reason"])
-        writer.writerows(failures)
-    os.replace(folder / "failures.csv.tmp", folder / "failures.csv")
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("file", "reason"), *failures])
+    write_whole(folder / "failures.csv", table.getvalue().encode("utf-8", "surrogateescape"))
     meta = {"format": FORMAT, "recipe": next(iter(parts.values()))["recipe"],
             "files": sum(part["files"] for part in parts.values()),
             "units": sum(part["units"] for part in parts.values()),
             "hours": sum(part["seconds"] for part in parts.values()) / 3600, "failures": len(failures)}
-    (folder / "meta.json.tmp").write_text(json.dumps(meta, indent=2) + "\n")
-    os.replace(folder / "meta.json.tmp", folder / "meta.json")
+    if names is not None:
+        meta["names"] = fingerprint_names(names)
+    write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
     for path in parts:
         path.unlink()
     return meta
 
+
+def write_shards(folder, recipe, documents, failures=(), names=None):
+    """A whole folder from its documents, by one process; returns the meta. What the folder held is replaced at the end.
+
+    Args:
+        documents: iterable of (name, units (T,), runs (T,), seconds), written in this order.
+        failures, names: as in ShardWriter.close and merge_meta.
+    """
+    writers = [ShardWriter(folder, recipe)]
+    try:
+        for name, units, runs, seconds in documents:
+            filled = writers[-1].offsets[-1]
+            if filled and filled + len(units) > SHARD_UNITS:
+                writers[-1].finish()
+                writers.append(ShardWriter(folder, recipe, len(writers)))
+            writers[-1].add(units, runs, name, seconds)
+        writers[-1].finish()
+        for writer in writers:
+            writer.publish(failures if writer is writers[-1] else ())
+    finally:
+        for writer in writers:
+            writer.discard()
+    return merge_meta(folder, len(writers), names)
+
+
+# ---------------------------------------------------------------------------------------------- interrupted work
+
+Journal = journal.Journal  # what the processes of an extraction append to
+
+
+def assemble(folder, recipe, names):
+    """Journals -> shards, by one process, after all have closed theirs; returns the meta.
+
+    The bytes depend on the documents and the order of `names` alone. Interrupted at any point, it is simply called again:
+    the journals go last, and until then no meta.json vouches for the new shards.
+
+    Args: names: every recording that was asked for, each once. What the journals hold beyond them is dropped.
+    Raises: ValueError if some are neither encoded nor failed; OSError, in a sentence, if the disk is full.
+    """
+    folder, names = Path(folder), [str(name) for name in names]
+    documents, failures = journal.collect(folder, recipe, names)
+    with journal.full_disk_explained(folder):
+        meta = write_shards(folder, recipe, tqdm(documents, desc="assembling", unit="file", disable=None), failures, names)
+    journal.remove(folder)
+    return meta
+
+
+def complete(folder, recipe, names):
+    """The meta if the folder holds exactly these recordings, encoded by this recipe; None if there is something to do."""
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json")
+    if meta is None or (folder / "work").exists() or meta.get("format") != FORMAT:
+        return None
+    if meta["recipe"] != json.loads(json.dumps(recipe)) or meta.get("names") != fingerprint_names(names):
+        return None
+    shutil.rmtree(folder / "work.done", ignore_errors=True)  # left by a kill at the very end
+    return meta if sum(path.stat().st_size for path in folder.glob("*.units.bin")) == 2 * meta["units"] else None
+
+
+# ---------------------------------------------------------------------------------------------- reading
 
 class UnitShards:
     """All documents of a shard folder, memory-mapped."""
 
     def __init__(self, folder):
         folder = Path(folder)
-        if not (folder / "meta.json").is_file():
-            raise FileNotFoundError(f"no meta.json in {folder}, so it holds no unit shards; "
-                                    "make them with python hubert_units.py AUDIO... --out=FOLDER")
-        self.folder, self.meta = folder, json.loads((folder / "meta.json").read_text())
+        self.folder, self.meta = folder, read_json(folder / "meta.json")
+        if self.meta is None:
+            remedy = ("its work/ is of an extraction that was interrupted: start the same command again"
+                      if (folder / "work").is_dir() else "make them with python hubert_units.py AUDIO... --out=FOLDER")
+            raise FileNotFoundError(f"no meta.json in {folder}, so it holds no unit shards; {remedy}")
         if self.meta.get("format") != FORMAT:
             raise ValueError(f"{folder} is written in format {self.meta.get('format')}, this code reads {FORMAT}; "
                              "encode the audio again")
@@ -139,18 +238,32 @@ class UnitShards:
         rows = slice(*offsets[i - self.firsts[part]:][:2])
         return units[rows].astype(np.int64), runs[rows].astype(np.int64)
 
+    def each_name(self):
+        """Yields file_name of every document."""
+        for *_, files in self.parts:
+            with open(files) as lines:
+                for line in lines:
+                    yield json.loads(line)["file_name"]
+
     @property
     def names(self):
-        """file_name of every document."""
-        return [json.loads(line)["file_name"] for part in self.parts for line in open(part[3])]
+        """file_name of every document, as a list."""
+        return list(self.each_name())
+
+    def __iter__(self):
+        """Yields (name, units (T,), runs (T,)) of every document."""
+        for i, name in enumerate(self.each_name()):
+            yield name, *self.document(i)
 
 
 def check_recipe(recipe, expected, where):
     """Units of different tokenizers must never mix: every number would be meaningless, without any error."""
-    for key in ("kind", "num_units", "layer", "centers", "frame_rate"):
-        if recipe.get(key) != expected.get(key):
-            raise ValueError(f"{where}: units of another tokenizer ({key} is {recipe.get(key)}, "
-                             f"expected {expected.get(key)}); encode the audio with the matching --tokenizer")
+    absent = {"pad": 0}  # zeros put around each recording; recipes from before that option say nothing
+    for key in ("kind", "num_units", "layer", "centers", "frame_rate", "pad"):
+        found, wanted = recipe.get(key, absent.get(key)), expected.get(key, absent.get(key))
+        if found != wanted:
+            raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); "
+                             "encode the audio with the matching --tokenizer")
 
 
 class UnitLoader:
@@ -200,20 +313,82 @@ class UnitLoader:
         return torch.stack(rows)
 
 
-def main():
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    if len(arguments) != 1:
-        print(__doc__.strip())
-        raise SystemExit(0 if "--help" in sys.argv else 2)
-    shards = UnitShards(arguments[0])
-    if "--jsonl" in sys.argv:
-        for i, name in enumerate(shards.names):
-            units, runs = shards.document(i)
-            print(json.dumps({"units": units.tolist(), "duration": runs.tolist(), "file_name": name}))
-        return
-    print(json.dumps(shards.meta, indent=2))
-    print(f"{len(shards)} documents; first units of the first: {shards.document(0)[0][:20].tolist()}")
+# ---------------------------------------------------------------------------------------------- the command
+
+@dataclass(frozen=True)
+class DataConfig:
+    paths: tuple[str, ...] = ()  # a shard folder to look into; or what to import: one .jsonl file, or a .tsv and its .km
+    jsonl: str | None = None  # export the folder to this file of JSON lines; without a value, or -, to the terminal
+    out: str | None = None  # import: folder for the shards
+    like: str | None = None  # import: shard folder whose recipe the units share, instead of the five options below
+    num_units: int | None = None  # import: K, size of the k-means table
+    frame_rate: float | None = None  # import: frames per second of speech
+    model: str | None = None  # import: name of the model that the units come from
+    layer: int | None = None  # import: its layer
+    centers: str | None = None  # import: fingerprint of the k-means centres, as `python data.py FOLDER` shows it
+    dedup: bool = False  # import: collapse runs of equal units (their run lengths are added up)
+
+
+def inspect(folder):
+    """What is in a shard folder, as text: hours, frequencies, entropy, run lengths."""
+    return unit_files.describe(UnitShards(folder))
+
+
+def imported_recipe(options):
+    """The recipe that the options of an import describe, less `dedup`."""
+    described = {key: getattr(options, key) for key in ("model", "layer", "num_units", "frame_rate", "centers")}
+    if options.like:
+        extra = [key for key, value in described.items() if value is not None]
+        if extra:
+            raise ValueError(f"--like={options.like} says it all; leave out --{extra[0].replace('_', '-')}")
+        described = UnitShards(options.like).recipe
+    if not (described.get("num_units") or 0) > 0 or not (described.get("frame_rate") or 0) > 0:
+        raise ValueError("an import needs --num-units and --frame-rate, both above 0, or --like=FOLDER with the same recipe")
+    return {"kind": "hubert", **described}
+
+
+def import_units(options):
+    """The files in options.paths -> shards in options.out; returns the meta."""
+    for path in options.paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file at {path}; check the path")
+    recipe = imported_recipe(options)
+
+    def documents():
+        rows = unit_files.read(options.paths, recipe["num_units"], recipe["frame_rate"])
+        for name, units, runs, seconds in tqdm(rows, desc="importing", unit="file", disable=None):
+            yield name, *(unit_files.collapse(units, runs) if options.dedup else (units, runs)), seconds
+
+    # The recipe tells the truth about the units, whatever the file's format suggests.
+    repeats = any((units[1:] == units[:-1]).any() for _, units, _, _ in documents())
+    return write_shards(options.out, {**recipe, "dedup": not repeats}, documents())
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    options = config.load(DataConfig, ["--jsonl=-" if word == "--jsonl" else word for word in argv], positional="paths")
+    suffixes = sorted(Path(path).suffix for path in options.paths if not Path(path).is_dir())
+    if suffixes in ([".jsonl"], [".km", ".tsv"]) and len(options.paths) == len(suffixes):
+        if not options.out or options.jsonl:
+            raise ValueError("an import needs --out=FOLDER, and no --jsonl")
+        meta = import_units(options)
+        print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units in {options.out}")
+    elif len(options.paths) != 1:
+        raise ValueError("give one shard folder to look into, or one .jsonl file or a .tsv and its .km to import (--help)")
+    elif options.out:
+        raise ValueError(f"--out is for an import of .jsonl, or .tsv and .km; {options.paths[0]} is neither")
+    elif options.jsonl == "-":
+        unit_files.write_jsonl(UnitShards(options.paths[0]), sys.stdout)
+    elif options.jsonl:
+        shards, path = UnitShards(options.paths[0]), Path(options.jsonl)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w") as file:
+            unit_files.write_jsonl(shards, file)
+        os.replace(temporary, path)
+    else:
+        print(inspect(options.paths[0]))
 
 
 if __name__ == "__main__":
-    main()
+    config.command(main)

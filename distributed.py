@@ -47,8 +47,11 @@ class Dist:
         return self.mean(float(bool(flag))) > 0
 
 
-def setup(device="auto"):
-    """Join the process group that torchrun describes in the environment, or be a single process."""
+def setup(device="auto", timeout=None):
+    """Join the process group that torchrun describes in the environment, or be a single process.
+
+    timeout: timedelta that processes wait for each other before they give up; None: PyTorch's choice, minutes.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +64,7 @@ def setup(device="auto"):
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if world > 1 and not torch_distributed.is_initialized():
-        torch_distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        torch_distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
     return Dist(rank, world, torch.device(device))
 
 

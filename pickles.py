@@ -47,7 +47,8 @@ DTYPES = {str(dtype): dtype for dtype in (*STORAGES.values(), torch.uint16, torc
                                           torch.float8_e5m2)}
 # Names of the standard library can do anything to a machine: those that hold data are let in as labels, others are an error.
 DATA = re.compile(r"(collections(\.abc)?|typing|enum|pathlib(\._local)?|datetime)\.\w+|argparse\.Namespace|"
-                  r"types\.SimpleNamespace|builtins\.(bool|dict|float|int|list|long|object|range|slice|str|tuple|type|unicode|xrange)")
+                  r"types\.SimpleNamespace|"
+                  r"builtins\.(bool|dict|float|int|list|long|object|range|slice|str|tuple|type|unicode)")
 
 
 class Inert:
@@ -112,31 +113,29 @@ def sizes(values):
 
 def as_dtype(value):
     """A dtype arrives as Inert("numpy.dtype", args=("f4", ...), state=(3, "<", ...)), the byte order being in the state."""
-    code, order = (value.args[0], value.state[1]) if value.kind == "numpy.dtype" else (value.kind, "=")
-    if not re.fullmatch(r"[biufc]\d{1,2}|[SU][1-9]\d{0,8}|O8?", code) or order not in ("<", ">", "=", "|"):
+    code = value.args[0] if value.kind == "numpy.dtype" else value.kind
+    if not re.fullmatch(r"[biufc]\d{1,2}|[SU]\d{1,9}|O8?", code):
         raise ValueError(f"an array is of type {code}")
-    return np.dtype(code).newbyteorder(order)
+    return np.dtype(code).newbyteorder(value.state[1])
 
 
 def as_array(data, dtype, shape, order="C", axes=None):
     """Bytes or list of objects -> a new array. order "K": its axes were stored in the order that `axes` undoes."""
-    dtype, count = as_dtype(dtype), math.prod(sizes(shape))
-    if dtype.hasobject is not (type(data) is list) or len(data) != count * (1 if dtype.hasobject else dtype.itemsize):
-        raise ValueError(f"an array of shape {shape} and type {dtype} is made of {len(data)} bytes or objects")
+    dtype, shape = as_dtype(dtype), sizes(shape)
     if dtype.hasobject and any(type(item) is np.ndarray and item.dtype.hasobject for item in data):
         raise ValueError("an array of objects holds another")  # freeing a long chain of them overflows the C stack
-    array = np.fromiter(data, dtype, count) if dtype.hasobject else np.frombuffer(data, dtype)
-    array = array.reshape(shape, order="C" if order == "K" else order)
+    array = np.fromiter(data, dtype, len(data)) if dtype.hasobject else np.frombuffer(data, dtype)
+    array = array.reshape(shape, order="C" if order == "K" else order)  # raises where the size differs
     return (array if axes is None else array.transpose(sizes(axes))).copy(order="K")
 
 
 def as_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
     """A view of a storage. Views with more elements than their storage are refused: stride 0 could make them any size."""
     size, stride, (offset,) = sizes(size), sizes(stride), sizes([offset])
-    if not isinstance(storage, torch.Tensor) or len(size) != len(stride) or metadata:  # metadata: lazily conjugated or negated
+    if not isinstance(storage, torch.Tensor) or metadata:  # metadata: lazily conjugated or negated
         raise ValueError("a tensor is no plain view of a storage")
-    count, last = math.prod(size), offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if count > storage.numel() or count and last >= storage.numel():
+    count, span = math.prod(size), sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+    if max(count, offset + (span if count else 0)) > storage.numel():
         raise ValueError(f"a tensor of shape {size}, strides {stride}, offset {offset} leaves its storage of {storage.numel()}")
     return storage.as_strided(size, stride, offset)
 
@@ -306,10 +305,9 @@ def read_member(data, entry):
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
         raise ValueError(f"its member {entry.filename!r} is compressed or encrypted, which torch never does")
     start = entry.header_offset
-    signature, name, extra = struct.unpack("<4s22xHH", data[start:start + 30])
-    start += 30 + name + extra
+    start += 30 + sum(struct.unpack("<26xHH", data[start:start + 30]))  # a header, ending in the lengths of its name and extras
     content = memoryview(data)[start:start + entry.file_size]
-    if signature != b"PK\3\4" or len(content) != entry.file_size or zlib.crc32(content) != entry.CRC:
+    if len(content) != entry.file_size or zlib.crc32(content) != entry.CRC:
         raise ValueError(f"the checksum of its member {entry.filename!r} is wrong")
     return content
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from families import FAMILIES, Row, having, linear
+from families import FAMILIES, Layout, Row, having, linear
 
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
@@ -145,6 +145,7 @@ HUBERT_CONFIG = {  # theirs -> ours, where the value is the same
 HUBERT_FIXED = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False,
                 "feat_proj_layer_norm": True, "feat_extract_activation": "gelu", "hidden_act": "gelu"}
 POS_CONV = "encoder.pos_conv_embed.conv"
+THIRDS = Layout(lambda parts, options: torch.cat(parts), lambda x, options: x.chunk(3))  # q, k and v are multiplied at once
 batch_norm = having("pos_batch_norm")
 
 HUBERT_ROWS = (
@@ -159,10 +160,9 @@ HUBERT_ROWS = (
     Row(("encoder.pos_conv_embed.batch_norm.num_batches_tracked",), "pos_norm.num_batches_tracked", when=batch_norm),
     *linear(POS_CONV, "pos_conv"),
     *linear("encoder.layer_norm", "ln_in"),
-    *(row for part, name in (("attention.q_proj", "q"), ("attention.k_proj", "k"), ("attention.v_proj", "v"),
-                             ("attention.out_proj", "out"), ("layer_norm", "ln_1"),
-                             ("feed_forward.intermediate_dense", "up"), ("feed_forward.output_dense", "down"),
-                             ("final_layer_norm", "ln_2"))
+    *linear(tuple(f"encoder.layers.{{}}.attention.{x}_proj" for x in "qkv"), "layers.{}.qkv", layout=THIRDS),
+    *(row for part, name in (("attention.out_proj", "out"), ("layer_norm", "ln_1"), ("feed_forward.intermediate_dense", "up"),
+                             ("feed_forward.output_dense", "down"), ("final_layer_norm", "ln_2"))
       for row in linear(f"encoder.layers.{{}}.{part}", f"layers.{{}}.{name}")))
 
 FAIRSEQ_NAMES = (  # beginning of a fairseq name, as a regular expression -> of the Hugging Face name
@@ -190,15 +190,15 @@ def read_hubert(path):
         options, left = fairseq_hubert(path)
     left, result, missing = fold_weight_norm(left), {}, []
     for row, layer in expand_hubert(options):
-        name = row.theirs[0].format(layer)
-        if name in left:
-            result[row.ours.format(layer)] = left.pop(name)
+        names = [template.format(layer) for template in row.theirs]
+        if all(name in left for name in names):
+            result[row.ours.format(layer)] = row.layout.read([left.pop(name) for name in names], options)
         elif row.ours == "mask_embedding":  # encoding never masks, and stripped files lack it
             result[row.ours] = torch.zeros(options["n_embd"])
         elif row.ours == "pos_norm.num_batches_tracked":
             result[row.ours] = torch.tensor(0)
         else:
-            missing.append(name)
+            missing += [name for name in names if name not in left]
     if missing or left:
         raise ValueError(f"{path}: the weights do not fit its config; missing {shown(missing)}, unexpected {shown(sorted(left))}")
     return options, result
@@ -310,7 +310,10 @@ def write_hubert(options, tensors):
     settings = {"architectures": ["HubertModel"], "model_type": "hubert", **HUBERT_FIXED,
                 **{key: options[ours] for key, ours in HUBERT_CONFIG.items()},
                 "num_feat_extract_layers": len(options["conv_dim"]), "vocab_size": 32}
-    theirs = {row.theirs[0].format(layer): tensors[row.ours.format(layer)] for row, layer in expand_hubert(options)}
+    theirs = {}
+    for row, layer in expand_hubert(options):
+        parts = row.layout.write(tensors[row.ours.format(layer)], options)
+        theirs.update(zip((template.format(layer) for template in row.theirs), parts))
     if not options["pos_batch_norm"]:  # transformers wants weight norm there, and any direction with its own length is one
         v = theirs.pop(f"{POS_CONV}.weight")
         new = f"{POS_CONV}.parametrizations.weight.original"

@@ -28,7 +28,8 @@ import checkpoint
 import config
 import pretrained
 from audio import SAMPLE_RATE
-from hubert_units import Hubert, HubertConfig, fit_kmeans
+from hubert import Hubert, HubertConfig
+from kmeans import fit_kmeans
 
 SHAPE = HubertConfig(
     conv_dim=(32, 64, 96, 128, 128, 128, 192, 192), conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2),

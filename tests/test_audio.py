@@ -1,26 +1,59 @@
-"""audio.py: files of many kinds become the same float32 mono samples at 16 kHz."""
+"""audio.py: files of many kinds become the same float32 mono samples at 16 kHz, whole or in blocks."""
 import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from audio import SAMPLE_RATE, read_wav, resample, write_wav
+from audio import SAMPLE_RATE, Resampler, duration, read_blocks, read_wav, resample, write_wav
+
+ROOT = Path(__file__).parent.parent
+USUAL = [8000, 11025, 22050, 24000, 44100, 48000]
+ODD = [16001, 12345, 44101]
+WAV_SUBTYPES = [name for name in soundfile.available_subtypes("WAV") if name != "MPEG_LAYER_III"]  # that one is read only
+KINDS = [*(("WAV", subtype) for subtype in WAV_SUBTYPES), ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("W64", "PCM_16"),
+         ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
+         ("AIFF", "PCM_16"), ("AIFF", "FLOAT"), ("AU", "PCM_16"), ("CAF", "PCM_16")]
+each_kind = pytest.mark.parametrize("format, subtype", KINDS, ids=lambda kind: kind)
 
 
 def tone(rate, seconds=0.5, frequency=440.0):
     return torch.sin(2 * math.pi * frequency * torch.arange(int(rate * seconds)) / rate)
 
 
-def test_write_then_read_returns_the_samples_to_16_bits(tmp_path):
-    samples = 0.5 * tone(SAMPLE_RATE)
-    write_wav(tmp_path / "a.wav", samples)
-    assert (read_wav(tmp_path / "a.wav") - samples).abs().max() < 1 / 32767
-    assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]  # no temporary file is left
+def noise(n, seed=0):
+    return 2 * torch.rand(n, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000])
+def write(path, samples, rate, format, subtype):
+    """Write (S,) samples on two channels, the second at half the volume, or on one where the coder takes one only."""
+    stereo = np.stack([samples, 0.5 * samples], axis=1)
+    try:
+        soundfile.write(path, stereo, rate, format=format, subtype=subtype)
+    except soundfile.LibsndfileError:
+        soundfile.write(path, 0.75 * samples, rate, format=format, subtype=subtype)
+    return path
+
+
+def in_pieces(samples, rate, sizes):
+    resampler, pieces, at = Resampler(rate), [], 0
+    for size in sizes:
+        pieces.append(resampler.feed(samples[at:at + size]))
+        at += size
+    return torch.cat([*pieces, resampler.feed(samples[at:]), resampler.finish()])
+
+
+# ---------------------------------------------------------------------------------------------- resampling
+
+@pytest.mark.parametrize("rate", USUAL)
 def test_resampling_keeps_a_tone_and_rounds_the_length_up(rate):
     source = tone(rate)
     result = resample(source, rate)
@@ -29,38 +62,309 @@ def test_resampling_keeps_a_tone_and_rounds_the_length_up(rate):
     assert (result[middle] - tone(SAMPLE_RATE)[middle]).abs().max() < 2e-3
 
 
-def test_resampling_agrees_with_a_direct_float64_sum_of_windowed_sincs():
+@pytest.mark.parametrize("rate", [*USUAL, *ODD])
+def test_resampling_agrees_with_a_direct_float64_sum_of_windowed_sincs(rate):
     rng = np.random.default_rng(0)
-    source, rate = rng.standard_normal(300), 22050
-    cutoff = SAMPLE_RATE * 0.99  # Hz, twice the cut-off of the low-pass
+    source = rng.uniform(-1, 1, 700)  # short: a good part of the output sees an edge
+    cutoff = min(rate, SAMPLE_RATE) * 0.99  # Hz, twice the cut-off of the low-pass
     expected = []
     for n in range(math.ceil(len(source) * SAMPLE_RATE / rate)):
         t = np.clip((np.arange(len(source)) / rate - n / SAMPLE_RATE) * cutoff, -6, 6)
         expected.append(np.sum(source * np.sinc(t) * np.cos(t * np.pi / 12) ** 2) * cutoff / rate)
     result = resample(torch.from_numpy(source).float(), rate)
-    assert np.abs(result.numpy() - np.array(expected)).max() < 1e-5
+    assert result.shape == (len(expected),) and np.abs(result.numpy() - np.array(expected)).max() < 1e-5
+    exact = resample(torch.from_numpy(source), rate)
+    assert exact.dtype == torch.float64 and np.abs(exact.numpy() - np.array(expected)).max() < 1e-12
 
 
-@pytest.mark.parametrize("suffix, subtype", [("wav", "PCM_24"), ("flac", "PCM_16"), ("ogg", "VORBIS"), ("mp3", None),
-                                             ("aiff", "PCM_16")])
-def test_every_format_channel_count_and_rate_becomes_mono_16_khz(tmp_path, suffix, subtype):
-    source = 0.4 * tone(44100)
-    stereo = torch.stack([source, 0.5 * source], dim=1).numpy()
-    soundfile.write(tmp_path / f"a.{suffix}", stereo, 44100, subtype=subtype)
-    samples = read_wav(tmp_path / f"a.{suffix}")
+def torchaudio_resample(samples, rate):
+    """torchaudio's sinc_interp_hann with its default settings, from its definition: one dense kernel per phase, strided."""
+    g = math.gcd(rate, SAMPLE_RATE)
+    orig, new = rate // g, SAMPLE_RATE // g
+    base = min(orig, new) * 0.99
+    width = math.ceil(6 * orig / base)
+    padded = np.concatenate([np.zeros(width), samples, np.zeros(width + orig)])
+    phases = []
+    for i in range(new):
+        t = np.clip((-i / new + np.arange(-width, width + orig) / orig) * base, -6, 6)
+        kernel = np.sinc(t) * np.cos(t * np.pi / 12) ** 2 * base / orig
+        phases.append(np.lib.stride_tricks.sliding_window_view(padded, len(kernel))[::orig] @ kernel)
+    return np.stack(phases, axis=1).reshape(-1)[:math.ceil(new * len(samples) / orig)]
+
+
+@pytest.mark.parametrize("rate", USUAL)
+@pytest.mark.parametrize("n", [1, 440, 441, 442, 3000])
+def test_resampling_agrees_with_the_published_definition_of_torchaudio(rate, n):
+    source = noise(n)
+    expected = torchaudio_resample(source.double().numpy(), rate)
+    result = resample(source, rate)
+    assert result.shape == expected.shape and np.abs(result.numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("rate", [*USUAL, *ODD, SAMPLE_RATE])
+@pytest.mark.parametrize("size", [1, 7, 160, 441, 1000])
+def test_pieces_of_any_size_give_the_samples_of_the_whole(rate, size):
+    source = noise(60 * size if size < 100 else 5000)
+    whole = resample(source, rate)
+    pieces = in_pieces(source, rate, [size] * (len(source) // size))
+    assert len(whole) == -(-len(source) * SAMPLE_RATE // rate)
+    assert torch.equal(pieces, whole)  # to the bit, which is more than any use of them asks
+
+
+@settings(deadline=None, max_examples=40)
+@given(rate=st.sampled_from([*USUAL, *ODD, SAMPLE_RATE]) | st.integers(1, 100_000), n=st.integers(0, 3000),
+       sizes=st.lists(st.integers(0, 900), max_size=12))
+def test_random_pieces_at_any_rate_give_the_samples_of_the_whole(rate, n, sizes):
+    n = min(n, rate // 4)  # a few Hz would become a million samples
+    source = noise(n)
+    pieces = in_pieces(source, rate, sizes)
+    assert len(pieces) == -(-n * SAMPLE_RATE // rate)
+    torch.testing.assert_close(pieces, resample(source, rate), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [*USUAL, *ODD])
+def test_the_resampler_keeps_less_than_a_frame_of_input_and_its_filter(rate):
+    resampler = Resampler(rate)
+    for _ in range(20):
+        resampler.feed(noise(3000))
+        assert len(resampler.pending) <= resampler.source + 2 * resampler.width
+    assert resampler.kernel.size < 200 * SAMPLE_RATE  # also where rates share no divisor
+
+
+def test_rates_that_are_not_positive_are_refused():
+    for rates in ((0, 16000), (16000, -1)):
+        with pytest.raises(ValueError, match="must be positive"):
+            resample(torch.zeros(5), *rates)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def test_write_then_read_returns_the_samples_to_16_bits(tmp_path):
+    samples = 0.5 * tone(SAMPLE_RATE)
+    write_wav(tmp_path / "a.wav", samples)
+    assert (read_wav(tmp_path / "a.wav") - samples).abs().max() < 1 / 32767
+    assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]  # no temporary file is left
+
+
+@each_kind
+def test_every_kind_of_file_becomes_mono_16_khz_and_tells_its_duration(tmp_path, format, subtype):
+    rate = 48000 if subtype == "OPUS" else 44100
+    path = write(tmp_path / "a", (0.4 * tone(rate, 2)).numpy(), rate, format, subtype)
+    samples = read_wav(path)
     assert samples.dtype == torch.float32 and samples.ndim == 1
-    assert abs(len(samples) - 8000) < 600  # lossy formats pad
+    assert abs(len(samples) - 32000) < 600  # some coders pad
     assert 0.25 < samples[2000:6000].abs().max() < 0.35  # (0.4 + 0.2) / 2
+    assert (samples[2000:6000] - 0.3 * tone(SAMPLE_RATE)[2000:6000]).abs().mean() < 0.05
+    assert duration(path) == pytest.approx(len(samples) / SAMPLE_RATE, rel=0.01)
+    assert duration(path) == pytest.approx(2, rel=0.02)
 
+
+@each_kind
+def test_read_wav_is_the_blocks_joined_to_the_bit(tmp_path, format, subtype):
+    rate = 12000  # the coders' rates differ; all know this one
+    samples = 0.5 * noise(int(10.4 * rate)).numpy()  # more than one block of the default length
+    path = write(tmp_path / "a", samples, rate, format, subtype)
+    blocks = list(read_blocks(path))
+    whole = read_wav(path)
+    assert len(blocks) == 3 and abs(len(blocks[0]) - 160_000) < 500  # two of the file, one that the filter held back
+    assert torch.equal(torch.cat(blocks), whole)
+    decoded, _ = soundfile.read(path, dtype="float32", always_2d=True)  # at once: decoders must not notice the blocks
+    expected = resample(torch.from_numpy(decoded).mean(dim=1), rate)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-6 if format == "MP3" else 0)  # soundfile seeks in an mp3
+    assert torch.equal(torch.cat(list(read_blocks(path, seconds=0.37))), whole)
+
+
+def test_a_block_is_counted_in_samples_of_the_file(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(40_000).numpy(), SAMPLE_RATE)
+    assert [len(block) for block in read_blocks(tmp_path / "a.wav", seconds=1)] == [16_000, 16_000, 8000, 0]
+
+
+@pytest.mark.parametrize("rate", [8000, SAMPLE_RATE, 44100])
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_silence_and_the_shortest_files_are_read(tmp_path, rate, n):
+    soundfile.write(tmp_path / "a.wav", np.zeros(n), rate)
+    samples = read_wav(tmp_path / "a.wav")
+    assert torch.equal(samples, torch.zeros(-(-n * SAMPLE_RATE // rate)))
+
+
+def test_a_long_recording_needs_no_more_memory_than_a_short_one(tmp_path):
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", 48000, 2, "PCM_16") as file:  # silence: small on disk
+        for _ in range(60):
+            file.write(np.zeros((480_000, 2), dtype=np.int16))
+    soundfile.write(tmp_path / "short.flac", np.zeros((480_000, 2)), 48000)
+    program = ("import resource, sys; from audio import read_blocks\n"
+               "for name in sys.argv[1:]:\n"
+               "    print(sum(len(block) for block in read_blocks(name)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path / "short.flac"), str(tmp_path / "long.flac")],
+                            cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (short, before), (long, after) = (map(int, line.split()) for line in result.stdout.splitlines())
+    kib = 1 if sys.platform == "linux" else 1024  # ru_maxrss counts bytes on a Mac
+    assert (short, long) == (160_000, 9_600_000)
+    assert (after - before) / kib < 40 * 1024  # the decoded file would take 230 MB, its mono half of that
+
+
+# ---------------------------------------------------------------------------------------------- damage
 
 def test_files_that_are_no_recordings_get_a_clear_error(tmp_path):
     (tmp_path / "text.wav").write_text("this is not audio")
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    (tmp_path / "headerless.raw").write_bytes(bytes(1000))
+    (tmp_path / "stump.wav").write_bytes(b"RIFF\0\0\0\0WAVEdata")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16000, subtype="FLOAT")
-    for name, words in (("text.wav", "as audio"), ("empty.wav", "no samples"), ("nan.wav", "NaN")):
+    soundfile.write(tmp_path / "inf.wav", np.array([[0.0, 0.0], [0.0, np.inf]]), 44100, subtype="DOUBLE")
+    for name, words in (("text.wav", "as audio"), ("nothing.wav", "as audio"), ("headerless.raw", "as audio"),
+                        ("stump.wav", "as audio"), ("empty.wav", "no samples"), ("nan.wav", "NaN"), ("inf.wav", "NaN")):
         with pytest.raises(ValueError, match=words):
             read_wav(tmp_path / name)
-    with pytest.raises(ValueError, match="directory"):
-        read_wav(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no audio file"):
-        read_wav(tmp_path / "missing.wav")
+        if words == "as audio":
+            with pytest.raises(ValueError, match=words):
+                duration(tmp_path / name)
+    for read in (read_wav, duration, lambda path: list(read_blocks(path))):
+        with pytest.raises(ValueError, match="directory"):
+            read(tmp_path)
+        with pytest.raises(FileNotFoundError, match="no audio file"):
+            read(tmp_path / "missing.wav")
+
+
+def test_a_sampling_rate_that_no_recording_has_is_taken_for_damage(tmp_path):
+    for rate in (1, 999, 1_000_003):
+        soundfile.write(tmp_path / "a.wav", np.zeros(100), rate)
+        for read in (read_wav, duration):
+            with pytest.raises(ValueError, match=f"claims {rate} samples"):
+                read(tmp_path / "a.wav")
+
+
+def test_nan_in_the_second_block_stops_there(tmp_path):
+    samples = noise(20_000).numpy()
+    samples[15_000] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT")
+    blocks = read_blocks(tmp_path / "a.wav", seconds=0.625)
+    assert np.array_equal(next(blocks).numpy(), samples[:10_000])
+    with pytest.raises(ValueError, match="NaN"):
+        next(blocks)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.5, 0.1])
+@pytest.mark.parametrize("format, subtype", [kind for kind in KINDS if kind[0] != "OGG"], ids=lambda kind: kind)
+def test_a_file_whose_end_is_missing_is_refused(tmp_path, format, subtype, share):
+    path = write(tmp_path / "a", 0.5 * noise(3 * 44100).numpy(), 44100, format, subtype)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+    with pytest.raises(ValueError, match="cut short|as audio"):
+        read_wav(path)
+    if format in ("WAV", "AIFF", "W64", "AU"):  # the header shows it
+        with pytest.raises(ValueError, match="header promises"):
+            duration(path)
+
+
+def test_an_ogg_file_whose_end_is_missing_is_read_up_to_there_or_refused(tmp_path):
+    for subtype in ("VORBIS", "OPUS"):
+        path = write(tmp_path / "a.ogg", 0.5 * noise(5 * 48000).numpy(), 48000, "OGG", subtype)
+        whole, content = read_wav(path), path.read_bytes()
+        path.write_bytes(content[:int(0.9 * len(content))])
+        samples = read_wav(path)
+        assert 0.7 * len(whole) < len(samples) < len(whole)
+        path.write_bytes(content[:100])
+        with pytest.raises(ValueError, match="as audio"):
+            read_wav(path)
+
+
+def flac_frames(content):
+    """Where the frames of a flac of fixed block size begin: sync word, block size and rate as in the first, next number."""
+    at, starts = content.index(b"\xff\xf8"), []
+    start = content[at:at + 4]
+    while (at := content.find(start + bytes([len(starts)]), at)) >= 0 and len(starts) < 128:
+        starts.append(at)
+    return starts
+
+
+def test_a_flac_that_ends_between_two_frames_is_refused_unless_its_length_is_unknown(tmp_path):
+    path = write(tmp_path / "a.flac", 0.5 * noise(44100).numpy(), 44100, "FLAC", "PCM_16")
+    content = bytearray(path.read_bytes())
+    starts = flac_frames(content)
+    assert len(starts) >= 10
+    path.write_bytes(content[:starts[5]])
+    with pytest.raises(ValueError, match=f"ends after {5 * 4096 / 44100:.2f} s"):
+        read_wav(path)
+    whole = write(tmp_path / "b.flac", 0.5 * noise(44100).numpy(), 44100, "FLAC", "PCM_16")
+    content[21] &= 0xF0  # STREAMINFO's 36 bits of length: 0 is what an encoder writes into a pipe
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    assert torch.equal(read_wav(path), read_wav(whole)) and duration(path) == pytest.approx(1)
+    path.write_bytes(content[:starts[5] + 50])  # within a frame: the decoder notices
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        read_wav(path)
+    path.write_bytes(content[:starts[5]])
+    assert len(read_wav(path)) == math.ceil(5 * 4096 * SAMPLE_RATE / 44100)
+
+
+def test_a_damaged_flac_is_refused_where_the_damage_is(tmp_path):
+    path = write(tmp_path / "a.flac", 0.5 * noise(5 * 44100).numpy(), 44100, "FLAC", "PCM_16")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+    blocks = read_blocks(path, seconds=1)
+    assert len(next(blocks)) + len(next(blocks)) > 31_000
+    with pytest.raises(ValueError, match="damaged or cut short after 2.00 s"):
+        list(blocks)
+
+
+def without_index(content):
+    """An mp3 without its first MPEG frame, which holds the length; 44.1 kHz."""
+    kbps = [0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320][content[2] >> 4]
+    return content[144_000 * kbps // 44100 + (content[2] >> 1 & 1):]
+
+
+def test_an_mp3_is_held_to_its_length_only_if_it_tells_it(tmp_path):
+    path = write(tmp_path / "a.mp3", 0.5 * noise(3 * 44100).numpy(), 44100, "MP3", "MPEG_LAYER_III")
+    content = path.read_bytes()
+    assert b"Xing" in content[:64] and b"Xing" not in without_index(content)[:64]
+    id3 = b"ID3\x04\0\0" + bytes([0, 0, 2, 44]) + bytes(300)  # 2 * 128 + 44 bytes
+    whole = read_wav(path)
+    path.write_bytes(id3 + content)
+    assert torch.equal(read_wav(path), whole)
+    path.write_bytes((id3 + content)[:len(content) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        read_wav(path)
+    # Silence with a loud start: from the first frame libsndfile guesses a constant bit rate and too long a recording.
+    samples = 0.5 * noise(3 * 44100).numpy()
+    samples[44100:] = 0
+    content = write(path, samples, 44100, "MP3", "MPEG_LAYER_III").read_bytes()
+    path.write_bytes(without_index(content))
+    assert read_wav(path).abs().max() > 0.3
+
+
+STREAMED = [(0, 0), (36, 0), (8, 0), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF - 36),
+            (0x7FFFF024, 0x7FFFF000), (0x80000024, 0x80000000)]  # of the file, of the samples
+
+
+@pytest.mark.parametrize("riff, data", STREAMED, ids=str)
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "ULAW"])
+def test_a_wav_written_into_a_pipe_is_read_to_its_end(tmp_path, riff, data, subtype):
+    path = write(tmp_path / "a.wav", 0.5 * noise(44100).numpy(), 44100, "WAV", subtype)
+    whole, content = read_wav(path), bytearray(path.read_bytes())
+    at = content.index(b"data") + 4
+    content[4:8], content[at:at + 4] = struct.pack("<I", riff), struct.pack("<I", data)
+    path.write_bytes(content)
+    assert torch.equal(read_wav(path), whole) and duration(path) == 1
+    assert path.read_bytes() == content  # the file itself is left as it was
+
+
+def test_an_empty_wav_with_a_title_behind_the_samples_is_empty(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), 16000)
+    content = bytearray((tmp_path / "a.wav").read_bytes() + b"LIST\x04\0\0\0INFO")
+    content[4:8] = struct.pack("<I", len(content) - 8)
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(ValueError, match="no samples"):
+        read_wav(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("format, size", [("AU", b"\xff\xff\xff\xff"), ("AIFF", b"\x7f\0\0\x08")])
+def test_an_au_or_aiff_written_into_a_pipe_is_read_to_its_end(tmp_path, format, size):
+    path = write(tmp_path / "a", 0.5 * noise(44100).numpy(), 44100, format, "PCM_16")
+    whole, content = read_wav(path), bytearray(path.read_bytes())
+    at = content.index(b"SSND") + 4 if format == "AIFF" else 8
+    content[at:at + 4] = size
+    path.write_bytes(content)
+    assert torch.equal(read_wav(path), whole) and duration(path) == 1

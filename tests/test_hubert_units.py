@@ -16,14 +16,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import audio
 import checkpoint
 import data
 import hubert_units
 import pretrained
 from audio import SAMPLE_RATE, read_wav
-from hubert_units import Hubert, HubertConfig, deduplicate, fit_kmeans, load_hubert, load_unit_encoder
+from hubert import Hubert, HubertConfig, load_hubert
+from hubert_units import deduplicate, load_unit_encoder
 
 ROOT = Path(hubert_units.__file__).parent
 C, K, LAYERS = 16, 12, 3
@@ -167,12 +171,198 @@ def test_what_is_no_recording_of_one_frame_is_refused(kind, folders):
         encoder.features(noise(8000)[None])
 
 
-def test_long_recordings_are_encoded_in_independent_pieces(folders, monkeypatch):
-    monkeypatch.setattr(hubert_units, "CHUNK_SECONDS", 1)
-    encoder, wav = load_unit_encoder(folders["25hz"]), noise(2 * SAMPLE_RATE + 719)
-    pieces = [encoder.features(piece) for piece in wav.split(SAMPLE_RATE)[:2]]  # the rest is shorter than a frame
-    assert torch.equal(encoder.features(wav), torch.cat(pieces))
-    assert len(encoder.features(noise(2 * SAMPLE_RATE + 720))) == len(torch.cat(pieces)) + 1
+# ---------------------------------------------------------------------------------------------- batches
+
+def lengths_and_order(kind):
+    shortest = KINDS[kind][1]
+    return st.lists(st.integers(shortest, 20_000), min_size=2, max_size=7)
+
+
+@each_kind
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=st.data())
+def test_a_padded_batch_gives_the_features_and_units_of_each_recording_alone(kind, folders, drawn):
+    encoder = load_unit_encoder(folders[kind])
+    wavs = [noise(length, seed) for seed, length in enumerate(drawn.draw(lengths_and_order(kind)))]
+    together = encoder.features_of(wavs)  # all in one forward, however different their lengths
+    for features, wav in zip(together, wavs):
+        alone = encoder.features(wav)
+        assert features.shape == alone.shape == (encoder.hubert.num_frames(len(wav)), C)
+        torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-5)
+    for units, wav in zip(encoder.units_of(wavs), wavs):
+        assert torch.equal(units, encoder.encode(wav))
+    order = drawn.draw(st.permutations(range(len(wavs))))
+    for units, i in zip(encoder.encode_batch([wavs[i] for i in order]), order):
+        assert torch.equal(units, encoder.encode(wavs[i]))
+
+
+@each_kind
+def test_naive_padding_would_change_the_features(kind, folders):
+    encoder = load_unit_encoder(folders[kind])
+    wav = noise(9000)
+    padded = encoder.hubert(torch.nn.functional.pad(wav, (0, 9000))[None], 2)[0, :encoder.hubert.num_frames(9000)]
+    assert (padded - encoder.features(wav)).norm() > 0.02 * padded.norm()  # what the masked statistics are for
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_normalised_waveform_is_normalised_over_its_own_samples(normalize):
+    hubert = Hubert(dataclasses.replace(SLOW, normalize=normalize)).eval()
+    perturb(hubert.state_dict())
+    encoder = hubert_units.UnitEncoder(hubert, torch.zeros(K, C), 2)
+    wavs = [2 + 3 * noise(length, length) for length in (9000, 16_000, 720)]
+    for features, wav in zip(encoder.features_of(wavs), wavs):
+        torch.testing.assert_close(features, encoder.features(wav), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frame_half_way_between_two_centres_is_decided_alone(folders, monkeypatch):
+    encoder, wavs = load_unit_encoder(folders["25hz"]), [noise(16_000, 1), noise(15_900, 2)]
+    frame = encoder.features(wavs[1])[3]
+    nearest = int(encoder.quantize(frame[None]))
+    encoder.centers[nearest - 1] = 2 * frame - encoder.centers[nearest]  # the frame lies in the middle of these two
+    assert not encoder.sure(encoder.features(wavs[1])) and encoder.sure(encoder.features(wavs[0]))
+    forwards = []
+    original = encoder.features_of
+    monkeypatch.setattr(encoder, "features_of", lambda batch, *rest: forwards.append(len(batch)) or original(batch, *rest))
+    encoder.encode_batch(wavs)
+    assert forwards == [2, 1]
+
+
+def test_recordings_of_like_length_share_a_forward_within_the_budget(folders):
+    encoder = load_unit_encoder(folders["25hz"])
+    encoder.budget = 10.0
+    lengths = [16_000 * seconds for seconds in (3, 4, 3, 1, 9, 12, 1, 4)]
+    groups = [[lengths[i] // 16_000 for i in group] for group in encoder.batches(lengths)]
+    assert groups == [[12], [9], [4, 4], [3, 3], [1, 1]]
+    assert encoder.batches([]) == []
+
+
+def test_padding_is_at_most_five_percent_on_a_mix_like_librispeech(folders):
+    encoder, rng = load_unit_encoder(folders["25hz"]), np.random.default_rng(0)
+    encoder.budget = 960.0
+    long = rng.normal(14.5, 1.2, 1400).clip(10, 17)  # most utterances of its train sets are 12 to 16 s long, the rest any
+    lengths = (np.concatenate([long, rng.uniform(1.5, 13, 600)]) * 16_000).astype(int)
+    groups = encoder.batches(lengths.tolist())
+    padded = sum(len(group) * max(lengths[group]) for group in groups)
+    assert sorted(itertools.chain(*groups)) == list(range(2000)) and len(groups) < 60
+    assert 1 - lengths.sum() / padded < 0.05
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 3 GB")])
+def test_when_memory_runs_out_the_budget_is_halved_and_nothing_is_lost(error, folders, monkeypatch, capsys):
+    encoder, wavs = load_unit_encoder(folders["25hz"]), [noise(8000, seed) for seed in range(7)]
+    expected, forward, sizes = [encoder.encode(wav) for wav in wavs], encoder.hubert.forward, []
+
+    def small(wav, *rest, **more):
+        sizes.append(len(wav))
+        if len(wav) > 2:
+            raise error
+        return forward(wav, *rest, **more)
+
+    monkeypatch.setattr(encoder.hubert, "forward", small)
+    for units, wanted in zip(encoder.encode_batch(wavs), expected):
+        assert torch.equal(units, wanted)
+    assert sizes[0] == 7 and encoder.budget == pytest.approx(0.5, abs=0.6) and "out of memory" in capsys.readouterr().out
+    sizes.clear()
+    encoder.encode_batch(wavs)
+    assert max(sizes) <= 3  # the smaller budget stays
+    monkeypatch.setattr(encoder.hubert, "forward", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(ValueError, match="not enough memory"):
+        encoder.encode(wavs[0])
+    monkeypatch.setattr(encoder.hubert, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        encoder.encode(wavs[0])
+
+
+def test_packed_weights_give_the_same_features(folders):
+    for kind in KINDS:
+        encoder, packed = load_unit_encoder(folders[kind]), load_unit_encoder(folders[kind])
+        packed.hubert.pack()
+        wavs = [noise(length) for length in (9000, 30_001)]
+        with torch.inference_mode():
+            for features, expected in zip(packed.features_of(wavs), encoder.features_of(wavs)):
+                torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- long recordings
+
+SECOND = SAMPLE_RATE
+
+
+def test_the_published_way_encodes_independent_pieces(folders, monkeypatch):
+    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"textless": (1, 0)})
+    encoder, wav = load_unit_encoder(folders["25hz"], chunking="textless"), noise(2 * SECOND + 719)
+    pieces = [encoder.features(piece) for piece in wav.split(SECOND)[:2]]  # the rest is shorter than a frame
+    torch.testing.assert_close(encoder.features(wav), torch.cat(pieces), rtol=1e-5, atol=1e-5)
+    assert len(encoder.features(noise(2 * SECOND + 720))) == len(torch.cat(pieces)) + 1
+    assert encoder.recipe["chunking"] == "textless"
+
+
+@each_kind
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pieces_with_context_have_the_frames_of_the_whole_and_its_statistics(kind, normalize, monkeypatch):
+    """Up to layer 0 nothing but the positional convolution looks around, and the context covers it: pieces equal the whole."""
+    hubert = Hubert(dataclasses.replace(KINDS[kind][0], normalize=normalize)).eval()
+    perturb(hubert.state_dict())
+    encoder = hubert_units.UnitEncoder(hubert, torch.randn(K, C, generator=torch.Generator().manual_seed(0)), 1)
+    for rows in range(hubert.config.n_layer):  # layers that do nothing but their norms: what is left is local
+        hubert.layers[rows].out.weight.data.zero_()
+    for length in (5 * SECOND, 5 * SECOND + 17, 6 * SECOND + 333, 9 * SECOND - 1):
+        wav = 1 + noise(length, length) * torch.linspace(0.2, 2, length)  # statistics that differ from piece to piece
+        with monkeypatch.context() as patch:
+            whole, frames = encoder.features(wav), encoder.encode(wav)
+            patch.setattr(hubert_units, "CHUNKINGS", {"overlap": (1, 0.96)})
+            assert encoder.longest < length
+            for budget in (1.0, 60.0):  # one piece a forward, or many
+                encoder.budget = budget
+                torch.testing.assert_close(encoder.features(wav), whole, rtol=1e-4, atol=2e-5)
+            blocks = wav.split([1000] * 5 + [7, length - 5007])
+            streamed = encoder.encode_stream(lambda blocks=blocks: blocks)
+            assert (streamed == frames).float().mean() > 0.99 and len(streamed) == len(frames)
+            assert torch.equal(streamed, encoder.encode(wav))
+
+
+def test_attention_that_is_cut_off_changes_few_units(monkeypatch):
+    encoder = load_unit_encoder("pocket")
+    wav = torch.cat([audio.read_wav(ROOT / "pocket/prompt.wav")] * 4)
+    whole = encoder.encode(wav)
+    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (5, 2)})
+    pieces = encoder.encode(wav)
+    assert len(pieces) == len(whole) and 0.9 < (pieces == whole).float().mean() < 1.0
+
+
+def test_zeros_around_a_recording_give_slamkits_frames(folders, monkeypatch):
+    encoder = load_unit_encoder(folders["25hz"], pad=40)
+    for length in (640, 641, 16_000, 16_639):
+        wav = noise(length)
+        assert len(encoder.encode(wav)) == length // 640
+        expected = load_unit_encoder(folders["25hz"]).features(torch.nn.functional.pad(wav, (40, 40)))
+        assert torch.equal(encoder.features(wav), expected)
+    assert encoder.recipe["pad"] == 40
+    with pytest.raises(ValueError, match="639 samples are shorter than one frame \\(640 samples"):
+        encoder.encode(noise(639))
+    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (1, 1)})
+    wav = noise(5 * SECOND)
+    assert torch.equal(encoder.encode_stream(lambda: wav.split(3000)), encoder.encode(wav))
+    with pytest.raises(ValueError, match="another tokenizer \\(pad is 40, expected 0"):
+        data.check_recipe(encoder.recipe, load_unit_encoder(folders["25hz"]).recipe, "--data")
+
+
+@pytest.mark.parametrize("kind, rate, frames", [("50hz", 25, 74), ("50hz", 100, 298), ("25hz", 12.5, 37), ("25hz", 50, 148)])
+def test_other_frame_rates_are_made_from_the_nearest_native_one(kind, rate, frames, folders, monkeypatch):
+    encoder, native = load_unit_encoder(folders[kind], frame_rate=rate), load_unit_encoder(folders[kind])
+    wav = noise(3 * SECOND)
+    features, x = encoder.features(wav), native.features(wav)
+    assert encoder.frame_rate == encoder.recipe["frame_rate"] == rate and len(features) == frames
+    if rate < native.frame_rate:
+        torch.testing.assert_close(features, (x[0::2][:frames] + x[1::2][:frames]) / 2)
+    else:  # each frame becomes two, a quarter of the way to its neighbours
+        torch.testing.assert_close(features[2:-1:2], 0.75 * x[1:] + 0.25 * x[:-1])
+        torch.testing.assert_close(features[1:-1:2], 0.75 * x[:-1] + 0.25 * x[1:])
+    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (1, 0.96)})
+    assert len(encoder.features(noise(7 * SECOND + 5))) == len(load_unit_encoder(folders[kind]).features(
+        noise(7 * SECOND + 5))) * rate // native.frame_rate
+    with pytest.raises(ValueError, match="frame rate 30"):
+        load_unit_encoder(folders[kind], frame_rate=30)
 
 
 # ---------------------------------------------------------------------------------------------- fairseq checkpoints
@@ -385,8 +575,8 @@ def test_the_k_means_file_of_a_tokenizer_is_found_beside_it(folders, tmp_path):
 def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     with open(tmp_path / "km.bin", "wb") as file:
         save(value, file)
-    centers, layer = checkpoint.read_kmeans(tmp_path / "km.bin")
-    assert torch.equal(centers, torch.ones(3, C)) and centers.dtype == torch.float32 and layer is None
+    centers, said = checkpoint.read_kmeans(tmp_path / "km.bin")
+    assert torch.equal(centers, torch.ones(3, C)) and centers.dtype == torch.float32 and said == {}
 
 
 @pytest.mark.parametrize("value", [{"n_clusters": 3}, [1, 2], np.ones(3), "centres", {"cluster_centers_": "none"}])
@@ -445,54 +635,13 @@ def test_a_batch_gives_the_units_of_each_recording_alone(kind, folders):
         assert units.tolist() == encoder.encode(wav.numpy()).tolist()
 
 
-# ---------------------------------------------------------------------------------------------- k-means
-
-def clusters(count, per_cluster, width, spread, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    centers = spread * torch.randn(count, width, generator=generator)
-    return (centers[:, None] + torch.randn(count, per_cluster, width, generator=generator)).flatten(0, 1), centers
-
-
-def inertia_of(points, centers):
-    return torch.cdist(points.double(), centers.double()).square().min(1).values.mean().item()
-
-
-@pytest.mark.parametrize("k", [5, 20, 40])
-def test_kmeans_is_as_good_as_scikit_learn(k):
-    cluster = pytest.importorskip("sklearn.cluster")
-    points, _ = clusters(20, 60, 6, 1.5)
-    expected = cluster.KMeans(k, n_init=5, random_state=0).fit(points.numpy()).inertia_ / len(points)
-    centers, reported = fit_kmeans(points, k, torch.Generator().manual_seed(0), iterations=40)
-    assert centers.shape == (k, 6) and centers.dtype == torch.float32
-    assert inertia_of(points, centers) == pytest.approx(reported, rel=1e-3)  # converged: the last step changes little
-    assert inertia_of(points, centers) < 1.04 * expected
-    shuffled = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(1))]
-    assert inertia_of(points, shuffled[:k]) > 1.3 * expected  # what no fitting at all would give
-
-
-def test_kmeans_finds_clusters_that_lie_apart():
-    points, truth = clusters(8, 40, 5, 20.0)
-    centers, inertia = fit_kmeans(points, 8, torch.Generator().manual_seed(0))
-    assert torch.cdist(truth, centers).min(1).values.max() < 1.0 and inertia < 6.0  # 5 dimensions of variance 1
-
-
-def test_kmeans_is_reproducible_and_survives_fewer_distinct_points_than_centres():
-    points, _ = clusters(8, 40, 5, 2.0)
-    first, second, other = (fit_kmeans(points, 8, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1))
-    assert torch.equal(first, second) and not torch.equal(first, other)
-    centers, inertia = fit_kmeans(torch.eye(3).repeat(4, 1), 5, torch.Generator().manual_seed(0))
-    assert torch.isfinite(centers).all() and inertia == pytest.approx(0.0, abs=1e-6)
-    with pytest.raises(ValueError, match="12 frames cannot be divided into 13"):
-        fit_kmeans(torch.eye(3).repeat(4, 1), 13, torch.Generator())
-
-
 # ---------------------------------------------------------------------------------------------- loading
 
 def test_the_layer_and_the_recipe_come_from_the_files(folders, tmp_path):
     encoder = load_unit_encoder(folders["25hz"])
     assert (encoder.layer, encoder.num_units, encoder.frame_rate) == (2, K, 25.0)
     assert encoder.recipe == {"kind": "hubert", "model": "25hz", "layer": 2, "num_units": K, "frame_rate": 25.0,
-                              "centers": data.fingerprint(encoder.centers)}
+                              "centers": data.fingerprint(encoder.centers), "pad": 0, "chunking": "overlap"}
     save_file({"centers": torch.ones(4, C)}, tmp_path / "other.safetensors")
     other = load_unit_encoder(str(folders["25hz"]), kmeans=str(tmp_path / "other.safetensors"), layer=1)
     assert (other.layer, other.num_units) == (1, 4) and other.recipe["centers"] != encoder.recipe["centers"]
@@ -661,11 +810,80 @@ def test_two_processes_write_the_same_documents_as_one_and_a_second_run_replaces
                             timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("5 files") == 1  # one process prints
-    assert len(list((tmp_path / "two").glob("*.units.bin"))) == 2
     expected = documents(tmp_path / "one")
     assert sorted(expected) == good and documents(tmp_path / "two") == expected
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
     assert failures(tmp_path / "two") == failures(tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "meta.json").read_text()) for name in ("one", "two"))
     assert two == {**one, "hours": pytest.approx(one["hours"])}
     hubert_units.main([*arguments, f"--out={tmp_path / 'two'}"])  # one process, over the shards of two
     assert documents(tmp_path / "two") == expected
+
+
+def test_k_means_is_fitted_to_the_features_of_many_recordings_and_used_from_its_file(folders, tmp_path, capsys):
+    cluster = pytest.importorskip("sklearn.cluster")
+    write_recordings(tmp_path / "audio")
+    soundfile.write(tmp_path / "audio/long.wav", noise(160_000).clamp(-1, 1).numpy(), 16_000)
+    options = [f"--tokenizer={folders['25hz']}", "--layer=3", "--device=cpu"]
+    hubert_units.main([str(tmp_path / "audio"), "--fit=6", "--seed=1", f"--out={tmp_path / 'km.safetensors'}", *options])
+    printed = capsys.readouterr().out
+    assert "6 centres of" in printed and printed.count("left out") == len(BAD) and "layer 3, 25 Hz" in printed
+    encoder = load_unit_encoder(folders["25hz"], kmeans=tmp_path / "km.safetensors")
+    assert (encoder.layer, encoder.num_units, encoder.frame_rate) == (3, 6, 25.0)
+    good = [path for path in hubert_units.find_audio([tmp_path / "audio"]) if path.name not in BAD]
+    frames = torch.cat([encoder.features(read_wav(path)) for path in good])
+    inertia = torch.cdist(frames, encoder.centers).square().min(1).values.mean().item()
+    expected = cluster.KMeans(6, n_init=5, random_state=0).fit(frames.numpy()).inertia_ / len(frames)
+    assert inertia < 1.08 * expected and f"{inertia:.2f}"[:3] in printed
+    hubert_units.main([str(tmp_path / "audio"), f"--kmeans={tmp_path / 'km.safetensors'}", "--k=6", "--no-dedup",
+                       f"--out={tmp_path / 'units'}", options[0], "--device=cpu"])
+    assert data.UnitShards(tmp_path / "units").recipe["num_units"] == 6
+    with pytest.raises(ValueError, match="has 6 centres, not 7"):
+        load_unit_encoder(folders["25hz"], kmeans=tmp_path / "km.safetensors", k=7)
+    hubert_units.main([str(tmp_path / "audio"), "--fit=4", f"--out={tmp_path / 'slow'}", "--frame-rate=12.5", *options])
+    assert load_unit_encoder(folders["25hz"], kmeans=tmp_path / "slow/kmeans.safetensors").frame_rate == 12.5
+    with pytest.raises(ValueError, match="cannot be divided into 100000"):
+        hubert_units.main([str(tmp_path / "audio"), "--fit=100000", f"--out={tmp_path / 'many'}", *options])
+
+
+def test_inspect_prints_what_is_in_a_folder(folders, tmp_path, capsys):
+    write_recordings(tmp_path / "audio")
+    hubert_units.main([str(tmp_path / "audio"), f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"])
+    capsys.readouterr()
+    hubert_units.main([f"--inspect={tmp_path / 'units'}"])
+    printed = capsys.readouterr().out
+    for words in ("bits", "per second", "median", "D.WAV"):
+        assert words in printed
+
+
+def test_a_finished_folder_is_not_encoded_again(folders, tmp_path, capsys, monkeypatch):
+    write_recordings(tmp_path / "audio")
+    arguments = [str(tmp_path / "audio"), f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"]
+    hubert_units.main(arguments)
+    first = capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(hubert_units.UnitEncoder, "encode_batch", lambda *_: pytest.fail("encoded again"))
+    hubert_units.main(arguments)
+    assert capsys.readouterr().out.split(";")[0] == first.split(";")[0]
+
+
+def test_a_long_recording_is_read_block_by_block(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (2, 1)})
+    soundfile.write(tmp_path / "long.flac", noise(30 * 16_000).clamp(-1, 1).numpy(), 16_000)
+    monkeypatch.setattr(audio, "read_wav", lambda path: pytest.fail("held whole"))
+    arguments = [f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"]
+    hubert_units.main([str(tmp_path / "long.flac"), *arguments])
+    monkeypatch.undo()
+    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (2, 1)})
+    expected = deduplicate(load_unit_encoder(folders["25hz"]).encode(read_wav(tmp_path / "long.flac")))
+    assert documents(tmp_path / "units")[str(tmp_path / "long.flac")] == tuple(part.tolist() for part in expected)
+    assert json.loads((tmp_path / "units" / "meta.json").read_text())["hours"] == pytest.approx(30 / 3600)
+
+
+def test_kills_and_broken_files_change_no_byte_of_the_shards(tmp_path):
+    result = subprocess.run([sys.executable, "scripts/soak_units.py", "--files=60", "--broken=6", "--kills=2",
+                             f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'soak.json'}"], cwd=ROOT, capture_output=True,
+                            text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["shards_are_byte_identical"] and found["failures_are_the_broken_files"] and found["documents"] == 54

@@ -18,19 +18,23 @@ IMPORTS = {
     "download": ("archive",),
     "families": (),
     "checkpoint": ("pickles", "download"),
-    "data": (),
+    "journal": (),
+    "unit_files": (),
+    "data": ("journal", "unit_files", "config"),
     "kernels": (),
     "distributed": ("checkpoint",),  # step folders are written by the one writer of tensors
     "pretrained": ("checkpoint", "families"),
     "model": ("kernels",),
-    "hubert_units": ("pretrained", "checkpoint", "download", "audio", "data", "distributed", "config"),
+    "hubert": ("pretrained", "audio"),
+    "kmeans": (),
+    "hubert_units": ("hubert", "kmeans", "checkpoint", "download", "audio", "data", "distributed", "config"),
     "vocoder": ("pretrained", "checkpoint", "audio", "data", "config"),
     "twist": ("model", "pretrained", "checkpoint", "config"),
     "train": ("twist", "data", "distributed", "kernels", "checkpoint", "config"),
     "sample": ("twist", "model", "hubert_units", "vocoder", "data", "audio", "config"),
     "eval": ("twist", "model", "hubert_units", "data", "audio", "distributed", "checkpoint", "config"),
     "bench": ("config", "audio", "pickles", "archive", "download", "families", "checkpoint", "data", "kernels", "distributed",
-              "pretrained", "model", "hubert_units", "vocoder", "twist", "train", "sample", "eval"),
+              "pretrained", "model", "hubert", "kmeans", "hubert_units", "vocoder", "twist", "train", "sample", "eval"),
 }
 TEST_ONLY = {"transformers", "sklearn", "joblib", "torchaudio", "fairseq", "pytest", "hypothesis", "scipy", "pandas"}
 OPTIONAL = {"matplotlib": ("scripts", "pocket")}  # an extra, for plots

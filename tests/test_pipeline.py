@@ -18,7 +18,9 @@ from test_hubert_units import BASE, SLOW, fairseq_names, noise, perturb
 
 import checkpoint
 import download
+import hubert
 import hubert_units
+import pretrained
 import sample
 import train
 import twist
@@ -179,13 +181,13 @@ def publish_speech_parts(root):
     folder = root / download.SPEECH
     folder.mkdir(parents=True)
     config = dataclasses.replace(SLOW, n_layer=12)
-    hubert = hubert_units.Hubert(config)
-    perturb(hubert.state_dict())
-    _, theirs = hubert_units.pretrained.write_hubert(dataclasses.asdict(config), hubert.state_dict())
+    network = hubert.Hubert(config)
+    perturb(network.state_dict())
+    _, theirs = pretrained.write_hubert(dataclasses.asdict(config), network.state_dict())
     cfg = {"model": {"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 3", "encoder_attention_heads": 4,
                      "conv_pos_batch_norm": True}, "task": {"normalize": False, "sample_rate": 16000}}
     torch.save({"args": None, "cfg": cfg, "model": fairseq_names(theirs)}, root / f"{download.MHUBERT}.pt")
-    features = hubert.eval()(noise(200_000)[None], 11)[0].detach()
+    features = network.eval()(noise(200_000)[None], 11)[0].detach()
     kmeans = cluster.KMeans(UNITS, n_init=1, random_state=0).fit(features.numpy())
     joblib.dump(kmeans, root / f"{download.MHUBERT}_L11_km500.bin")
     duration = DurationConfig(8, 6, 3, 0.5)
@@ -285,9 +287,9 @@ def test_a_text_lm_of_the_hub_is_warm_started_by_name(published, tmp_path, capsy
 
 
 def test_a_tokenizer_in_hugging_face_form_takes_a_published_k_means(published, tmp_path):
-    hubert = hubert_units.Hubert(dataclasses.replace(BASE, n_layer=12))
-    perturb(hubert.state_dict())
-    settings, tensors = hubert_units.pretrained.write_hubert(dataclasses.asdict(hubert.config), hubert.state_dict())
+    network = hubert.Hubert(dataclasses.replace(BASE, n_layer=12))
+    perturb(network.state_dict())
+    settings, tensors = pretrained.write_hubert(dataclasses.asdict(network.config), network.state_dict())
     checkpoint.write_model(tmp_path / "hubert", settings, tensors)
     encoder = hubert_units.load_unit_encoder(tmp_path / "hubert", kmeans="mhubert-base-25hz-kmeans-500")
     assert (encoder.layer, encoder.num_units) == (11, UNITS)
