@@ -3,6 +3,7 @@
     python bench.py memory                    # peak memory of opening a sharded checkpoint of 2 GiB
     python bench.py memory --gib=0.5          # a smaller one; needs as much free disk in the folder for temporary files
     python bench.py units                     # speech -> units, in times real time, beside transformers' HubertModel
+    python bench.py chunking long.wav         # units of long recordings in pieces against those of the whole
 
 memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
 and its figure is the highest resident memory during the opening, less what the process held before, over the size of the
@@ -11,6 +12,9 @@ opened model. Pages of mapped files count: they are memory while they are mapped
 units: HuBERT base with random weights, at 25 Hz up to layer 11 and at 50 Hz up to layer 9, 500 centres; speech of 10 s alone, and
 eight recordings of 1.5 to 10 s, which the peer gets as one padded batch with its attention mask. Ours and the peer's take turns;
 medians. Agreement is the share of frames whose unit is that of the peer's features of each recording alone, in float32.
+
+chunking: the pocket tokenizer on the given recordings, joined and repeated to ten minutes (default: the pocket prompt), encoded
+whole and in pieces; the share of frames that get another unit, and the most that differ in any ten seconds.
 """
 import functools
 import importlib.util
@@ -30,16 +34,16 @@ from tqdm import tqdm
 import audio
 import checkpoint
 import config
+import hubert_units
 import pretrained
 import twist
 from hubert import load_hubert
-from hubert_units import UnitEncoder
 from model import Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = ()  # memory | units
+    what: tuple[str, ...] = ()  # memory | units | chunking, and for chunking recordings
     out: str = "results"  # folder for the JSON file
     gib: float = 2.0  # memory: size of the model in float32
     shards: int = 4  # memory: files it is divided into
@@ -175,7 +179,8 @@ def bench_units(options):
 
         expected = {key: [peer([wav])[0] for wav in wavs] for key, wavs in inputs.items()}
         frames = torch.cat(expected["ragged batch of 8"])
-        encoder = UnitEncoder(hubert, frames[torch.randperm(len(frames))[:500]].clone(), layer).to(options.device).eval()
+        centers = frames[torch.randperm(len(frames))[:500]].clone()
+        encoder = hubert_units.UnitEncoder(hubert, centers, layer).to(options.device).eval()
         if options.device == "cpu":
             encoder.hubert.pack()
         for key, wavs in inputs.items():
@@ -195,7 +200,38 @@ def bench_units(options):
     return rows
 
 
-BENCHMARKS = {"memory": bench_memory, "units": bench_units}
+# ---------------------------------------------------------------------------------------------- chunking
+
+WAYS = {"60 s + 5 s each side (default)": ("overlap", (60, 5)), "60 s + 10 s": ("overlap", (60, 10)),
+        "60 s + 2 s": ("overlap", (60, 2)), "60 s + 0 s": ("overlap", (60, 0)), "30 s + 5 s": ("overlap", (30, 5)),
+        "100 s, independent (textless)": ("textless", (100, 0))}
+
+
+def bench_chunking(options):
+    """Rows of (way, share of frames with another unit than in the encoding of the whole, most of them in ten seconds)."""
+    wav = torch.cat([audio.read_wav(path) for path in options.what[1:] or [checkpoint.POCKET / "prompt.wav"]])
+    wav, encoder, rows = wav.repeat(600 * audio.SAMPLE_RATE // len(wav) + 1), hubert_units.load_unit_encoder(), []
+    saved = dict(hubert_units.CHUNKINGS)
+    try:
+        hubert_units.CHUNKINGS["overlap"] = (len(wav), 0)
+        whole = encoder.encode(wav)
+        for name, (chunking, seconds) in WAYS.items():
+            hubert_units.CHUNKINGS[chunking], encoder.chunking = seconds, chunking
+            units = encoder.encode(wav)
+            # independent pieces lose their last frames, and those after them stand earlier; compared piece by piece
+            piece = int(seconds[0] * encoder.native_rate)
+            lost = 1 if chunking == "textless" else 0
+            same = torch.cat([a[:piece - lost][:len(b)] == b[:len(a[:piece - lost])] for a, b in zip(
+                whole.split(piece), units.split(piece - lost))])
+            worst = max((~part).float().mean().item() for part in same.split(10 * int(encoder.native_rate)))
+            rows.append({"way": name, "frames": len(same), "lost": len(whole) - len(units),
+                         "differ": round((~same).float().mean().item(), 5), "most_in_10_s": round(worst, 4)})
+    finally:
+        hubert_units.CHUNKINGS.update(saved)
+    return rows
+
+
+BENCHMARKS = {"chunking": bench_chunking, "memory": bench_memory, "units": bench_units}
 
 
 def machine():
@@ -209,11 +245,12 @@ def machine():
 
 def main(argv=None):
     options = config.load(BenchConfig, argv, positional="what")
-    if len(options.what) != 1 or options.what[0] not in BENCHMARKS:
+    if not options.what or options.what[0] not in BENCHMARKS or (len(options.what) > 1 and options.what[0] != "chunking"):
         raise ValueError(f"expected one of {', '.join(BENCHMARKS)}, got {' '.join(options.what) or 'nothing'}")
     rows = BENCHMARKS[options.what[0]](options)
-    result = {"command": f"python bench.py {options.what[0]}", "options": asdict(options), "machine": machine(),
-              "torch": torch.__version__, "rows": rows}
+    settings = {key: value for key, value in asdict(options).items() if key not in ("what", "out")}
+    result = {"command": " ".join(["python bench.py", *(Path(word).name for word in options.what)]), "options": settings,
+              "machine": machine(), "torch": torch.__version__, "rows": rows}
     checkpoint.write_json(Path(options.out) / f"{options.what[0]}.json", result)
     widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
     for row in ({key: key for key in widths}, *rows):

@@ -275,8 +275,6 @@ class Unpickler(pickle._Unpickler):
         pickle.SETITEM: lambda self: self.add(dict, alternating([self.stack.pop(-2), self.stack.pop()])),
         pickle.SETITEMS: lambda self: self.add(dict, alternating(self.pop_mark())),
         pickle.DICT: lambda self: self.push(alternating(self.pop_mark())),
-        # frames announce how much to read ahead, and the bytes of joblib's arrays must not be read ahead
-        pickle.FRAME: lambda self: self.read(8),
         # the original allocates before it reads
         pickle.BYTEARRAY8: lambda self: self.push(bytearray(self.read(*struct.unpack("<Q", self.read(8))))),
         **dict.fromkeys([pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER,
@@ -302,8 +300,8 @@ def zip_members(file, size):
 
 def read_member(data, entry):
     """The bytes of a member as a view of the mapped file, their checksum verified."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
-        raise ValueError(f"its member {entry.filename!r} is compressed or encrypted, which torch never does")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise ValueError(f"its member {entry.filename!r} is compressed, which torch never does")
     start = entry.header_offset
     start += 30 + sum(struct.unpack("<26xHH", data[start:start + 30]))  # a header, ending in the lengths of its name and extras
     content = memoryview(data)[start:start + entry.file_size]

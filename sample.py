@@ -33,6 +33,7 @@ class SampleConfig:
     tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
     kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
     layer: int | None = None  # transformer layer of the features; default the k-means file's
+    pad: int | None = None  # zeros around the prompt, samples; default what the model was trained with (slamkit's: 40)
     vocoder: str = "pocket"  # vocoder: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
     speaker: str | None = None  # number or name of the voice, where the vocoder has several
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
@@ -104,14 +105,18 @@ def main(argv=None):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
-    encoder = load_unit_encoder(options.tokenizer, options.kmeans, options.layer).to(device)
+    pad = options.pad or 0
+    if not options.resynth:
+        slm, vocab = twist.load_speech_lm(options.model)
+        slm.to(device)
+        if options.pad is None and vocab.recipe:
+            pad = vocab.recipe.get("pad", 0)
+    encoder = load_unit_encoder(options.tokenizer, options.kmeans, options.layer, pad=pad).to(device)
     vocoder = load_vocoder(options.vocoder).to(device)
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     if vocoder.recipe:
         data.check_recipe(vocoder.recipe, encoder.recipe, f"--vocoder={options.vocoder}")
     if not options.resynth:
-        slm, vocab = twist.load_speech_lm(options.model)
-        slm.to(device)
         if vocab.recipe:
             data.check_recipe(vocab.recipe, encoder.recipe, f"--model={options.model}")
     files, units, failed, begin = [], 0, 0, time.perf_counter()

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +79,17 @@ def finish(process):
         raise ValueError(f"hubert_units.py ended with {process.returncode}: {error[-2000:]}")
 
 
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
+def finished(out):
+    """Recordings in the journals so far."""
+    return sum(path.read_bytes().count(b"\n") for path in (out / "work").glob("*.jsonl"))
+
+
+def kill(process, out):
+    """SIGKILL to the launcher and to its workers, which stand in sessions of their own and would go on without it."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended in the meantime
+            if f"--out={out}\0".encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
     process.communicate()
 
 
@@ -91,17 +101,15 @@ def main(argv=None):
     begin, done = time.perf_counter(), []
     for number in range(options.kills):
         process = start(work / "a", work / "audio", 1 + number % 2)
-        lines = sum(len(path.read_bytes().splitlines()) for path in (work / "a" / "work").glob("*")) if done else 0
-        while process.poll() is None:  # until it has finished some more, then a random moment later
-            time.sleep(0.05)
-            journals = sum(path.read_bytes().count(b"\n") for path in (work / "a" / "work").glob("*") if path.is_file())
-            if journals >= lines + options.files // (3 * options.kills):
-                time.sleep(rng.uniform(0, 0.5))
-                break
+        before = finished(work / "a")
+        enough = before + (options.files - before) // (options.kills - number + 2)
+        while process.poll() is None and finished(work / "a") < enough:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.05))
         if process.poll() is not None:
             raise ValueError(f"run {number} ended before it was killed; give more --files")
-        kill(process)
-        done.append(sum(path.read_bytes().count(b"\n") for path in (work / "a" / "work").glob("*") if path.is_file()))
+        kill(process, work / "a")
+        done.append(finished(work / "a"))
     process = start(work / "a", work / "audio", 2)
     finish(process)
     seconds = time.perf_counter() - begin
@@ -115,7 +123,7 @@ def main(argv=None):
         (work / "a" / name).read_bytes() == (work / "b" / name).read_bytes() for name in shards)
     meta = json.loads((work / "a" / "meta.json").read_text())
     result = {"command": "python scripts/soak_units.py", "files": options.files, "broken": options.broken,
-              "finished_lines_at_each_kill": done, "shards": len(shards), "shards_are_byte_identical": same,
+              "finished_at_each_kill": done, "shard_files": len(shards), "shards_are_byte_identical": same,
               "failures_are_the_broken_files": failed == sorted(map(str, broken)), "documents": meta["files"],
               "seconds_of_the_interrupted_run": round(seconds)}
     checkpoint.write_json(options.out, result)

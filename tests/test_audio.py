@@ -327,12 +327,12 @@ def test_an_mp3_is_held_to_its_length_only_if_it_tells_it(tmp_path):
     path.write_bytes((id3 + content)[:len(content) // 2])
     with pytest.raises(ValueError, match="cut short"):
         read_wav(path)
-    # Silence with a loud start: from the first frame libsndfile guesses a constant bit rate and too long a recording.
+    # Noise after silence: from the first, small frame libsndfile guesses a low constant bit rate, thus too long a recording.
     samples = 0.5 * noise(3 * 44100).numpy()
-    samples[44100:] = 0
+    samples[:44100] = 0
     content = write(path, samples, 44100, "MP3", "MPEG_LAYER_III").read_bytes()
     path.write_bytes(without_index(content))
-    assert read_wav(path).abs().max() > 0.3
+    assert duration(path) > 4 and abs(len(read_wav(path)) - len(whole)) < 1000
 
 
 STREAMED = [(0, 0), (36, 0), (8, 0), (0xFFFFFFFF, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF - 36),

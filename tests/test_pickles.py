@@ -2,6 +2,7 @@
 import argparse
 import bz2
 import collections
+import copy
 import copyreg
 import enum
 import functools
@@ -259,6 +260,18 @@ def test_unknown_objects_say_what_is_known_of_them(packages, tmp_path):
     assert len(repr(found)) < 40 and "strange.Thing" in repr(found) and "class" in repr(cls)
     with pytest.raises(AttributeError):
         found.a  # noqa: B018
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_what_subclasses_of_containers_hold_is_known(protocol, packages, tmp_path):
+    classes, remove = packages
+    words, meters = classes.Words(["a", ["b"]]), classes.MetersDict(loss=1)
+    words.language = "en"
+    (tmp_path / "a").write_bytes(pickle.dumps([words, meters, collections.defaultdict(list, a=[1])], protocol=protocol))
+    remove()
+    found = load(tmp_path / "a")
+    assert found[0].kind == "strange.Words" and found[0].items == ["a", ["b"]] and found[0].state == {"language": "en"}
+    assert plain(found) == [["a", ["b"]], {"loss": 1}, {"a": [1]}]
 
 
 # ---------------------------------------------------------------------------------------------- joblib
@@ -788,6 +801,14 @@ def test_compressed_and_overlapping_zip_archives_are_refused(tmp_path, bounded):
         warnings.simplefilter("ignore")
         with zipfile.ZipFile(tmp_path / "a", "a") as archive:
             archive.writestr("archive/data/0", b"0" * 16)
+    refused(tmp_path / "a", "overlap")
+    in_zip(tensor(), tmp_path / "a", {"0": b"0" * 2000})
+    with zipfile.ZipFile(tmp_path / "a", "a") as archive:  # other names for the same bytes
+        archive.writestr("last", b"")
+        for i in range(100):
+            entry = copy.copy(archive.getinfo("archive/data/0"))
+            entry.filename = f"archive/data/more{i}"
+            archive.filelist.append(entry)
     refused(tmp_path / "a", "overlap")
     for names in ([], ["data.pkl"], ["a/data.pkl", "b/data.pkl"], ["a/b/data.pkl"]):
         with zipfile.ZipFile(tmp_path / "a", "w") as archive:
