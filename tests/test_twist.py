@@ -1,6 +1,7 @@
 """twist.py: the body is kept to the bit, the vocabulary is drawn anew, and transformers opens what is saved."""
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -315,6 +316,13 @@ def test_metas_twist_has_no_bos_whatever_its_text_lm_left_behind(declared, expec
 def test_metas_folder_may_have_one_folder_around_it(tmp_path):
     save_speech_lm(cold_start(OPT, META), META, tmp_path / "TWIST-350M" / "TWIST-350M")
     assert load_speech_lm(tmp_path / "TWIST-350M")[1] == META
+
+
+def test_metas_zip_opens_as_it_was_published(tmp_path):
+    save_speech_lm(cold_start(OPT, META), META, tmp_path / "in" / "TWIST-350M")
+    archive = shutil.make_archive(tmp_path / "TWIST-350M", "zip", tmp_path / "in")
+    slm, vocab = load_speech_lm(archive)
+    assert vocab == META and slm.config == dataclasses.replace(OPT, vocab_size=META.size)
 
 
 def wrap_as_slamkit(folder, rows, **base):

@@ -135,30 +135,6 @@ def test_no_units_are_silence_of_no_length(folder):
         assert voc(empty).shape == (0,)
 
 
-def test_the_generator_is_the_published_arithmetic(folder):
-    voc = load_vocoder(folder)
-    w, frames = voc.state_dict(), UNITS.repeat_interleave(2)
-
-    def conv(x, name, dilation=1):
-        weight = w[f"{name}.weight"]
-        return F.conv1d(x, weight, w[f"{name}.bias"], dilation=dilation, padding=(weight.shape[2] - 1) * dilation // 2)
-
-    x = conv(w["dict.weight"][frames].T[None], "conv_pre")
-    for stage, (rate, taps) in enumerate(((5, 11), (4, 8), (2, 4))):
-        x = F.conv_transpose1d(F.leaky_relu(x, 0.1), w[f"ups.{stage}.weight"], w[f"ups.{stage}.bias"], rate, (taps - rate) // 2)
-        total = 0
-        for kind, dilations in enumerate(((1, 3), (1, 2))):
-            y, block = x, f"resblocks.{2 * stage + kind}"
-            for i, dilation in enumerate(dilations):
-                inner = conv(F.leaky_relu(y, 0.1), f"{block}.convs1.{i}", dilation)
-                y = y + conv(F.leaky_relu(inner, 0.1), f"{block}.convs2.{i}")
-            total = total + y
-        x = total / 2
-    expected = conv(F.leaky_relu(x, 0.01), "conv_post").tanh()[0, 0]
-    assert expected.shape == (14 * HOP,) and expected.std() > 0.05
-    torch.testing.assert_close(voc(UNITS, [2] * 7), expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("units, runs, words", [
     ([0, 20], None, "0 to 19"), ([0, -1], None, "0 to 19"), ([1, 2], [1], "1 runs"), ([1, 2], [1, 2, 3], "3 runs"),
     ([1, 2], [1, 0], "shortest 0"), ([1, 2], [], "0 runs"), ([1.5, 2.0], None, "integers"), ([[1, 2]], None, r"\(1, 2\)"),
@@ -212,6 +188,59 @@ def test_weight_norm_in_every_spelling_gives_what_torch_computes(spelling, tmp_p
     assert torch.equal(voc.durations(UNITS), runs)
     for name, tensor in folded_names(net).items():
         torch.testing.assert_close(voc.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def weight(tensors, name):
+    """A weight in float64, whatever its spelling: as it is, or g v / |v| over all but the first dimension."""
+    for g, v in (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")):
+        if f"{name}.{g}" in tensors:
+            v = tensors[f"{name}.{v}"].double()
+            return tensors[f"{name}.{g}"].double() * v / v.flatten(1).square().sum(1).sqrt()[:, None, None]
+    return tensors[f"{name}.weight"].double()
+
+
+def convolved(x, w, b, dilation):
+    """(channels, S) through a convolution that keeps the length, tap by tap."""
+    taps = w.shape[2]
+    padded = F.pad(x, ((taps - 1) * dilation // 2,) * 2)
+    return b[:, None] + sum(w[:, :, k] @ padded[:, k * dilation:k * dilation + x.shape[1]] for k in range(taps))
+
+
+def stretched(x, w, b, rate):
+    """(channels, S) through a transposed convolution: every sample is spread over `taps` places, `rate` apart."""
+    taps, (_, S) = w.shape[2], x.shape
+    out = torch.zeros(w.shape[1], (S - 1) * rate + taps, dtype=torch.float64)
+    for k in range(taps):
+        out[:, k:k + (S - 1) * rate + 1:rate] += w[:, :, k].T @ x
+    cut = (taps - rate) // 2
+    return b[:, None] + out[:, cut:out.shape[1] - cut]
+
+
+@pytest.mark.parametrize("spelling", [new_names, old_names, folded_names])
+def test_the_generator_equals_an_independent_evaluation_in_float64(spelling, tmp_path):
+    tensors = {name: tensor.detach() for name, tensor in spelling(normed()).items()}
+    voc = load_vocoder(write_folder(tmp_path, tensors))
+
+    def conv(x, name, dilation=1):
+        return convolved(x, weight(tensors, name), tensors[f"{name}.bias"].double(), dilation)
+
+    def leaky(x, slope):
+        return torch.where(x > 0, x, slope * x)
+
+    x = conv(tensors["dict.weight"].double()[UNITS.repeat_interleave(2)].T, "conv_pre")
+    for stage, rate in enumerate((5, 4, 2)):
+        x = stretched(leaky(x, 0.1), weight(tensors, f"ups.{stage}"), tensors[f"ups.{stage}.bias"].double(), rate)
+        total = 0
+        for kind, dilations in enumerate(((1, 3), (1, 2))):
+            y, block = x, f"resblocks.{2 * stage + kind}"
+            for i, dilation in enumerate(dilations):
+                inner = conv(leaky(y, 0.1), f"{block}.convs1.{i}", dilation)
+                y = y + conv(leaky(inner, 0.1), f"{block}.convs2.{i}")
+            total = total + y
+        x = total / 2
+    expected = conv(leaky(x, 0.01), "conv_post").tanh()[0]
+    assert expected.shape == (14 * HOP,) and expected.std() > 0.05
+    torch.testing.assert_close(voc(UNITS, [2] * 7).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_folding_leaves_its_argument_and_other_tensors_as_they_were():
