@@ -309,6 +309,9 @@ def find_kmeans(path):
     """The k-means file that belongs to a tokenizer on disk: kmeans.* in its folder, or HUBERT_L11_km500.bin beside HUBERT.pt."""
     folder = path if path.is_dir() else path.parent
     beside = [] if path.is_dir() else sorted(folder.glob(f"{glob.escape(path.stem)}*_km*"))
+    if len(beside) > 1:
+        raise ValueError(f"{path} has {len(beside)} k-means beside it ({', '.join(file.name for file in beside)}); "
+                         "name one with --kmeans")
     for file in (*(folder / f"kmeans.{ending}" for ending in ("safetensors", "bin", "pt")), *beside):
         if file.is_file():
             return file
@@ -504,6 +507,8 @@ def fit(files, options, dist):
         raise ValueError("--fit runs on one process; start it without torchrun")
     path = checkpoint.find(options.tokenizer, "tokenizer")
     hubert = load_hubert(path).to(dist.device)
+    if dist.device.type == "cpu":
+        hubert.pack()
     no_centers, layer = torch.zeros(1, hubert.config.n_embd, device=dist.device), options.layer or hubert.config.n_layer
     encoder = UnitEncoder(hubert, no_centers, layer, name_of(options.tokenizer, path), options.frame_rate, options.pad,
                           options.chunking)

@@ -562,6 +562,9 @@ def test_the_k_means_file_of_a_tokenizer_is_found_beside_it(folders, tmp_path):
     joblib.dump(kmeans, tmp_path / "mhubert_base_L1_km4.bin")
     encoder = load_unit_encoder(tmp_path / "mhubert_base.pt")
     assert (encoder.layer, encoder.num_units, encoder.frame_rate, encoder.recipe["model"]) == (1, 4, 25.0, "mhubert_base")
+    joblib.dump(kmeans, tmp_path / "mhubert_base_L2_km4.bin")
+    with pytest.raises(ValueError, match="2 k-means beside it .*_L1_km4.bin, .*--kmeans"):
+        load_unit_encoder(tmp_path / "mhubert_base.pt")
     write_folder(tmp_path / "folder")
     (tmp_path / "folder" / "kmeans.safetensors").unlink()
     joblib.dump(kmeans, tmp_path / "folder" / "kmeans.bin")
