@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -215,10 +216,12 @@ def read_kmeans(path):
     state = value.state if isinstance(value, pickles.Inert) else value
     if isinstance(state, dict):
         state = next((state[key] for key in ("cluster_centers_", "cluster_centers", "centers") if key in state), None)
-    if state is None or getattr(state, "ndim", None) != 2:
+    if isinstance(state, np.ndarray) and state.dtype.kind in "fiu":
+        state = torch.from_numpy(state.astype(np.float32))  # of either byte order
+    if not isinstance(state, torch.Tensor) or state.ndim != 2:
         raise ValueError(f"{path} holds no table of centres (K, C); give the joblib dump of a KMeans, or a safetensors file "
                          "with the tensor `centers`")
-    return torch.as_tensor(state).float(), {}
+    return state.float(), {}
 
 
 def write_tensors(path, tensors, metadata=None):

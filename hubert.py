@@ -259,5 +259,7 @@ def load_hubert(path):
     with torch.device("meta"):
         hubert = Hubert(HubertConfig(**options))
     pretrained.check_shapes(hubert.state_dict(), tensors, path)
-    hubert.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
+    # copied: what was read may be a view of the file
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    hubert.load_state_dict(tensors, strict=True, assign=True)
     return hubert.eval().requires_grad_(False)

@@ -46,6 +46,7 @@ LEAST_FILL = 0.9  # recordings share a forward if the shortest is at least this 
 ROUNDING = 5e-6  # of features in a batch against alone, relative to their norm; the most that was met is 6e-7
 WINDOW = 2000  # files whose lengths are looked at together, to find recordings of like length
 AHEAD = 4  # groups of recordings that are decoded while one is encoded
+HELD_SECONDS = 600  # longer recordings are not held in memory, but read twice, block by block, while they are encoded
 
 
 # ---------------------------------------------------------------------------------------------- the encoder
@@ -423,14 +424,14 @@ def decoded(files, encoder, pool):
 
     Recordings that are too long to be held are not decoded: None in place of their samples.
     """
-    queue, most, longest = collections.deque(), encoder.budget, encoder.longest / SAMPLE_RATE
+    queue, most = collections.deque(), encoder.budget
     for begin in range(0, len(files), WINDOW):
         window = files[begin:begin + WINDOW]
         lengths = {file: 0.0 if isinstance(seconds, Exception) else seconds  # what is wrong shows when it is read
                    for file, seconds in zip(window, pool.map(lambda file: tried(audio.duration, file), window))}
         group, total = [], 0.0
         for file in sorted(window, key=lambda file: (lengths[file], file)):
-            if lengths[file] > longest:
+            if lengths[file] > HELD_SECONDS:
                 queue.append([(file, None)])
                 continue
             if group and total + lengths[file] > most:

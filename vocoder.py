@@ -298,7 +298,9 @@ def load_vocoder(folder_or_file_or_name="pocket"):
         if names:
             raise ValueError(f"{path} {trouble} {len(names)} tensors of the network in {table_path}, "
                              f"e.g. {min(names)}; weights and config belong to different models")
-    vocoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
+    # copied: what was read may be a view of the file
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    vocoder.load_state_dict(tensors, strict=True, assign=True)
     vocoder.recipe = table.get("tokenizer")
     vocoder.speakers, vocoder.styles = names_beside(path, "speakers.txt"), names_beside(path, "styles.txt")
     return vocoder.eval().requires_grad_(False)

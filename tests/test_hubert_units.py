@@ -576,7 +576,8 @@ def test_the_k_means_file_of_a_tokenizer_is_found_beside_it(folders, tmp_path):
 @pytest.mark.parametrize("value, save", [
     ({"cluster_centers": np.ones((3, C)), "n_clusters": 3}, pickle.dump),
     ({"cluster_centers_": np.ones((3, C), "f4")}, pickle.dump), (np.ones((3, C)), pickle.dump),
-    ({"centers": torch.ones(3, C)}, torch.save)], ids=["dictionary", "state", "array", "tensor"])
+    (np.ones((3, C), ">f8"), pickle.dump), ({"centers": torch.ones(3, C)}, torch.save)],
+    ids=["dictionary", "state", "array", "big-endian", "tensor"])
 def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     with open(tmp_path / "km.bin", "wb") as file:
         save(value, file)
@@ -584,7 +585,8 @@ def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     assert torch.equal(centers, torch.ones(3, C)) and centers.dtype == torch.float32 and said == {}
 
 
-@pytest.mark.parametrize("value", [{"n_clusters": 3}, [1, 2], np.ones(3), "centres", {"cluster_centers_": "none"}])
+@pytest.mark.parametrize("value", [
+    {"n_clusters": 3}, [1, 2], np.ones(3), np.array([["a", "b"]]), "centres", {"cluster_centers_": "none"}])
 def test_a_pickle_without_centres_says_so(value, tmp_path):
     (tmp_path / "km.bin").write_bytes(pickle.dumps(value))
     with pytest.raises(ValueError, match="no table of centres"):
@@ -874,6 +876,7 @@ def test_a_finished_folder_is_not_encoded_again(folders, tmp_path, capsys, monke
 
 def test_a_long_recording_is_read_block_by_block(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (2, 1)})
+    monkeypatch.setattr(hubert_units, "HELD_SECONDS", 20)
     soundfile.write(tmp_path / "long.flac", noise(30 * 16_000).clamp(-1, 1).numpy(), 16_000)
     monkeypatch.setattr(audio, "read_wav", lambda path: pytest.fail("held whole"))
     arguments = [f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"]
