@@ -3,8 +3,8 @@
     python train.py configs/pocket.toml --steps=100 --peak-lr=1e-3
 
 A command declares its options as a frozen dataclass with one field a line and a trailing comment; the comments are
-the text of --help. Keys may be written with - or _. An unknown key, in the file too, is an error that names the
-nearest one, and a value of the wrong type is an error that names the type.
+the text of --help. Keys may be written with - or _; --key alone sets a true/false option, --no-key unsets it. An unknown
+key, in the file too, is an error that names the nearest one, and a value of the wrong type is an error that names the type.
 """
 import dataclasses
 import difflib

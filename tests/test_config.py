@@ -21,6 +21,15 @@ def test_the_command_line_overrides_the_file_and_both_spellings_work(tmp_path):
     assert options == Example(peak_lr=2e-4, steps=3, name="from file", fast=True)
 
 
+def test_a_true_false_option_is_set_and_unset_by_its_name_alone(tmp_path):
+    assert config.load(Example, ["--fast"]).fast and not config.load(Example, ["--fast", "--no-fast"]).fast
+    (tmp_path / "a.toml").write_text("fast = true\n")
+    assert not config.load(Example, [str(tmp_path / "a.toml"), "--no-fast"]).fast
+    for argument in ("--no-steps", "--no-fast=true", "--no-fats"):
+        with pytest.raises(ValueError, match="unknown option"):
+            config.load(Example, [argument])
+
+
 def test_positional_words_go_to_the_named_field():
     assert config.load(Example, ["a.wav", "--steps=2", "b.wav"], positional="files").files == ("a.wav", "b.wav")
     with pytest.raises(ValueError, match="stray"):
