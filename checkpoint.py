@@ -24,7 +24,7 @@ import pickles
 POCKET = Path(__file__).parent / "pocket"
 KINDS = {  # what an option asks for -> where the pocket world keeps it
     "lm": POCKET / "text_lm", "model": POCKET / "speech_lm", "tokenizer": POCKET / "hubert",
-    "vocoder": POCKET / "vocoder", "units": POCKET / "units",
+    "kmeans": POCKET / "hubert/kmeans.safetensors", "vocoder": POCKET / "vocoder", "units": POCKET / "units",
 }
 SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
 

@@ -654,6 +654,12 @@ def test_the_layer_and_the_recipe_come_from_the_files(folders, tmp_path):
     assert (other.layer, other.num_units) == (1, 4) and other.recipe["centers"] != encoder.recipe["centers"]
 
 
+def test_the_pocket_tokenizer_and_its_k_means_open_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder = load_unit_encoder("pocket", kmeans="pocket")
+    assert encoder.recipe["model"] == "pocket" and (encoder.layer, encoder.num_units, encoder.frame_rate) == (4, 100, 25.0)
+
+
 def test_mistakes_in_the_k_means_file_are_named(folders, tmp_path):
     folder = folders["50hz"]
 
