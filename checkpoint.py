@@ -77,11 +77,16 @@ def write_json(path, value):
 
 
 def write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content, temporary=None):
+    """Bytes -> file, atomically: they are on the disk under a temporary name before the file has its own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
+    temporary = temporary or path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -33,7 +33,8 @@ from tqdm import tqdm
 import config
 import journal
 import unit_files
-from journal import as_uint16, read_json, refuse_other_recipe, write_whole
+from checkpoint import write_bytes
+from journal import as_uint16, read_json, refuse_other_recipe
 
 FORMAT = 1  # version of the layout above
 SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 6,000 hours at 12 units a second
@@ -96,7 +97,7 @@ class ShardWriter:
         for suffix in self.SUFFIXES:
             os.replace(self._temporary(suffix), self.folder / f"{self.shard}.{suffix}")
         part = json.dumps({**self.part, "failures": list(failures)}).encode()
-        write_whole(self.folder / f"{self.shard}.part.json", part)
+        write_bytes(self.folder / f"{self.shard}.part.json", part)
 
     def close(self, failures=()):
         """Give the shard its final name. failures: (file, reason) pairs, kept as failures.csv lines."""
@@ -126,14 +127,14 @@ def merge_meta(folder, shards=1, names=None):
     failures = [failure for part in parts.values() for failure in part["failures"]]
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("file", "reason"), *failures])
-    write_whole(folder / "failures.csv", table.getvalue().encode("utf-8", "surrogateescape"))
+    write_bytes(folder / "failures.csv", table.getvalue().encode("utf-8", "surrogateescape"))
     meta = {"format": FORMAT, "recipe": next(iter(parts.values()))["recipe"],
             "files": sum(part["files"] for part in parts.values()),
             "units": sum(part["units"] for part in parts.values()),
             "hours": sum(part["seconds"] for part in parts.values()) / 3600, "failures": len(failures)}
     if names is not None:
         meta["names"] = fingerprint_names(names)
-    write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
+    write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
     for path in parts:
         path.unlink()
     return meta

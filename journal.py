@@ -22,19 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoint
+
 MAX_UNIT = 2**16 - 1
-
-
-# ---------------------------------------------------------------------------------------------- files, whole or absent
-
-def write_whole(path, content, temporary=None):
-    """Bytes -> file. They are on the disk before the file has its name."""
-    temporary = temporary or path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_json(path):
@@ -136,7 +126,7 @@ class Journal:
         while (path := work / f"{rank:05d}.{start:05d}.jsonl").exists():  # a new file each time: nothing follows a torn line
             start += 1
         with full_disk_explained(self.folder):
-            write_whole(work / "recipe.json", json.dumps(recipe).encode(), work / f"recipe.{rank:05d}.tmp")
+            checkpoint.write_bytes(work / "recipe.json", json.dumps(recipe).encode(), work / f"recipe.{rank:05d}.tmp")
             self.file = open(path, "xb")
 
     def _append(self, row):

@@ -207,13 +207,18 @@ def test_any_number_of_processes_any_order_and_any_kill_give_the_same_bytes(seed
     assert contents(folder) == clean
 
 
-def test_a_journal_cut_at_any_byte_loses_the_cut_recording_only(tmp_path, clean):
-    one = data.Journal(tmp_path / "first", RECIPE)
+def five_finished(folder):
+    """A journal of five recordings: its lines, their bytes, its file's name."""
+    one = data.Journal(folder, RECIPE)
     encode(one, NAMES[:5])
     one.close()
     with open(one.file.name, "rb") as file:
         lines = file.readlines()
-    whole, file_name = b"".join(lines), os.path.basename(one.file.name)
+    return lines, b"".join(lines), os.path.basename(one.file.name)
+
+
+def test_a_journal_cut_at_any_byte_loses_the_cut_recording_only(tmp_path, clean):
+    lines, whole, file_name = five_finished(tmp_path / "first")
     ends = np.cumsum([len(line) for line in lines])
     for cut in range(int(ends[2]) - 1, len(whole) + 1):
         folder = tmp_path / f"cut {cut}"
@@ -228,12 +233,7 @@ def test_a_journal_cut_at_any_byte_loses_the_cut_recording_only(tmp_path, clean)
 
 
 def test_a_flipped_bit_anywhere_in_a_journal_is_noticed_and_that_recording_done_again(tmp_path, clean):
-    one = data.Journal(tmp_path / "first", RECIPE)
-    encode(one, NAMES[:5])
-    one.close()
-    with open(one.file.name, "rb") as file:
-        lines = file.readlines()
-    whole, file_name = b"".join(lines), os.path.basename(one.file.name)
+    lines, whole, file_name = five_finished(tmp_path / "first")
     begin, end = len(lines[0]), len(lines[0] + lines[1])
     for position in range(begin, end):
         folder = tmp_path / f"bit {position}"

@@ -18,9 +18,9 @@ IMPORTS = {
     "download": ("archive",),
     "families": (),
     "checkpoint": ("pickles", "download"),
-    "journal": (),
+    "journal": ("checkpoint",),  # the one writer of whole files
     "unit_files": (),
-    "data": ("journal", "unit_files", "config"),
+    "data": ("journal", "unit_files", "checkpoint", "config"),
     "kernels": (),
     "distributed": ("checkpoint",),  # step folders are written by the one writer of tensors
     "pretrained": ("checkpoint", "families"),
