@@ -3,6 +3,8 @@
     python bench.py memory                    # peak memory of opening a sharded checkpoint of 2 GiB
     python bench.py memory --gib=0.5          # a smaller one; needs as much free disk in the folder for temporary files
     python bench.py units                     # speech -> units, in times real time, beside transformers' HubertModel
+    python bench.py hubert                    # what the parts of our HuBERT cost on a CPU, and their alternatives
+    python bench.py long                      # peak memory of encoding recordings of two minutes and of an hour
     python bench.py chunking long.wav         # units of long recordings in pieces against those of the whole
 
 memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
@@ -11,7 +13,13 @@ opened model. Pages of mapped files count: they are memory while they are mapped
 
 units: HuBERT base with random weights, at 25 Hz up to layer 11 and at 50 Hz up to layer 9, 500 centres; speech of 10 s alone, and
 eight recordings of 1.5 to 10 s, which the peer gets as one padded batch with its attention mask. Ours and the peer's take turns;
-medians. Agreement is the share of frames whose unit is that of the peer's features of each recording alone, in float32.
+medians. Agreement is the share of frames whose unit is that of the peer's features of each recording alone, in float32; the
+difference is the largest that a padded batch makes to a frame's features, relative to their norm.
+
+hubert: the 25 Hz network on 10 s: its front end as PyTorch's convolutions, as products of the whole recording and a second at a
+time, with plain and with packed weights; the network up to layer 11 with either.
+
+long: hubert_units.py with the pocket tokenizer on the prompt repeated in 44.1 kHz stereo FLAC, in a process of its own.
 
 chunking: the pocket tokenizer on the given recordings, joined and repeated to ten minutes (default: the pocket prompt), encoded
 whole and in pieces; the share of frames that get another unit, and the most that differ in any ten seconds.
@@ -28,7 +36,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import soundfile
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import audio
@@ -37,13 +47,13 @@ import config
 import hubert_units
 import pretrained
 import twist
-from hubert import load_hubert
+from hubert import Hubert, HubertConfig, load_hubert
 from model import Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = ()  # memory | units | chunking, and for chunking recordings
+    what: tuple[str, ...] = ()  # memory | units | hubert | long | chunking, and for chunking recordings
     out: str = "results"  # folder for the JSON file
     gib: float = 2.0  # memory: size of the model in float32
     shards: int = 4  # memory: files it is divided into
@@ -156,6 +166,12 @@ def quantized(encoder, peer, wavs):
     return encoder.quantize(peer(wavs).flatten(0, 1))
 
 
+def largest_difference(encoder, wavs):
+    """Between features in one padded batch and alone, of any frame, relative to its norm."""
+    pairs = [(together, encoder.features(wav)) for together, wav in zip(encoder.features_of(wavs), wavs)]
+    return float(f"{max(((a - b).norm(dim=1) / b.norm(dim=1)).max().item() for a, b in pairs):.1e}")
+
+
 @torch.inference_mode()
 def bench_units(options):
     """Rows of (network, input, precision, ours and the peer in times real time, their ratio, agreement of units)."""
@@ -196,7 +212,63 @@ def bench_units(options):
                              "ours_x_real_time": round(length / seconds["ours"], 2),
                              "peer_x_real_time": round(length / seconds["peer"], 2),
                              "ours_over_peer": round(seconds["peer"] / seconds["ours"], 2),
-                             "agreement": round((units == reference).float().mean().item(), 5)})
+                             "agreement": round((units == reference).float().mean().item(), 5),
+                             "batch_difference": largest_difference(encoder, wavs)})
+    return rows
+
+
+@torch.inference_mode()
+def bench_hubert(options):
+    """Rows of (part, way, seconds for 10 s of audio)."""
+    torch.manual_seed(0)
+    plain, packed = (Hubert(HubertConfig(pos_batch_norm=True)).eval().requires_grad_(False) for _ in range(2))
+    packed.load_state_dict(plain.state_dict())
+    packed.pack()
+    wav = audio.read_wav(checkpoint.POCKET / "prompt.wav").repeat(2)[None, :160_000]
+
+    def convolutions():
+        x = F.gelu(plain.group_norm(plain.convs[0](wav[:, None])))
+        for conv in plain.convs[1:]:
+            x = F.gelu(conv(x))
+        return x
+
+    def whole(network):
+        return network.convolve(wav, network.first_layer(network.moments(wav)).float())
+
+    def by_the_second(network):
+        return network.front_end(wav, network.moments(wav))
+
+    ways = {("front end", "PyTorch's convolutions"): convolutions}
+    for name, network in (("plain", plain), ("packed", packed)):
+        ways |= {("front end", f"whole, {name} weights"): functools.partial(whole, network),
+                 ("front end", f"by the second, {name} weights"): functools.partial(by_the_second, network),
+                 ("up to layer 11", f"{name} weights"): functools.partial(network, wav, 11)}
+    seconds = side_by_side(ways, options.repeats, "cpu")
+    return [{"part": part, "way": way, "seconds": round(seconds[part, way], 3)} for part, way in sorted(ways)]
+
+
+# ---------------------------------------------------------------------------------------------- long recordings
+
+def encode_in_process(path, out):
+    """Highest resident memory of this process, bytes, after the command has encoded one recording."""
+    hubert_units.main([str(path), f"--out={out}", "--device=cpu"])
+    return resident("VmHWM")
+
+
+def bench_long(options):
+    """Rows of (minutes of audio, peak memory in MB, of the whole process)."""
+    prompt, rows = audio.read_wav(checkpoint.POCKET / "prompt.wav").repeat_interleave(3).numpy(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for minutes in (2, 60):
+            path, left = Path(folder) / f"{minutes}.flac", minutes * 60 * 44_100
+            with soundfile.SoundFile(path, "w", 44_100, 2) as file:
+                while left:
+                    part = prompt[:left]
+                    file.write(part[:, None].repeat(2, axis=1))
+                    left -= len(part)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                peak = pool.submit(encode_in_process, path, Path(folder) / f"units{minutes}").result()
+            rows.append({"minutes": minutes, "peak_mb": round(peak / 1e6)})
     return rows
 
 
@@ -231,7 +303,8 @@ def bench_chunking(options):
     return rows
 
 
-BENCHMARKS = {"chunking": bench_chunking, "memory": bench_memory, "units": bench_units}
+BENCHMARKS = {"chunking": bench_chunking, "hubert": bench_hubert, "long": bench_long, "memory": bench_memory,
+              "units": bench_units}
 
 
 def machine():

@@ -85,11 +85,6 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def gelu(x):
-    """GELU; in place where there are no gradients, since new memory costs as much as the function."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-
-
 class EncoderLayer(nn.Module):
     """Post-norm transformer layer: x = LN(x + attention(x)); x = LN(x + feed-forward(x))."""
 
@@ -108,7 +103,7 @@ class EncoderLayer(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, F, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         x = self.ln_1(x + self.out(y.transpose(1, 2).reshape(B, T, C)))
-        return self.ln_2(x + self.down(gelu(self.up(x))))
+        return self.ln_2(x + self.down(F.gelu(self.up(x))))
 
 
 class Hubert(nn.Module):
@@ -168,8 +163,8 @@ class Hubert(nn.Module):
         frames, hop = self.num_frames(wav.shape[1]), self.hop
         if torch.is_grad_enabled() or wav.is_cuda:
             return self.convolve(wav, first)
-        # With the statistics known, any stretch of frames can be computed alone. A second at a time stays in the cache, and
-        # its memory is used again, which on a CPU saves a third of the time.
+        # With the statistics known, any stretch of frames can be computed alone. A second at a time stays in the cache and
+        # needs little memory; on a CPU it also saves time (bench.py hubert).
         step = max(1, round(SAMPLE_RATE / hop / len(wav)))
         return torch.cat([self.convolve(wav[:, i * hop:(min(i + step, frames) - 1) * hop + self.receptive_field], first)
                           for i in range(0, frames, step)], dim=1)
@@ -188,10 +183,10 @@ class Hubert(nn.Module):
     def convolve(self, wav, first):
         """(B, S) -> (B, F, conv width) with the first layer as first_layer gives it."""
         u = self.windows(wav)
-        x = gelu(torch.cat([u, u.new_ones(*u.shape[:2], 1)], dim=2) @ first)
+        x = F.gelu(torch.cat([u, u.new_ones(*u.shape[:2], 1)], dim=2) @ first)
         for i, conv in enumerate(self.convs[1:]):
             x = rows(x, conv.kernel_size[0], conv.stride[0])
-            x = gelu(self.packed[i](x) if self.packed else F.linear(x, conv.weight.permute(0, 2, 1).flatten(1)))
+            x = F.gelu(self.packed[i](x) if self.packed else F.linear(x, conv.weight.permute(0, 2, 1).flatten(1)))
         return x
 
     def forward(self, wav, layer=None, lengths=None, mask=None, moments=None):
@@ -224,7 +219,7 @@ class Hubert(nn.Module):
         position = self.pos_conv(position)
         if self.config.pos_kernel % 2 == 0:
             position = position[:, :, :-1]  # an even kernel with symmetric padding yields one frame too many
-        x = self.ln_in(x + gelu(position).transpose(1, 2))
+        x = self.ln_in(x + F.gelu(position).transpose(1, 2))
         for block in self.layers[:layer]:
             x = block(x, keys)
         return x
@@ -232,7 +227,7 @@ class Hubert(nn.Module):
     def pack(self):
         """Lay all weights out for inference in float32 on this CPU; afterwards the network can only do that.
 
-        Where PyTorch's products come from MKL and the processor is not Intel's, oneDNN's are up to 1.7 times as fast.
+        Where PyTorch's products come from MKL and the processor is not Intel's, oneDNN's are faster (bench.py hubert).
         """
         if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available():
             self.packed = [PackedLinear(conv.weight.permute(0, 2, 1).flatten(1)) for conv in self.convs[1:]]
