@@ -6,6 +6,7 @@
     python bench.py hubert                    # what the parts of our HuBERT cost on a CPU, and their alternatives
     python bench.py long                      # peak memory of encoding recordings of two minutes and of an hour
     python bench.py chunking long.wav         # units of long recordings in pieces against those of the whole
+    python bench.py loader                    # batches for training, beside a reader of JSON lines; 220 MB of temporary files
 
 memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
 and its figure is the highest resident memory during the opening, less what the process held before, over the size of the
@@ -23,9 +24,14 @@ long: hubert_units.py with the pocket tokenizer on the prompt repeated in 44.1 k
 
 chunking: the pocket tokenizer on the given recordings, joined and repeated to ten minutes (default: the pocket prompt), encoded
 whole and in pieces; the share of frames that get another unit, and the most that differ in any ten seconds.
+
+loader: batches of 64 windows of 1024 from four made-up shards of 12 million units, documents of 100 to 500, on one core. The peer
+reads slamkit's JSON lines of the same documents in their order, makes ids and cuts windows. Taking turns; medians of 20 batches.
 """
 import functools
 import importlib.util
+import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -36,6 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -44,20 +51,23 @@ from tqdm import tqdm
 import audio
 import checkpoint
 import config
+import data
 import hubert_units
 import pretrained
 import twist
+import unit_files
 from hubert import Hubert, HubertConfig, load_hubert
+from loader import UnitLoader
 from model import Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = ()  # memory | units | hubert | long | chunking, and for chunking recordings
+    what: tuple[str, ...] = ()  # memory | units | hubert | long | loader | chunking, and for chunking recordings
     out: str = "results"  # folder for the JSON file
     gib: float = 2.0  # memory: size of the model in float32
     shards: int = 4  # memory: files it is divided into
-    repeats: int = 5  # units: times that each way is measured
+    repeats: int = 5  # units, hubert, loader: times that each way is measured
     device: str = "cpu"  # units: cpu | cuda
 
 
@@ -303,8 +313,60 @@ def bench_chunking(options):
     return rows
 
 
-BENCHMARKS = {"chunking": bench_chunking, "hubert": bench_hubert, "long": bench_long, "memory": bench_memory,
-              "units": bench_units}
+# ---------------------------------------------------------------------------------------------- loader
+
+LOADER_BATCH, LOADER_T, LOADER_SHARDS, LOADER_DOCUMENTS = 64, 1024, 4, 40_000  # documents of a shard, 300 units on average
+
+
+def json_batches(path, vocab):
+    """The plain way, as a yardstick: yields ids, targets (B, T) of a file of JSON lines, over and over, in its order."""
+    ids, size = [], LOADER_BATCH * LOADER_T
+    while True:
+        with open(path) as lines:
+            for line in lines:
+                ids.append(vocab.bos)
+                ids.extend([unit + vocab.offset for unit in json.loads(line)["units"]])
+                while len(ids) > size:
+                    batch, ids = torch.tensor(ids[:size + 1]), ids[size:]
+                    yield batch[:-1].view(LOADER_BATCH, LOADER_T), batch[1:].view(LOADER_BATCH, LOADER_T)
+
+
+def bench_loader(options):
+    """Rows of (way, million units a second, over the peer's)."""
+    torch.set_num_threads(1)
+    rng, vocab = np.random.default_rng(0), twist.UnitVocab(500)
+    recipe = {"kind": "hubert", "num_units": 500, "frame_rate": 25.0, "model": "made up"}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for shard in tqdm(range(LOADER_SHARDS), desc="writing", disable=None):
+            writer = data.ShardWriter(folder / "units", recipe, shard)
+            for length in rng.integers(100, 501, LOADER_DOCUMENTS):
+                units = rng.integers(0, 500, length)
+                writer.add(units, np.ones_like(units), "made up", length / 25)
+            writer.close()
+        data.merge_meta(folder / "units", LOADER_SHARDS)
+        shards = data.UnitShards(folder / "units")
+        with open(folder / "units.jsonl", "w") as file:
+            unit_files.write_jsonl(itertools.islice(shards, 10_000), file)
+        peer, ways = json_batches(folder / "units.jsonl", vocab), {}
+        for packing in ("stream", "documents"):
+            loader = UnitLoader(shards, vocab, LOADER_T, LOADER_BATCH, 0, packing=packing)
+            ways[packing] = map(functools.partial(loader.rows, first=0, count=LOADER_BATCH), itertools.count())
+        ways["JSON lines"] = peer
+        for ours, theirs in zip(loader.window(*range(LOADER_BATCH)), next(peer)):  # ids, targets
+            assert ours.equal(theirs), "the peer cuts other windows"
+
+        def draw(batches):
+            for _ in range(20):
+                next(batches)
+
+        seconds = side_by_side({way: functools.partial(draw, batches) for way, batches in ways.items()}, options.repeats, "cpu")
+    return [{"way": way, "million_units_per_second": round(20 * LOADER_BATCH * LOADER_T / seconds[way] / 1e6, 1),
+             "over_json_lines": round(seconds["JSON lines"] / seconds[way], 1)} for way in ways]
+
+
+BENCHMARKS = {"chunking": bench_chunking, "hubert": bench_hubert, "loader": bench_loader, "long": bench_long,
+              "memory": bench_memory, "units": bench_units}
 
 
 def machine():

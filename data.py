@@ -1,4 +1,4 @@
-"""Unit shards: the on-disk format, its writer and reader, and the loader whose batches depend on (seed, step) alone.
+"""Unit shards: the on-disk format, its writer and reader. Batches are made of them in loader.py.
 
     folder/00000.units.bin    uint16, the units of all documents in a row (raw: no vocabulary offset, no special tokens)
            00000.runs.bin     uint16, how many frames each unit lasted (for the vocoder and the inspector; the LM ignores it)
@@ -8,7 +8,7 @@
            failures.csv       recordings that could not be encoded, and why
            work/              what an unfinished extraction has done so far, see journal.py
 
-A folder holds as many shards as it needs. Shapes: B batch, T units per document or window.
+A folder holds as many shards as it needs. Shapes: T units per document.
 
     python data.py units/mine                       # what is in a folder: hours, frequencies, entropy, run lengths
     python data.py units/mine --jsonl=mine.jsonl    # the same as slamkit's JSON lines; --jsonl alone prints them
@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import config
@@ -265,53 +264,6 @@ def check_recipe(recipe, expected, where):
         if found != wanted:
             raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); "
                              "encode the audio with the matching --tokenizer")
-
-
-class UnitLoader:
-    """Windows of T + 1 ids over the stream  <S> document <S> document ... , without replacement within an epoch.
-
-    The batch of step s is a pure function of (seed, s): every process computes the same order and takes its rows, so
-    a run gives the same batches on any number of processes and resumes exactly where it stopped.
-
-    Args:
-        shards: UnitShards; vocab: has encode() and bos (or none); block_size: T; batch: rows B of the whole step.
-    """
-
-    def __init__(self, shards, vocab, block_size, batch, seed):
-        self.shards, self.vocab, self.T, self.batch, self.seed = shards, vocab, block_size, batch, seed
-        self.separator = 0 if vocab.bos is None else 1
-        self.ends = np.cumsum(shards.lengths + self.separator)  # stream position behind each document
-        # windows overlap by one id: the target of a window's last position is the first input of the next
-        self.windows = (int(self.ends[-1]) - 1) // block_size
-        if self.windows < 1:
-            raise ValueError(f"{shards.folder} holds {int(self.ends[-1])} ids, fewer than one window of {block_size + 1}; "
-                             "give more audio or a smaller --block-size")
-        self.epoch, self.order = None, None
-
-    def window(self, w):
-        """ids (T + 1,) int64 of window w of the stream."""
-        begin, end = w * self.T, w * self.T + self.T + 1
-        pieces, position = [], begin
-        i = int(np.searchsorted(self.ends, begin, side="right"))
-        while position < end:
-            units, _ = self.shards.document(i)
-            document = self.vocab.encode(units, bos=bool(self.separator))
-            start = int(self.ends[i]) - len(document)
-            piece = document[position - start:end - start]
-            pieces.append(piece)
-            position, i = position + len(piece), i + 1
-        return torch.cat(pieces)
-
-    def rows(self, step, first, count):
-        """ids (count, T + 1): rows first .. first + count of the batch of this step."""
-        rows = []
-        for position in range(step * self.batch + first, step * self.batch + first + count):
-            epoch, index = divmod(position, self.windows)
-            if epoch != self.epoch:
-                self.epoch = epoch
-                self.order = np.random.default_rng([self.seed, epoch]).permutation(self.windows)
-            rows.append(self.window(int(self.order[index])))
-        return torch.stack(rows)
 
 
 # ---------------------------------------------------------------------------------------------- the command

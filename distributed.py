@@ -35,12 +35,16 @@ class Dist:
         if self.world > 1:
             torch_distributed.barrier()
 
-    def mean(self, value):
-        """Mean over the processes of a number or scalar tensor, as float."""
+    def sum(self, value):
+        """Sum over the processes of a number or scalar tensor, as float."""
         total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
         if self.world > 1:
             torch_distributed.all_reduce(total)
-        return total.item() / self.world
+        return total.item()
+
+    def mean(self, value):
+        """Mean over the processes of a number or scalar tensor, as float."""
+        return self.sum(value) / self.world
 
     def any(self, flag):
         """True if the flag is set on any process: a signal reaches all, but not at the same moment."""

@@ -154,7 +154,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, config.n_embd, bias=config.out_bias)
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
-    def forward(self, x, table, slopes, cache):
+    def forward(self, x, table, slopes, document_starts, cache):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H | K | K, D)
@@ -164,7 +164,7 @@ class Attention(nn.Module):
             q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.out(kernels.attention(q, k, v, alibi_slopes=slopes).reshape(B, T, -1))
+        return self.out(kernels.attention(q, k, v, alibi_slopes=slopes, document_starts=document_starts).reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
                 parameter.fill_(1.0)
         return self
 
-    def forward(self, ids, targets=None, cache=None):
+    def forward(self, ids, targets=None, cache=None, document_starts=None):
         """Logits of the next token at every position, or the mean loss.
 
         The loss is computed in here because under FSDP the head's weight is whole only inside forward.
@@ -235,35 +235,40 @@ class Transformer(nn.Module):
             ids: (B, T) int64 in [0, V).
             targets: (B, T) int64; -100 where there is none.
             cache: KVCache holding the tokens before these; advanced by T.
+            document_starts: (B, T) int32, where in the row the document of each token begins. Documents do not see each
+                other and each counts its positions from 0, so a packed row gives the logits of its documents alone.
         Returns: (B, T, V) logits in the activation dtype, or () float32: mean cross-entropy in nats per token.
-        Raises: ValueError if the sequence is longer than block_size.
+        Raises: ValueError if the sequence is longer than block_size, or document_starts come with a cache.
         """
         config, T = self.config, ids.shape[1]
         first = cache.length if cache is not None else 0
         if first + T > config.block_size:
             raise ValueError(f"{first + T} tokens, but this model was made for at most {config.block_size}; "
                              "give a shorter sequence")
+        if cache is not None and document_starts is not None:
+            raise ValueError("packed documents go with training and scoring, not with a KV cache; give one of the two")
         x = self.wte(ids)  # (B, T, embed_dim)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(first, first + T, device=ids.device))
+            positions = torch.arange(first, first + T, device=ids.device)
+            x = x + self.wpe(positions if document_starts is None else positions - document_starts)
         if self.ln_embed is not None:
             x = self.ln_embed(x)
         table = rotary_table(first, T, config, ids.device) if config.position == "rope" else None
         slopes = alibi_slopes(config.n_head, ids.device) if config.position == "alibi" else None
         for block in self.h:
-            x = block(x, table, slopes, cache)
+            x = block(x, table, slopes, document_starts, cache)
         if cache is not None:
             cache.length += T
         if self.ln_f is not None:
             x = self.ln_f(x)
         if self.project_out is not None:
             x = self.project_out(x)
-        logits = F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         if targets is None:
-            return logits
-        return kernels.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+            return F.linear(x, head)
+        return kernels.linear_cross_entropy(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1))
 
 
 def filter_logits(logits, top_k=None, top_p=None):

@@ -32,11 +32,12 @@ import data
 import distributed
 import kernels
 import twist
+from loader import PACKINGS, UnitLoader
 
 COLUMNS = ("step", "loss", "val_loss", "lr", "grad_norm", "units_per_second", "seconds")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
 CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant"), "dtype": ("auto", "float32", "bfloat16"),
-           "embedding": ("fresh", "matched", "truncate")}
+           "embedding": ("fresh", "matched", "truncate"), "packing": PACKINGS}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TrainConfig:
     embedding: str = "fresh"  # new unit table of a warm start: fresh | matched | truncate (twist.py)
     data: str = "pocket"  # folder of training shards
     val_data: str = "pocket"  # folder of validation shards
+    packing: str = "stream"  # stream: a row sees all of its ids | documents: only those of the same recording
     out: str = "runs/pocket"  # run folder
     overwrite: bool = False  # replace a run that is already in --out
     steps: int = 400  # updates
@@ -130,24 +132,36 @@ def shards_of(name, split):
     return data.UnitShards(folder / split if name == "pocket" else folder)
 
 
+def forward(model, batch, dist):
+    """Mean loss over the targets of a batch."""
+    ids, targets, document_starts = (part if part is None else part.to(dist.device) for part in batch)
+    return model(ids, targets, document_starts=document_starts)
+
+
 @torch.no_grad()
 def evaluate(model, loader, options, dist):
     """Mean loss over the first rows of the validation stream, in order: the same for every run. All ranks share the work."""
     model.eval()
     rows = min(options.eval_rows or loader.windows, loader.windows)
-    total = torch.zeros((), dtype=torch.float64, device=dist.device)
+    total, targets = torch.zeros((), dtype=torch.float64, device=dist.device), 0
     mine = list(range(dist.rank, rows, dist.world))
     for i in range(0, len(mine), 16):
-        ids = torch.stack([loader.window(w) for w in mine[i:i + 16]]).to(dist.device)
+        batch = loader.window(*mine[i:i + 16])
         with autocast(options, dist):
-            total += model(ids[:, :-1], ids[:, 1:]).double() * len(ids)
+            total += forward(model, batch, dist).double() * batch.count
+        targets += batch.count
     model.train()
-    return dist.mean(total) * dist.world / rows
+    return dist.sum(total) / dist.sum(targets)
+
+
+def compute_dtype(options, dist):
+    """Of matrix products."""
+    on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
+    return torch.bfloat16 if on else torch.float32
 
 
 def autocast(options, dist):
-    on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
-    return torch.autocast(dist.device.type, torch.bfloat16, enabled=on)
+    return torch.autocast(dist.device.type, torch.bfloat16, enabled=compute_dtype(options, dist) == torch.bfloat16)
 
 
 class Log:
@@ -180,13 +194,17 @@ def split_batch(options, dist):
     return rows, micro
 
 
-def update(model, optimizer, ids, micro, options, dist):
-    """One update from ids (rows, T + 1); returns (mean loss over all processes, gradient norm, was it applied?)."""
-    total = torch.zeros((), device=dist.device)
-    pieces = ids.split(micro)
-    for i, piece in enumerate(pieces):  # every piece has the same number of targets: the mean of means is the mean
+def update(model, optimizer, batch, micro, options, dist):
+    """One update from this process's rows; returns (mean loss over all processes, gradient norm, was it applied?).
+
+    The loss is the mean over all targets of the step: a piece counts by its share of them, and gradients are averaged over
+    the processes, hence the factor of their number.
+    """
+    total, targets = torch.zeros((), device=dist.device), dist.sum(batch.count)
+    pieces = batch.split(micro)
+    for i, piece in enumerate(pieces):
         with distributed.sync_gradients(model, on=i + 1 == len(pieces)), autocast(options, dist):
-            loss = model(piece[:, :-1], piece[:, 1:]) / len(pieces)
+            loss = forward(model, piece, dist) * (piece.count * dist.world / targets)
             loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip).item()
@@ -230,8 +248,8 @@ def train(model, optimizer, loader, val_loader, rows, micro, first, seconds, opt
             lr = lr_at(step, options)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            ids = loader.rows(step, dist.rank * rows, rows).to(dist.device)  # (rows, T + 1)
-            loss, norm, applied = update(model, optimizer, ids, micro, options, dist)
+            batch = loader.rows(step, dist.rank * rows, rows)
+            loss, norm, applied = update(model, optimizer, batch, micro, options, dist)
             step += 1
             bad = 0 if applied else bad + 1
             if not applied:
@@ -272,8 +290,9 @@ def main(argv=None):
     if options.block_size > model.config.block_size:
         raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model.config.block_size}")
     rows, micro = split_batch(options, dist)
-    loader = data.UnitLoader(train_shards, vocab, options.block_size, rows * dist.world, options.seed)
-    val_loader = data.UnitLoader(val_shards, vocab, options.block_size, 1, 0)
+    loader = UnitLoader(train_shards, vocab, options.block_size, rows * dist.world, options.seed,
+                        packing=options.packing)
+    val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
 
     model = distributed.wrap(model.to(dist.device).train(), dist)
     optimizer = build_optimizer(model, options)
@@ -288,7 +307,7 @@ def main(argv=None):
     say(f"{options.init}{' (resumed)' if resuming else ''}: {sum(p.numel() for p in model.parameters()):,} parameters; "
         f"{loader.windows * loader.T:,} ids in {len(train_shards)} documents; steps {first} to {options.steps}, "
         f"{options.units_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}")
-    say(kernels.explain(dist.device.type))
+    say(kernels.explain(dist.device.type, compute_dtype(options, dist), distributed.unwrap(model).config.head_dim))
 
     step, val_loss, seconds = train(model, optimizer, loader, val_loader, rows, micro, first, seconds, options, dist, say)
     if step < options.steps:

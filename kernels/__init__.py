@@ -1,33 +1,95 @@
-"""The one place where an implementation is chosen: attention() and cross_entropy() for the model.
+"""The one place where an implementation is chosen: attention(), cross_entropy() and linear_cross_entropy() for the model.
 
-choose() is a pure function of what is asked for and returns (backend, reason); nothing is tried and swallowed.
-Backends: `torch` is PyTorch's fused scaled_dot_product_attention and cross_entropy, on any device. The same maths,
-written out to be read, stands in reference.py. TWIST_KERNELS=torch forces a backend; forcing one that cannot run is an
-error that says why.
+choose() is a pure function of what is asked for and returns (backend, reason); nothing is tried and swallowed. Backends:
+
+    triton  our kernels: attention.py, decode.py, cross_entropy.py. On CUDA GPUs, and in Triton's interpreter for the tests.
+    torch   PyTorch's scaled_dot_product_attention and cross_entropy, on any device.
+
+The same maths, written out to be read, stands in reference.py. TWIST_KERNELS=triton|torch forces a backend; forcing one that
+cannot run is an error that says why. Values (targets, document starts) are checked on CPUs only: on a GPU every look at them
+would wait for it. There a target out of range makes the loss NaN, and nothing is read out of bounds.
 """
+import importlib.util
 import os
 
 import torch
 import torch.nn.functional as F
 
-BACKENDS = ("torch",)
+from kernels.checks import check_attention, check_range, check_targets
+
+triton = importlib.util.find_spec("triton")  # not made for macOS and Windows
+
+# Imported before the functions of the same names are defined: kernels.attention is the function, not kernels/attention.py.
+if triton is not None:
+    from kernels import attention as attention_kernels
+    from kernels import cross_entropy as cross_entropy_kernels
+    from kernels import decode as decode_kernels
+
+BACKENDS = ("triton", "torch")
+OPERATIONS = ("attention", "decode_attention", "cross_entropy", "linear_cross_entropy")
 
 
-def choose(operation, device):
-    """(backend, reason) for an operation on a device type."""
-    forced = os.environ.get("TWIST_KERNELS", "")
-    if forced and forced not in BACKENDS:
-        raise ValueError(f"TWIST_KERNELS={forced}: no such backend for {operation}; this version has {', '.join(BACKENDS)}")
+def interpreted():
+    """Do Triton's kernels run on CPU tensors, slowly, one program after the other?"""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def choose(operation, device, dtype=None, head_dim=None, forced=None):
+    """Which backend runs an operation, and why. Pure: the same arguments give the same answer.
+
+    Args:
+        operation: one of OPERATIONS. device: "cpu", "cuda", ... dtype, head_dim: of the tensors; None: any that Triton takes.
+        forced: "triton" or "torch"; None: TWIST_KERNELS, and without it our own choice.
+    Returns: (backend, reason).
+    Raises: ValueError if what is forced does not exist or cannot run, with the reason.
+    """
+    forced = os.environ.get("TWIST_KERNELS", "") if forced is None else forced
+    if forced not in ("", *BACKENDS):
+        raise ValueError(f"TWIST_KERNELS={forced}: no such backend, expected {' or '.join(BACKENDS)}")
+    obstacle = None
+    if triton is None:
+        obstacle = "the package triton is not installed"
+    elif device != "cuda" and not interpreted():
+        obstacle = f"Triton's kernels need a CUDA GPU, not {device}"
+    elif device == "cuda" and interpreted():
+        obstacle = "TRITON_INTERPRET=1 is set"
+    elif dtype == torch.bfloat16 and interpreted():
+        obstacle = "Triton's interpreter computes bfloat16 wrongly"
+    elif device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        obstacle = "Triton's kernels need an Ampere GPU (compute capability 8.0) or a newer one"
+    elif dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        obstacle = f"Triton's kernels do not take {dtype}"
+    elif "attention" in operation and head_dim is not None and head_dim not in attention_kernels.HEAD_DIMS:
+        obstacle = f"no tiles for head dimension {head_dim} (there are {', '.join(map(str, attention_kernels.HEAD_DIMS))})"
+    if forced == "triton" and obstacle:
+        raise ValueError(f"TWIST_KERNELS=triton cannot run {operation}: {obstacle}")
     if forced:
         return forced, "forced by TWIST_KERNELS"
-    return "torch", f"PyTorch's fused {operation} on {device}"
+    if obstacle:
+        return "torch", obstacle
+    if device != "cuda":
+        return "torch", "the interpreter is for tests"
+    if operation == "decode_attention":
+        return "torch", "ours has not been measured to be faster"
+    return "triton", "our kernels"
 
 
-def explain(device=None):
+def explain(device=None, dtype=None, head_dim=None):
     """What runs where, and why, as text of one line an operation."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return "\n".join(f"{operation}: {backend} ({reason})" for operation in ("attention", "cross_entropy")
-                     for backend, reason in [choose(operation, device)])
+    lines = []
+    for operation in OPERATIONS:
+        backend, reason = choose(operation, device, dtype, head_dim)
+        lines.append(f"{operation}: {backend} ({reason})")
+    return "\n".join(lines)
+
+
+def autocast_to(*tensors):
+    """As PyTorch's own attention and linear layers do under autocast: everything in its dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def attention(q, k, v, *, scale=None, alibi_slopes=None, document_starts=None):
@@ -38,35 +100,60 @@ def attention(q, k, v, *, scale=None, alibi_slopes=None, document_starts=None):
             S > T when earlier keys come from a cache; the queries are then the last T of the S positions.
         scale: default D ** -0.5.
         alibi_slopes: (H,) float32; adds -slope * distance to the scores (Press et al. 2022).
-        document_starts: (B, T) int32, position at which the document of row t begins; 0 everywhere is one document.
+        document_starts: (B, T) int32, position at which the document of row t begins; 0 everywhere is one document. S = T.
     Returns: (B, T, H, D) in the dtype of q.
+    Raises: ValueError for shapes, dtypes and values that do not fit each other.
     """
-    B, T, H, D = q.shape
-    S, K = k.shape[1], k.shape[2]
-    if H % K:
-        raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
-    choose("attention", q.device.type)
+    q, k, v = autocast_to(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_attention(q, k, v, scale, alibi_slopes, document_starts)
+    T, S = q.shape[1], k.shape[1]
+    operation = "attention" if T == S else "decode_attention"
+    backend, _ = choose(operation, q.device.type, q.dtype, q.shape[-1])
+    if backend == "triton" and T == S:
+        return attention_kernels.attention(q, k, v, scale, alibi_slopes, document_starts)
+    if backend == "triton" and T == 1:
+        return decode_kernels.decode(q, k, v, scale, alibi_slopes)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, length, D)
     mask = None
     if alibi_slopes is not None or document_starts is not None or 1 < T < S:
         query = torch.arange(S - T, S, device=q.device)[:, None]
         key = torch.arange(S, device=q.device)[None, :]
-        mask = torch.zeros(B, 1, T, S, device=q.device)
+        mask = torch.zeros(len(q), 1, T, S, device=q.device)
         if alibi_slopes is not None:
-            mask = mask - alibi_slopes.float()[None, :, None, None] * (query - key)
+            mask = mask - alibi_slopes[None, :, None, None] * (query - key)
         hidden = (key > query)[None]
         if document_starts is not None:
             hidden = hidden | (key[None] < document_starts[:, :, None])
         mask = mask.masked_fill(hidden[:, None], float("-inf")).to(q.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=scale,
-                                       enable_gqa=H != K)
+                                       enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 
 def cross_entropy(logits, targets, *, ignore_index=-100):
     """Mean of -log softmax(logits)[target] over the targets that count. float32 inside, whatever the logits' dtype.
 
-    Args: logits (N, V); targets (N,) int64, ignore_index where there is none. Returns: () float32.
+    Args: logits (N, V); targets (N,) int64, ignore_index where there is none.
+    Returns: () float32; NaN where no target counts.
+    Raises: ValueError for shapes that do not fit, and (on CPUs) for targets outside [0, V).
     """
-    choose("cross_entropy", logits.device.type)
+    if choose("cross_entropy", logits.device.type, logits.dtype)[0] == "triton":
+        return cross_entropy_kernels.cross_entropy(logits, targets, ignore_index)
+    check_targets(logits, targets)
+    check_range(targets, logits.shape[1], ignore_index)
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index)
+
+
+def linear_cross_entropy(x, weight, targets, *, ignore_index=-100):
+    """cross_entropy(x weight^T, targets); with Triton, all logits never exist at once.
+
+    Args: x (N, C); weight (V, C); targets (N,) int64, ignore_index where there is none.
+    Returns, raises: as cross_entropy.
+    """
+    x, weight = autocast_to(x, weight)
+    if choose("linear_cross_entropy", x.device.type, x.dtype)[0] == "triton":
+        return cross_entropy_kernels.linear_cross_entropy(x, weight, targets, ignore_index)
+    check_targets(x, targets)
+    check_range(targets, len(weight), ignore_index)
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=ignore_index)

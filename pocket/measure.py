@@ -24,6 +24,7 @@ import data
 import twist
 from audio import read_wav
 from hubert_units import deduplicate, load_unit_encoder
+from loader import UnitLoader
 from pocket.stories import pairs
 from pocket.text import encode
 from pocket.train_hubert import mel_filters
@@ -52,10 +53,10 @@ def log_likelihood(model, ids):
 
 def measure_text(options):
     model, vocab = twist.load_speech_lm(checkpoint.KINDS["lm"])  # a text LM of bytes is stored with its vocabulary
-    loader = data.UnitLoader(data.UnitShards(options.text), vocab, 256, 1, 0)
+    loader = UnitLoader(data.UnitShards(options.text), vocab, 256, 1, 0)
     with torch.inference_mode():
         windows = [loader.window(w) for w in range(min(loader.windows, 400))]
-        losses = [model(ids[None, :-1], ids[None, 1:]).item() for ids in windows]
+        losses = [model(window.ids, window.targets).item() for window in windows]
     result = {"nats per byte": sum(losses) / len(losses)}
     for kind in KINDS:
         wins = 0.0

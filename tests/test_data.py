@@ -1,4 +1,4 @@
-"""data.py, journal.py, unit_files.py: what is written is read, a batch depends on (seed, step) alone, a kill loses nothing."""
+"""data.py, journal.py, unit_files.py: what is written is read, a kill loses nothing."""
 import builtins
 import csv
 import errno
@@ -15,12 +15,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 import data
 import journal
 import unit_files
-from twist import UnitVocab
 
 RECIPE = {"kind": "hubert", "num_units": 10, "layer": 3, "centers": "abc", "frame_rate": 25.0}
 
@@ -31,10 +29,6 @@ def write(folder, documents, shard=0, recipe=RECIPE):
         writer.add(np.array(units), np.full(len(units), 2), f"file {shard} {i}", 1.0)
     writer.close()
     return folder
-
-
-def stream(documents, vocab):
-    return torch.cat([vocab.encode(document, bos=True) for document in documents])
 
 
 @pytest.fixture
@@ -53,32 +47,6 @@ def test_documents_of_all_shards_come_back_in_order(shards):
     assert shards.document(2)[1].tolist() == [2] * 31
     assert shards.names == [f"file {s} {i}" for s in (0, 1) for i in range(3)]
     assert shards.meta["units"] == sum(map(len, documents)) and shards.meta["files"] == 6
-
-
-def test_windows_are_consecutive_pieces_of_the_stream_with_one_id_of_overlap(shards):
-    shards, documents = shards
-    vocab = UnitVocab(10)
-    whole = stream(documents, vocab)
-    loader = data.UnitLoader(shards, vocab, 16, 2, seed=0)
-    assert loader.windows == (len(whole) - 1) // 16
-    for w in range(loader.windows):
-        assert loader.window(w).tolist() == whole[16 * w:16 * w + 17].tolist()
-
-
-def test_an_epoch_visits_every_window_once_in_an_order_that_changes(shards):
-    loader = data.UnitLoader(shards[0], UnitVocab(10), 8, 2, seed=0)
-    n = loader.windows - loader.windows % 2
-    epochs = [torch.cat([loader.rows(step, 0, 2) for step in range(e * n // 2, (e + 1) * n // 2)]) for e in (0, 1)]
-    assert len({tuple(row.tolist()) for row in epochs[0]}) == n
-    assert epochs[0].tolist() != epochs[1].tolist()
-
-
-def test_ranks_share_the_batch_of_a_step_and_any_order_of_asking_gives_the_same(shards):
-    one = data.UnitLoader(shards[0], UnitVocab(10), 8, 4, seed=3)
-    whole = [one.rows(step, 0, 4) for step in range(6)]
-    other = data.UnitLoader(shards[0], UnitVocab(10), 8, 4, seed=3)
-    for step in (5, 0, 3):
-        assert torch.equal(torch.cat([other.rows(step, 0, 2), other.rows(step, 2, 2)]), whole[step])
 
 
 def test_unfinished_or_mixed_shards_are_refused(tmp_path, shards):

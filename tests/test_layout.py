@@ -21,6 +21,7 @@ IMPORTS = {
     "journal": ("checkpoint",),  # the one writer of whole files
     "unit_files": (),
     "data": ("journal", "unit_files", "checkpoint", "config"),
+    "loader": ("data",),
     "kernels": (),
     "distributed": ("checkpoint",),  # step folders are written by the one writer of tensors
     "pretrained": ("checkpoint", "families"),
@@ -30,11 +31,12 @@ IMPORTS = {
     "hubert_units": ("hubert", "kmeans", "checkpoint", "download", "audio", "data", "distributed", "config"),
     "vocoder": ("pretrained", "checkpoint", "audio", "data", "config"),
     "twist": ("model", "pretrained", "checkpoint", "config"),
-    "train": ("twist", "data", "distributed", "kernels", "checkpoint", "config"),
+    "train": ("twist", "data", "loader", "distributed", "kernels", "checkpoint", "config"),
     "sample": ("twist", "model", "hubert_units", "vocoder", "data", "audio", "config"),
     "eval": ("twist", "model", "hubert_units", "data", "audio", "distributed", "checkpoint", "config"),
-    "bench": ("config", "audio", "pickles", "archive", "download", "families", "checkpoint", "data", "kernels", "distributed",
-              "pretrained", "model", "hubert", "kmeans", "hubert_units", "vocoder", "twist", "train", "sample", "eval"),
+    "bench": ("config", "audio", "pickles", "archive", "download", "families", "checkpoint", "unit_files", "data", "loader",
+              "kernels", "distributed", "pretrained", "model", "hubert", "kmeans", "hubert_units", "vocoder", "twist", "train",
+              "sample", "eval"),
 }
 TEST_ONLY = {"transformers", "sklearn", "joblib", "torchaudio", "fairseq", "pytest", "hypothesis", "scipy", "pandas"}
 OPTIONAL = {"matplotlib": ("scripts", "pocket")}  # an extra, for plots

@@ -103,3 +103,18 @@ def test_too_long_a_sequence_says_so(model):
         model(torch.zeros(1, 65, dtype=torch.int64))
     with pytest.raises(ValueError, match="fewer"):
         generate(model, torch.zeros(1, 60, dtype=torch.int64), 10)
+
+
+def test_a_packed_row_gives_the_logits_of_its_documents_alone(model):
+    ids = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(1))
+    lengths = (7, 1, 12)
+    starts = torch.tensor([0, 7, 8]).repeat_interleave(torch.tensor(lengths)).int().expand(2, 20)
+    packed = model(ids, document_starts=starts)
+    torch.testing.assert_close(packed, torch.cat([model(piece) for piece in ids.split(lengths, dim=1)], dim=1))
+    assert not torch.allclose(packed, model(ids))
+
+
+def test_documents_and_a_cache_do_not_go_together(model):
+    ids, cache = torch.zeros(1, 4, dtype=torch.int64), KVCache(model.config, 1, 8, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="cache"):
+        model(ids, cache=cache, document_starts=torch.zeros(1, 4, dtype=torch.int32))

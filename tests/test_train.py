@@ -1,5 +1,6 @@
 """train.py: every start trains, resuming is exact to the bit, and a mistake costs nothing."""
 import csv
+import dataclasses
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ import checkpoint
 import data
 import train
 import twist
+from conftest import TINY
+from loader import UnitLoader
 
 ROOT = Path(train.__file__).parent
 
@@ -103,6 +106,51 @@ def test_transformers_opens_the_trained_folder_with_the_same_logits(train_argume
         torch.testing.assert_close(slm(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_packed_documents_train_as_documents_alone_would(train_arguments, tmp_path):
+    """The first loss is the mean over the units of each piece of a document by itself."""
+    train.main(["--init=cold", *train_arguments, "--packing=documents", "--steps=1"])
+    vocab, shards = twist.UnitVocab(20), data.UnitShards(train_arguments[1].partition("=")[2])
+    batch = UnitLoader(shards, vocab, 32, 4, 0, packing="documents").rows(0, 0, 4)
+    model = twist.cold_start(twist.load_lm_config(train_arguments[0].partition("=")[2]), vocab, 0)
+    total = 0.0
+    for ids, targets, starts in zip(*batch):
+        for start in starts.unique():
+            alone = starts == start
+            total += model(ids[None, alone], targets[None, alone]).item() * int(alone.sum())
+    assert len(batch.document_starts.unique()) > 2
+    assert float(rows(tmp_path / "run")[1]["loss"]) == pytest.approx(total / batch.count, abs=1e-5)
+
+
+def test_documents_without_a_token_between_them_train_to_the_same_step_in_any_pieces(tiny_world, tmp_path):
+    """Then rows have different numbers of targets, and a mean of means would not be the mean."""
+    vocab = twist.UnitVocab(20, bos=None)
+    batch = UnitLoader(data.UnitShards(tiny_world / "train"), vocab, 32, 8, 0, packing="documents").rows(0, 0, 8)
+    assert len(set((batch.targets != -100).sum(1).tolist())) > 1
+    results, alone = [], train.distributed.Dist(0, 1, torch.device("cpu"))
+    for micro in (8, 4, 1):
+        model = twist.cold_start(twist.load_lm_config(tiny_world / "text_lm"), vocab, 0)
+        options = train.TrainConfig(dtype="float32")
+        optimizer = train.build_optimizer(model, options)
+        results.append(train.update(model, optimizer, batch, micro, options, alone)[:2])
+    assert results[0] == pytest.approx(results[1], abs=1e-6) and results[0] == pytest.approx(results[2], abs=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
+def test_our_kernels_train_as_pytorchs_do(tmp_path, tiny_world, monkeypatch):
+    """A small convergence run, attention and loss in Triton's interpreter on against off: the same curve to rounding."""
+    config = dataclasses.replace(TINY, n_embd=64, embed_dim=64, head_dim=32, n_kv_head=1)
+    twist.save_speech_lm(twist.cold_start(config, twist.UnitVocab(58), seed=0), twist.UnitVocab(58), tmp_path / "text_lm")
+    curves = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("TWIST_KERNELS", backend)
+        train.main(["--init=twist", f"--lm={tmp_path}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val",
+                    f"--out={tmp_path}/{backend}", "--steps=25", "--units-per-step=64", "--block-size=32", "--warmup=2",
+                    "--packing=documents", "--eval-interval=25", "--eval-rows=2", "--peak-lr=1e-2", "--threads=1"])
+        curves[backend] = [float(row["loss"]) for row in rows(tmp_path / backend)[1:]]
+    assert curves["torch"][-1] < curves["torch"][0] - 0.5
+    assert curves["triton"] == pytest.approx(curves["torch"], abs=2e-4)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "inverse_sqrt", "constant"])
 def test_the_learning_rate_warms_up_to_its_peak_and_then_never_rises(schedule):
     options = train.TrainConfig(steps=100, warmup=10, peak_lr=1.0, schedule=schedule)
@@ -154,12 +202,12 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(train_argume
 
 def test_validation_is_the_same_for_any_number_of_rows_per_forward(tiny_world):
     vocab = twist.UnitVocab(20)
-    loader = data.UnitLoader(data.UnitShards(tiny_world / "val"), vocab, 8, 1, 0)
+    loader = UnitLoader(data.UnitShards(tiny_world / "val"), vocab, 8, 1, 0)
     model = twist.cold_start(twist.load_lm_config(tiny_world / "text_lm"), vocab)
     options = train.TrainConfig(eval_rows=0, dtype="float32")
     dist = train.distributed.Dist(0, 1, torch.device("cpu"))
     together = train.evaluate(model, loader, options, dist)
-    alone = [model(ids[None, :-1], ids[None, 1:]).item() for ids in (loader.window(w) for w in range(loader.windows))]
+    alone = [model(window.ids, window.targets).item() for window in map(loader.window, range(loader.windows))]
     assert together == pytest.approx(sum(alone) / len(alone), abs=1e-5)
 
 
