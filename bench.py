@@ -7,6 +7,8 @@
     python bench.py long                      # peak memory of encoding recordings of two minutes and of an hour
     python bench.py chunking long.wav         # units of long recordings in pieces against those of the whole
     python bench.py loader                    # batches for training, beside a reader of JSON lines; 220 MB of temporary files
+    python bench.py attention                 # our kernels beside PyTorch's, cuDNN's and FlexAttention; needs a CUDA GPU
+    python bench.py cross_entropy             # our loss, fused with the head and alone, beside eager and compiled; needs a GPU
 
 memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
 and its figure is the highest resident memory during the opening, less what the process held before, over the size of the
@@ -27,6 +29,8 @@ whole and in pieces; the share of frames that get another unit, and the most tha
 
 loader: batches of 64 windows of 1024 from four made-up shards of 12 million units, documents of 100 to 500, on one core. The peer
 reads slamkit's JSON lines of the same documents in their order, makes ids and cuts windows. Taking turns; medians of 20 batches.
+
+attention, cross_entropy: see kernels/bench.py; last come geometric means over each peer and the shapes on which ours loses.
 """
 import functools
 import importlib.util
@@ -39,7 +43,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,18 +61,19 @@ import pretrained
 import twist
 import unit_files
 from hubert import Hubert, HubertConfig, load_hubert
+from kernels.bench import bench_attention, bench_cross_entropy
 from loader import UnitLoader
 from model import Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = ()  # memory | units | hubert | long | loader | chunking, and for chunking recordings
+    what: tuple[str, ...] = ()  # which benchmark, and for chunking recordings
     out: str = "results"  # folder for the JSON file
     gib: float = 2.0  # memory: size of the model in float32
     shards: int = 4  # memory: files it is divided into
-    repeats: int = 5  # units, hubert, loader: times that each way is measured
-    device: str = "cpu"  # units: cpu | cuda
+    repeats: int = 5  # units, hubert, loader: times that each way is measured; attention, cross_entropy: at least 20 on a GPU
+    device: str | None = None  # cpu | cuda, of units (none: cpu), attention and cross_entropy (none: cuda)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -86,7 +91,7 @@ def open_all_at_once(folder):
     family, options = pretrained.lm_options(pretrained.read_settings(folder))
     model = Transformer(TransformerConfig(**options, family=family))
     held = {name: tensor.float() for name, tensor in checkpoint.read_tensors(folder).items()}
-    model.load_state_dict(pretrained.ours(held, pretrained.FAMILIES[family], options, folder))
+    model.load_state_dict(dict(pretrained.Ours(held, pretrained.FAMILIES[family], options, folder)))
     return model
 
 
@@ -365,8 +370,9 @@ def bench_loader(options):
              "over_json_lines": round(seconds["JSON lines"] / seconds[way], 1)} for way in ways]
 
 
-BENCHMARKS = {"chunking": bench_chunking, "hubert": bench_hubert, "loader": bench_loader, "long": bench_long,
-              "memory": bench_memory, "units": bench_units}
+BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cross_entropy": bench_cross_entropy,
+              "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory, "units": bench_units}
+OF_GPUS = ("attention", "cross_entropy")  # measured on one; on a CPU they are only rehearsed
 
 
 def machine():
@@ -382,14 +388,20 @@ def main(argv=None):
     options = config.load(BenchConfig, argv, positional="what")
     if not options.what or options.what[0] not in BENCHMARKS or (len(options.what) > 1 and options.what[0] != "chunking"):
         raise ValueError(f"expected one of {', '.join(BENCHMARKS)}, got {' '.join(options.what) or 'nothing'}")
-    rows = BENCHMARKS[options.what[0]](options)
+    what = options.what[0]
+    options = replace(options, device=options.device or ("cuda" if what in OF_GPUS else "cpu"))
+    tables = BENCHMARKS[what](options)
+    tables = tables if isinstance(tables, dict) else {"rows": tables}
     settings = {key: value for key, value in asdict(options).items() if key not in ("what", "out")}
     result = {"command": " ".join(["python bench.py", *(Path(word).name for word in options.what)]), "options": settings,
-              "machine": machine(), "torch": torch.__version__, "rows": rows}
-    checkpoint.write_json(Path(options.out) / f"{options.what[0]}.json", result)
-    widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
-    for row in ({key: key for key in widths}, *rows):
-        print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))
+              "machine": machine(), "torch": torch.__version__, **tables}
+    rehearsal = "_cpu" if what in OF_GPUS and options.device == "cpu" else ""  # beside the figures of a GPU, not over them
+    checkpoint.write_json(Path(options.out) / f"{what}{rehearsal}.json", result)
+    for name, rows in tables.items():
+        print(f"{name}: {len(rows)}")
+        widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in (rows[0] if rows else ())}
+        for row in ({key: key for key in widths}, *rows) if rows else ():
+            print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))
 
 
 if __name__ == "__main__":

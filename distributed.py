@@ -1,24 +1,37 @@
-"""Everything that knows a rank: process group, DDP, reductions, and the step folders that a run resumes from.
+"""Everything that knows a rank: process group, how a model is spread over processes, reductions.
 
-    python train.py                             one process
-    torchrun --nproc-per-node=2 train.py        data parallel; gloo on CPU, NCCL on GPUs
+    python train.py                                             one process
+    torchrun --nproc-per-node=8 train.py --parallel=ddp         a whole copy each, gradients averaged
+    torchrun --nproc-per-node=8 train.py --parallel=fsdp        weights, gradients and optimizer in eighths (FSDP2)
+    torchrun --nnodes=4 --nproc-per-node=8 ... --parallel=hsdp  in eighths within a node, copies between nodes
 
-A resumable state is a folder step_NNNNNN/ of plain tensors and JSON, whole or absent:
+    process   ddp                 fsdp, 2 processes             hsdp, 2 nodes of 2
+    0         [all weights]       [half 0] gathers a block      node 0: [half 0] [half 1]
+    1         [all weights]       [half 1] when it is needed    node 1: [half 0] [half 1]   gradients are averaged down
 
-    model.safetensors  optimizer.safetensors  state.json (step, losses, options)
+A model is built on the meta device, without memory, and filled one tensor at a time: each process keeps its part and drops
+the rest, so that a process never holds more than its share and one tensor. Gloo on CPUs, NCCL on GPUs.
+
+Sources: ZeRO, Rajbhandari et al. 2020 (stages 1 to 3); FSDP, Zhao et al. 2023, sections 3.2 and 3.3 (hybrid sharding).
 """
-import json
+import ctypes
 import os
-import shutil
+import signal
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as torch_distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
+PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
+DDP_LARGEST = 2e9  # parameters: up to here all states of a copy (16 bytes each) fit a 40 GB GPU
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -35,12 +48,12 @@ class Dist:
         if self.world > 1:
             torch_distributed.barrier()
 
-    def sum(self, value):
-        """Sum over the processes of a number or scalar tensor, as float."""
-        total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
+    def sum(self, *values):
+        """Sums over the processes of numbers or scalar tensors, as floats; one number for one value."""
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() for value in values])
         if self.world > 1:
             torch_distributed.all_reduce(total)
-        return total.item()
+        return total.item() if len(values) == 1 else total.tolist()
 
     def mean(self, value):
         """Mean over the processes of a number or scalar tensor, as float."""
@@ -48,7 +61,7 @@ class Dist:
 
     def any(self, flag):
         """True if the flag is set on any process: a signal reaches all, but not at the same moment."""
-        return self.mean(float(bool(flag))) > 0
+        return self.sum(float(bool(flag))) > 0
 
 
 def setup(device="auto", timeout=None):
@@ -67,9 +80,20 @@ def setup(device="auto", timeout=None):
         local = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # a torchrun that is killed must not leave us behind
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
     if world > 1 and not torch_distributed.is_initialized():
-        torch_distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+        store, _, _ = next(rendezvous("env://", **({} if timeout is None else {"timeout": timeout})))
+        # torchrun keeps its store over restarts: without a name for each attempt the new processes would read the old ones' keys
+        store = torch_distributed.PrefixStore(f"attempt_{attempt()}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"  # gloo, too: for what is saved from CPU memory
+        torch_distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return Dist(rank, world, torch.device(device))
+
+
+def attempt():
+    """How often torchrun --max-restarts or Slurm's requeue has started this job again; 0 the first time."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def cleanup():
@@ -77,9 +101,103 @@ def cleanup():
         torch_distributed.destroy_process_group()
 
 
-def wrap(model, dist):
-    """The model whose backward averages gradients over the processes."""
+# ------------------------------------------------------------------------------------------------ a model over processes
+
+def choose_parallel(parallel, parameters, dist):
+    """What --parallel=auto means: none for one process, whole copies while they fit, else parts (within nodes, if several)."""
     if dist.world == 1:
+        return "none"
+    if parallel != "auto":
+        return parallel
+    if parameters <= DDP_LARGEST:
+        return "ddp"
+    return "hsdp" if dist.world > local_world(dist) else "fsdp"
+
+
+def local_world(dist):
+    """Processes of a node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.world))
+
+
+def make_mesh(parallel, shard_size, dist):
+    """(processes,) for fsdp; (copies, processes that share a copy) for hsdp."""
+    kind = dist.device.type
+    if parallel == "fsdp":
+        return init_device_mesh(kind, (dist.world,), mesh_dim_names=("shard",))
+    shard_size = shard_size or local_world(dist)
+    if dist.world % shard_size:
+        raise ValueError(f"--shard-size={shard_size} must divide the {dist.world} processes")
+    return init_device_mesh(kind, (dist.world // shard_size, shard_size), mesh_dim_names=("copies", "shard"))
+
+
+def spread(model, dist, parallel, compute_dtype, shard_size=0, reshard=True, compiled=False):
+    """A model on the meta device -> the same, in place, laid out over the processes with memory that is still to be filled.
+
+    Args:
+        parallel: none | ddp | fsdp | hsdp. compute_dtype: of matrix products under fsdp and hsdp; weights stay as they are.
+        shard_size: hsdp: processes that share one copy; 0: those of a node.
+        reshard: free a block's gathered weights after its forward, and gather them again for backward.
+        compiled: torch.compile each block.
+    """
+    if compiled:
+        for block in model.h:
+            block.compile()
+    if parallel in ("fsdp", "hsdp"):
+        mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        options = dict(mesh=make_mesh(parallel, shard_size, dist), mp_policy=mixed, reshard_after_forward=reshard)
+        for block in model.h:
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+    return model.to_empty(device=dist.device)
+
+
+@torch.no_grad()
+def fill(model, tensors):
+    """Copy (name, whole tensor) pairs into a model that spread() laid out; each process keeps its part of each.
+
+    Raises: ValueError for a tensor that is missing, unknown or of another shape.
+    """
+    left = dict(model.named_parameters())
+    for name, tensor in tensors:
+        if name not in left or left[name].shape != tensor.shape:
+            wanted = tuple(left[name].shape) if name in left else "no such tensor"
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit the model ({wanted}); "
+                             "config.json and the weights belong to different models")
+        mine(left.pop(name)).copy_(mine_of(tensor, model.get_parameter(name)))
+    if left:
+        raise ValueError(f"the weights lack {len(left)} tensors, e.g. {next(iter(left))}; copy them again")
+
+
+def mine(tensor):
+    """This process's part of a tensor, as a plain tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def mine_of(tensor, like):
+    """The part of a whole tensor that belongs where `like` lies; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def whole(tensor):
+    """The whole of a parameter, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors, dist):
+    """(name, tensor or parts of it) pairs -> {name: whole tensor on the CPU} on rank 0, {} elsewhere; all processes call it."""
+    found = {}
+    for name, tensor in tensors:  # one after the other, so that no process holds two whole ones on its device
+        tensor = whole(tensor.detach())
+        if dist.is_main:
+            found[name] = tensor.cpu()
+    return found
+
+
+def wrap(model, dist, parallel):
+    """A filled model -> what train.py calls: its backward averages gradients over the processes."""
+    if parallel != "ddp":
         return model
     return DistributedDataParallel(model, device_ids=[dist.device.index] if dist.device.type == "cuda" else None)
 
@@ -90,55 +208,17 @@ def unwrap(model):
 
 def sync_gradients(model, on):
     """Context of one micro-batch; only the last of a step needs its gradients averaged over the processes."""
-    return nullcontext() if on or not isinstance(model, DistributedDataParallel) else model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else nullcontext()
 
 
-def save_state(folder, model, optimizer, state, dist, keep=2):
-    """Write step_NNNNNN under `folder` (rank 0; all ranks wait) and drop all but the newest `keep`.
-
-    Args: state: JSON-able dictionary with the key `step`.
-    """
-    if dist.is_main:
-        final = Path(folder) / f"step_{state['step']:06d}"
-        temporary = final.with_name(final.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        model, tensors = unwrap(model), {}
-        checkpoint.write_tensors(temporary / "model.safetensors", model.state_dict())
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        for parameter, slots in optimizer.state.items():
-            for slot, value in slots.items():
-                tensors[f"{names[parameter]}.{slot}"] = torch.as_tensor(value)
-        checkpoint.write_tensors(temporary / "optimizer.safetensors", tensors)
-        checkpoint.write_json(temporary / "state.json", state)
-        checkpoint.replace_folder(temporary, final)
-        for old in step_folders(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+def autocast(model, dist, compute_dtype):
+    """Matrix products in compute_dtype; under FSDP the gathered weights already are."""
+    on = compute_dtype != torch.float32 and not isinstance(model, FSDPModule)
+    return torch.autocast(dist.device.type, compute_dtype, enabled=on)
 
 
-def remove_steps(folder):
-    for path in step_folders(folder):
-        shutil.rmtree(path)
-
-
-def step_folders(folder):
-    """Complete step folders, oldest first."""
-    return [path for path in sorted(Path(folder).glob("step_" + "[0-9]" * 6)) if (path / "state.json").is_file()]
-
-
-def load_state(folder, model, optimizer, dist):
-    """Restore the newest step folder into model and optimizer; returns its state dictionary."""
-    found = step_folders(folder)
-    if not found:
-        raise FileNotFoundError(f"nothing to resume in {folder}: it has no step_NNNNNN folder; start with --init=twist")
-    model = unwrap(model)
-    model.load_state_dict(checkpoint.read_file(found[-1] / "model.safetensors"))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    numbered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    slots = {}
-    for name, value in checkpoint.read_file(found[-1] / "optimizer.safetensors").items():
-        name, _, slot = name.rpartition(".")
-        slots.setdefault(numbered.index(name), {})[slot] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((found[-1] / "state.json").read_text())
+def clip_gradients(model, largest):
+    """Scale all gradients down to a norm of at most `largest`; returns the norm before."""
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()

@@ -13,10 +13,12 @@ Holtzman et al. 2020.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 import kernels
 
@@ -63,6 +65,12 @@ class TransformerConfig:
             raise ValueError(f"rope_fraction = {self.rope_fraction} is not supported, expected more than 0 and at most 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly")
+
+    def initial(self, name, tensor, generator):
+        """Fills and returns a tensor of a fresh model: matrices and tables ~ N(0, init_std), biases 0, norms 1."""
+        if tensor.ndim >= 2:
+            return tensor.normal_(0.0, self.init_std, generator=generator)
+        return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 class RMSNorm(nn.Module):
@@ -129,17 +137,18 @@ def alibi_slopes(heads, device):
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, one pair of (B, length, K, D) buffers a layer."""
+    """Keys and values of the tokens already seen, one pair of (B, length, K, D) buffers a layer, in the dtype they come in."""
 
-    def __init__(self, config, batch, length, device, dtype):
-        shape = (batch, length, config.n_kv_head, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+    def __init__(self, config, length):
+        self.keys, self.values = [None] * config.n_layer, [None] * config.n_layer
+        self.room = length  # tokens that fit
         self.length = 0  # tokens held; the model advances it once a forward
 
     def extend(self, layer, k, v):
         """Append k, v (B, T, K, D) of one layer; returns all keys and values so far."""
         end = self.length + k.shape[1]
+        if self.keys[layer] is None:
+            self.keys[layer], self.values[layer] = (x.new_empty(len(x), self.room, *x.shape[2:]) for x in (k, v))
         self.keys[layer][:, self.length:end] = k
         self.values[layer][:, self.length:end] = v
         return self.keys[layer][:, :end], self.values[layer][:, :end]
@@ -184,7 +193,20 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
+# What selective recomputation keeps, by operator: the outputs of matrix products and of attention. Norms, activations and
+# products with gates are cheap to compute again.
+KEPT = {"aten::mm", "aten::addmm", "nanotwist::attention", "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu"}
+
+
+def keep_products(_context, operator, *_, **__):
+    return CheckpointPolicy.MUST_SAVE if operator.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
+    recompute = "none"  # none | selective | full: what backward computes again instead of finding it in memory
+
     def __init__(self, config, layer):
         super().__init__()
         self.post, self.parallel = config.norm_order == "post", config.parallel_residual
@@ -192,6 +214,13 @@ class Block(nn.Module):
         self.ln_2, self.mlp = make_norm(config), FeedForward(config)
 
     def forward(self, x, *position_and_cache):
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(x, *position_and_cache)
+        contexts = noop_context_fn if self.recompute == "full" else partial(create_selective_checkpoint_contexts, keep_products)
+        return checkpoint(self.compute, x, *position_and_cache, use_reentrant=False, preserve_rng_state=False,
+                          context_fn=contexts)
+
+    def compute(self, x, *position_and_cache):
         if self.post:
             x = self.ln_1(x + self.attn(x, *position_and_cache))
             return self.ln_2(x + self.mlp(x))
@@ -216,14 +245,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """Matrices and tables ~ N(0, init_std), biases 0, norms 1: what the released families start from."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0.0, self.config.init_std, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.fill_(1.0)
+            self.config.initial(name, parameter, generator)
         return self
 
     def forward(self, ids, targets=None, cache=None, document_starts=None):
@@ -305,8 +328,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None
     if total > model.config.block_size + 1:
         raise ValueError(f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the "
                          f"{model.config.block_size} that this model was made for; ask for fewer")
-    weight = model.wte.weight
-    cache = KVCache(model.config, len(ids), total, weight.device, weight.dtype)
+    cache = KVCache(model.config, total)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     step = ids
     for _ in range(max_new_tokens):

@@ -1,6 +1,6 @@
 """Foreign weights <-> ours, in both directions: text LMs by the tables of families.py, HuBERT by the one below.
 
-    folder --checkpoint.open_tensors--> {their name: tensor} --rows of the family's table--> {our name: tensor}
+    folder --checkpoint.open_tensors--> {their name: tensor} --rows of the family's table--> {our name: tensor}, one at a time
 
 Every foreign tensor is consumed by a row or listed as dropped on purpose; anything else is an error that names it.
 
@@ -8,6 +8,7 @@ Sources: tensor names of the Hugging Face releases, slamkit's wrapper of a unit 
 """
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,15 +37,13 @@ def read_settings(folder):
     return {**base, "vocab_size": settings["vocab_size"], "wrapper": UNIT_LM}
 
 
-def read_lm(folder, dtype=None):
-    """Returns (family name, keyword arguments of TransformerConfig, {our name: tensor}, their config.json).
+def open_lm(folder, dtype=None):
+    """Returns (family name, keyword arguments of TransformerConfig, {our name: tensor} that are read when asked for).
 
-    dtype: of the tensors, None: as stored. They are read one row at a time, so that the model never exists twice.
+    dtype: of the tensors, None: as stored.
     """
-    settings = read_settings(folder)
-    family, options = lm_options(settings, folder)
-    tensors = ours(checkpoint.open_tensors(folder), FAMILIES[family], options, folder, dtype)
-    return family, options, tensors, settings
+    family, options = lm_options(read_settings(folder), folder)
+    return family, options, Ours(checkpoint.open_tensors(folder), FAMILIES[family], options, folder, dtype)
 
 
 def lm_options(settings, where="config.json"):
@@ -66,7 +65,7 @@ def lm_options(settings, where="config.json"):
 
 
 def write_lm(family, options, tensors):
-    """The reverse of read_lm: (their config.json, {their name: tensor})."""
+    """The reverse of open_lm: (their config.json, {their name: tensor})."""
     settings = {"architectures": [FAMILIES[family].architecture], "model_type": family,
                 **FAMILIES[family].write_config(options)}
     left, result = dict(tensors), {}
@@ -85,27 +84,42 @@ def full_name(name, family):
     return name if name.startswith(family.prefix) else family.prefix + name
 
 
-def ours(source, family, options, where, dtype=None):
-    """{their name: tensor} -> {our name: tensor} of our own memory; every tensor is consumed or dropped on purpose."""
-    left, result, missing = {full_name(name, family): name for name in source}, {}, []
-    for row, layer in expand(family.rows, options):
-        names = [template.format(layer) for template in row.theirs]
-        missing += [name for name in names if name not in left]
-        parts = [source[left.pop(name)] for name in names if name in left]
-        if len(parts) < len(names):
-            continue
+class Ours(Mapping):
+    """{our name: tensor} over {their name: tensor}: read, converted and copied when it is asked for, so one at a time.
+
+    Every tensor of theirs is consumed or dropped on purpose; the names are checked here, before anything is read.
+    Args: source: {their name: tensor}, best checkpoint.open_tensors. dtype: of what is read; None: as stored.
+    """
+
+    def __init__(self, source, family, options, where, dtype=None):
+        self.source, self.options, self.where, self.dtype = source, options, where, dtype
+        left, self.rows = {full_name(name, family): name for name in source}, {}
+        missing = []
+        for row, layer in expand(family.rows, options):
+            names = [template.format(layer) for template in row.theirs]
+            missing += [name for name in names if name not in left]
+            self.rows[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
+        if options["tie_embeddings"]:
+            left.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
+        left = [name for name in left if not re.fullmatch(family.dropped, name)]
+        if missing or left:
+            raise ValueError(f"{where}: the weights do not fit config.json; missing {shown(missing)}, unexpected {shown(left)}")
+
+    def __getitem__(self, name):
+        row, names = self.rows[name]
+        parts = [self.source[part] for part in names]
         try:
-            value = row.layout.read(parts, options)
+            value = row.layout.read(parts, self.options)
         except RuntimeError:
-            raise ValueError(f"{where}: {names[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
+            raise ValueError(f"{self.where}: {names[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
                              "they belong to different models") from None
-        result[row.ours.format(layer)] = torch.empty(value.shape, dtype=dtype or value.dtype).copy_(value)
-    if options["tie_embeddings"]:
-        left.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
-    left = [name for name in left if not re.fullmatch(family.dropped, name)]
-    if missing or left:
-        raise ValueError(f"{where}: the weights do not fit config.json; missing {shown(missing)}, unexpected {shown(left)}")
-    return result
+        return torch.empty(value.shape, dtype=self.dtype or value.dtype).copy_(value)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
 
 
 def shown(names):

@@ -61,8 +61,11 @@ def prepare_prompt(path, encoder, seconds):
         raise ValueError(f"{path}: {error}") from None
 
 
-def continue_prompt(path, options, encoder, vocoder, slm, vocab):
-    """Write the continuations of one prompt; returns the files and the number of new units."""
+def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
+    """Continuations of one prompt, spoken; returns the files and the number of new units.
+
+    write: False where another process writes the same files: the model alone runs.
+    """
     units, runs = prepare_prompt(path, encoder, options.prompt_seconds)
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
@@ -74,7 +77,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab):
     rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
                     generator, eos=vocab.eos, banned=vocab.banned)
     files, new_units = [], 0
-    for i, row in enumerate(rows.cpu()):
+    for i, row in enumerate(rows.cpu() if write else ()):
         spoken = vocab.decode(row)
         new_units += len(spoken) - len(units)
         # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing

@@ -3,16 +3,17 @@
     shards --loader--> ids, targets (B, T) --Transformer.forward--> loss --backward, clip, AdamW--> --out/
 
     torchrun train.py --init=twist                                  # the pocket world: a few minutes on two CPU cores
+    torchrun --nproc-per-node=8 train.py configs/opt-125m.toml      # a published recipe; more launch lines in scripts/
     torchrun --nproc-per-node=8 train.py --init=twist --lm=FOLDER --data=units/train --val-data=units/val --out=runs/mine
     python train.py --init=resume --out=runs/pocket                 # go on after an interruption, to the same bits
+    python train.py configs/llama-7b.toml --dry-run                 # what it would take: data, steps, memory
 
-Under --out: config.toml (resolved options), log.csv (a row a step), step_NNNNNN/ (resumable state), model/ (what
-sample.py and transformers open). The batch of step s depends on (seed, s) alone, not on the number of processes.
+Under --out: config.toml (resolved options), log.csv (logs.py), step_NNNNNN/ (state.py: resumable on any number of processes),
+samples/ (spoken continuations), model/ (what sample.py and transformers open). The batch of step s depends on (seed, s) alone.
 A text LM is trained by the same loop: its shards hold bytes in place of units (see pocket/build.py).
 
 Source: TWIST (arXiv 2305.13009) section 3.
 """
-import csv
 import dataclasses
 import math
 import os
@@ -31,13 +32,19 @@ import config
 import data
 import distributed
 import kernels
+import logs
+import memory
+import optimizer as optimizers
+import sample
+import state
 import twist
-from loader import PACKINGS, UnitLoader
+from loader import PACKINGS, Mixture, UnitLoader
+from model import TransformerConfig
 
-COLUMNS = ("step", "loss", "val_loss", "lr", "grad_norm", "units_per_second", "seconds")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
-CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant"), "dtype": ("auto", "float32", "bfloat16"),
-           "embedding": ("fresh", "matched", "truncate"), "packing": PACKINGS}
+CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant", "cooldown"), "dtype": ("auto", "float32", "bfloat16"),
+           "embedding": ("fresh", "matched", "truncate"), "packing": PACKINGS, "optimizer": ("adamw", "split"),
+           "parallel": distributed.PARALLEL, "recompute": ("none", "selective", "full"), "compile": ("auto", "none", "blocks")}
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,23 @@ class TrainConfig:
     init: str = "twist"  # twist | cold | shuffled | resume | a speech LM's folder to fine-tune
     lm: str = "pocket"  # text LM to start from (cold: its config.json alone): folder, `pocket`, or a hub name (facebook/opt-125m)
     embedding: str = "fresh"  # new unit table of a warm start: fresh | matched | truncate (twist.py)
-    data: str = "pocket"  # folder of training shards
+    data: tuple[str, ...] = ("pocket",)  # folders of training shards, comma separated
+    data_weights: tuple[str, ...] = ()  # shares of several folders in every batch, one number each; none: by their sizes
+    data_fraction: float = 1.0  # share of the recordings to train on; a smaller share lies inside a larger one
     val_data: str = "pocket"  # folder of validation shards
     packing: str = "stream"  # stream: a row sees all of its ids | documents: only those of the same recording
     out: str = "runs/pocket"  # run folder
     overwrite: bool = False  # replace a run that is already in --out
+    auto_resume: bool = False  # go on if --out already holds a state (restarted jobs do so anyway)
     steps: int = 400  # updates
     units_per_step: int = 2048  # ids per update over all processes and micro-batches
     block_size: int = 256  # T, ids per row
     micro_batch: int = 0  # rows per forward on one process; 0: all of them
     peak_lr: float = 2e-3  # AdamW's learning rate after warm-up
-    min_lr: float = 0.1  # final learning rate as a share of the peak (cosine and linear)
+    min_lr: float = 0.1  # final learning rate as a share of the peak (cosine, linear, cooldown)
     warmup: int = 20  # updates of linear warm-up
-    schedule: str = "cosine"  # cosine | linear | inverse_sqrt | constant
+    schedule: str = "cosine"  # cosine | linear | inverse_sqrt | constant | cooldown: constant, then linear
+    cooldown: float = 0.2  # share of the updates over which the last of these falls
     weight_decay: float = 0.1  # on matrices and tables; none on norms and biases
     beta_2: float = 0.95  # AdamW's second-moment decay (the first is 0.9)
     clip: float = 1.0  # largest gradient norm
@@ -65,9 +76,23 @@ class TrainConfig:
     eval_interval: int = 100  # updates between validations; the last update always validates
     eval_rows: int = 64  # validation rows of block_size ids, the same ones in every run; 0: all
     save_interval: int = 100  # updates between resumable states
+    async_save: bool = False  # write states while training goes on, from a copy in CPU memory
     keep: int = 2  # resumable states kept
     log_interval: int = 1  # updates between rows of log.csv
+    sample_interval: int = 0  # updates between spoken continuations of --prompts; 0: none
+    prompts: tuple[str, ...] = ("pocket/prompt.wav",)  # recordings that are continued
+    tokenizer: str = "pocket"  # HuBERT for the prompts, as sample.py's
+    vocoder: str = "pocket"  # vocoder for the continuations, as sample.py's
+    tensorboard: bool = False  # also event files under --out/events (pip install tensorboard)
+    wandb: str | None = None  # also to this Weights & Biases project (pip install wandb)
     dtype: str = "auto"  # auto | float32 | bfloat16: of matrix products (master weights stay float32); auto: bfloat16 on GPUs
+    optimizer: str = "adamw"  # adamw | split: bfloat16 weights and their low 16 bits, 14 bytes a parameter, same updates
+    parallel: str = "auto"  # auto | ddp | fsdp | hsdp (distributed.py); auto: ddp up to 2 billion parameters
+    shard_size: int = 0  # hsdp: processes that share one copy; 0: those of a node
+    reshard: bool = True  # fsdp, hsdp: free a block's gathered weights after its forward
+    recompute: str = "none"  # none | selective | full: activations that backward computes again instead of keeping
+    compile: str = "auto"  # auto | none | blocks: torch.compile of each block; auto: on GPUs
+    dry_run: bool = False  # say what would be trained and what memory it takes, and stop
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
 
@@ -78,6 +103,8 @@ class TrainConfig:
         for name in ("steps", "units_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)}: expected at least 1")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"--cooldown={self.cooldown}: expected a share from 0 to 1")
 
 
 def lr_at(step, options):
@@ -86,41 +113,40 @@ def lr_at(step, options):
         return options.peak_lr * (step + 1) / options.warmup
     progress = (step - options.warmup) / max(1, options.steps - 1 - options.warmup)  # 0 .. 1
     low = options.min_lr
+    left = (options.steps - 1 - step) / max(1, options.cooldown * options.steps)  # of the cool-down; above 1 before it
     factor = {"cosine": low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)),
               "linear": low + (1 - low) * (1 - progress),
               "inverse_sqrt": math.sqrt(max(options.warmup, 1) / (step + 1)),
-              "constant": 1.0}
+              "constant": 1.0,
+              "cooldown": low + (1 - low) * min(1.0, left)}
     return options.peak_lr * factor[options.schedule]
 
 
-def build_optimizer(model, options):
-    """AdamW, decaying matrices and tables only."""
-    parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.peak_lr, betas=(0.9, options.beta_2), eps=1e-8, fused=True)
+# ------------------------------------------------------------------------------------------------ what is trained on what
 
-
-def build_model(options, recipe):
-    """The start that --init names: (Transformer, UnitVocab)."""
+def open_start(options, recipe):
+    """The start that --init names: (TransformerConfig, UnitVocab, (name, tensor) pairs that are read or drawn one at a time)."""
     vocab = twist.UnitVocab(recipe["num_units"], recipe=recipe)
     if options.init == "cold":
-        return twist.cold_start(twist.load_lm_config(options.lm), vocab, options.seed), vocab
+        model_config = dataclasses.replace(twist.load_lm_config(options.lm), vocab_size=vocab.size)
+        return model_config, vocab, twist.cold_tensors(model_config, options.seed)
     if options.init in ("twist", "shuffled"):
-        start = twist.warm_start if options.init == "twist" else twist.shuffled_start
-        return start(twist.load_text_lm(options.lm), vocab, options.seed, options.embedding), vocab
-    model, vocab = twist.load_speech_lm(options.init)
+        lm_config, text = twist.open_text_lm(options.lm)
+        start = twist.warm_tensors if options.init == "twist" else twist.shuffled_tensors
+        return (dataclasses.replace(lm_config, vocab_size=vocab.size), vocab,
+                start(lm_config, text, vocab, options.seed, options.embedding))
+    model_config, tensors, vocab = twist.open_speech_lm(options.init)
     if vocab.recipe is not None:
-        data.check_recipe(recipe, vocab.recipe, f"--data={options.data}")
-    return model, vocab
+        data.check_recipe(recipe, vocab.recipe, f"--data={options.data[0]}")
+    return model_config, vocab, tensors.items()
 
 
 def load_options(argv):
-    """The command line; with --init=resume, on top of the options that the interrupted run was started with."""
+    """(options, whether to go on from a state). --init=resume starts from the options of the interrupted run."""
     options = config.load(TrainConfig, argv)
-    if options.init != "resume":
-        return options, False
     saved = Path(options.out) / "config.toml"
+    if options.init != "resume":
+        return options, (options.auto_resume or distributed.attempt() > 0) and state.latest(options.out) is not None
     if not saved.is_file():
         raise FileNotFoundError(f"nothing to resume in {options.out}: it has no config.toml; start with --init=twist")
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if a.startswith("--") and not a.startswith("--init=")]
@@ -132,54 +158,19 @@ def shards_of(name, split):
     return data.UnitShards(folder / split if name == "pocket" else folder)
 
 
-def forward(model, batch, dist):
-    """Mean loss over the targets of a batch."""
-    ids, targets, document_starts = (part if part is None else part.to(dist.device) for part in batch)
-    return model(ids, targets, document_starts=document_starts)
-
-
-@torch.no_grad()
-def evaluate(model, loader, options, dist):
-    """Mean loss over the first rows of the validation stream, in order: the same for every run. All ranks share the work."""
-    model.eval()
-    rows = min(options.eval_rows or loader.windows, loader.windows)
-    total, targets = torch.zeros((), dtype=torch.float64, device=dist.device), 0
-    mine = list(range(dist.rank, rows, dist.world))
-    for i in range(0, len(mine), 16):
-        batch = loader.window(*mine[i:i + 16])
-        with autocast(options, dist):
-            total += forward(model, batch, dist).double() * batch.count
-        targets += batch.count
-    model.train()
-    return dist.sum(total) / dist.sum(targets)
-
-
-def compute_dtype(options, dist):
-    """Of matrix products."""
-    on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
-    return torch.bfloat16 if on else torch.float32
-
-
-def autocast(options, dist):
-    return torch.autocast(dist.device.type, torch.bfloat16, enabled=compute_dtype(options, dist) == torch.bfloat16)
-
-
-class Log:
-    """log.csv: one flushed row a step. On resume, rows past the restored step are dropped."""
-
-    def __init__(self, path, first, on):
-        self.file = None
-        if on:
-            rows = list(csv.reader(open(path)))[1:] if path.exists() and first else []
-            with open(f"{path}.tmp", "w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= first)])
-            os.replace(f"{path}.tmp", path)
-            self.file = open(path, "a", newline="")
-
-    def write(self, **row):
-        if self.file:
-            csv.writer(self.file).writerow([row.get(column, "") for column in COLUMNS])
-            self.file.flush()
+def open_data(options, vocab, train_shards, rows):
+    """The loader of training batches of `rows` rows."""
+    loaders = [UnitLoader(shards, vocab, options.block_size, rows, options.seed, packing=options.packing,
+                          fraction=options.data_fraction) for shards in train_shards]
+    if len(loaders) == 1:
+        return loaders[0]
+    if options.data_weights and len(options.data_weights) != len(loaders):
+        raise ValueError(f"--data-weights has {len(options.data_weights)} numbers for {len(loaders)} folders; give one each")
+    try:
+        weights = [float(weight) for weight in options.data_weights] or [loader.windows for loader in loaders]
+    except ValueError:
+        raise ValueError(f"--data-weights={','.join(options.data_weights)}: expected numbers") from None
+    return Mixture(loaders, weights, rows)
 
 
 def split_batch(options, dist):
@@ -194,6 +185,14 @@ def split_batch(options, dist):
     return rows, micro
 
 
+# ------------------------------------------------------------------------------------------------ one update, one validation
+
+def forward(model, batch, dist):
+    """Mean loss over the targets of a batch."""
+    ids, targets, document_starts = (part if part is None else part.to(dist.device, non_blocking=True) for part in batch)
+    return model(ids, targets, document_starts=document_starts)
+
+
 def update(model, optimizer, batch, micro, options, dist):
     """One update from this process's rows; returns (mean loss over all processes, gradient norm, was it applied?).
 
@@ -203,17 +202,62 @@ def update(model, optimizer, batch, micro, options, dist):
     total, targets = torch.zeros((), device=dist.device), dist.sum(batch.count)
     pieces = batch.split(micro)
     for i, piece in enumerate(pieces):
-        with distributed.sync_gradients(model, on=i + 1 == len(pieces)), autocast(options, dist):
+        distributed_context = distributed.sync_gradients(model, on=i + 1 == len(pieces))
+        with distributed_context, distributed.autocast(model, dist, compute_dtype(options, dist)):
             loss = forward(model, piece, dist) * (piece.count * dist.world / targets)
             loss.backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip).item()
+    norm = distributed.clip_gradients(model, options.clip)
     mean_loss = dist.mean(total)
     finite = math.isfinite(mean_loss) and math.isfinite(norm)
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, norm, finite
+
+
+@torch.no_grad()
+def evaluate(model, loader, options, dist):
+    """Mean loss over the first rows of the validation stream, in order: the same for every run. All ranks share the work.
+
+    All do the same number of forwards, because under FSDP each gathers weights from all; a row too many counts nothing.
+    """
+    model.eval()
+    rows = min(options.eval_rows or loader.windows, loader.windows)
+    total, targets = torch.zeros((), dtype=torch.float64, device=dist.device), 0
+    mine = list(range(dist.rank, rows, dist.world))
+    for i in range(0, -(-rows // dist.world), 16):
+        batch = loader.window(*(mine[i:i + 16] or [0]))
+        count = batch.count if mine[i:i + 16] else 0
+        with distributed.autocast(model, dist, compute_dtype(options, dist)):
+            total += forward(model, batch, dist).double() * count
+        targets += count
+    model.train()
+    total, targets = dist.sum(total, targets)
+    return total / targets
+
+
+def compute_dtype(options, dist):
+    """Of matrix products."""
+    on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
+    return torch.bfloat16 if on else torch.float32
+
+
+def speaker(options, vocab, dist):
+    """A function (model, step) that writes spoken continuations of the prompts to --out/samples; all processes call it."""
+    encoder = sample.load_unit_encoder(options.tokenizer, pad=(vocab.recipe or {}).get("pad", 0))
+    vocoder = sample.load_vocoder(options.vocoder)
+    if vocab.recipe:
+        data.check_recipe(vocab.recipe, encoder.recipe, f"--tokenizer={options.tokenizer}")
+
+    def speak(model, step):
+        model.eval()
+        spoken = sample.SampleConfig(out=str(Path(options.out) / "samples" / f"step_{step:06d}"), seed=options.seed)
+        with distributed.autocast(model, dist, compute_dtype(options, dist)):
+            for prompt in options.prompts:
+                sample.continue_prompt(prompt, spoken, encoder, vocoder, distributed.unwrap(model), vocab, write=dist.is_main)
+        model.train()
+    return speak
 
 
 @contextmanager
@@ -228,49 +272,102 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(model, optimizer, loader, val_loader, rows, micro, first, seconds, options, dist, say):
-    """The loop, from step `first`; returns (steps done, last validation loss, seconds of training so far)."""
-    out = Path(options.out)
-    log = Log(out / "log.csv", first, dist.is_main)
-    bar = tqdm(total=options.steps, initial=first, unit="step", disable=None if dist.is_main else True)
-    started, bad, step = time.perf_counter() - seconds, 0, first
+# ------------------------------------------------------------------------------------------------ the loop
 
-    def save():
-        state = {"step": step, "seconds": time.perf_counter() - started, "options": dataclasses.asdict(options)}
-        distributed.save_state(out, model, optimizer, state, dist, options.keep)
+@dataclass(frozen=True)
+class Facts:
+    """What the loop reports about a run."""
+
+    model_config: TransformerConfig
+    vocab: twist.UnitVocab
+    first: int  # step to go on from
+    seconds: float  # of training before that
+    micro: int  # rows per forward
+    rows: int  # rows per update on one process
+    units_per_second_of_speech: float  # of the training shards
+    flops_per_unit: float
+
+
+def train(model, optimizer, loader, val_loader, saver, log, speak, facts, options, dist, say):
+    """Updates from facts.first on; returns (steps done, last validation loss, seconds of training so far)."""
+    bar = tqdm(total=options.steps, initial=facts.first, unit="step", disable=None if dist.is_main else True)
+    started, bad, step = time.perf_counter() - facts.seconds, 0, facts.first
+    peak = logs.peak_flops(dist.device)
+
+    def save(needed):
+        settings = {"step": step, "seconds": time.perf_counter() - started, "options": dataclasses.asdict(options),
+                    "model": dataclasses.asdict(facts.model_config), "vocab": dataclasses.asdict(facts.vocab)}
+        try:
+            saver.save(model, optimizer, settings)
+        except OSError as error:
+            if needed:
+                raise
+            say(f"step {step}: state not saved: {error}")
 
     val_loss = evaluate(model, val_loader, options, dist)
-    if first == 0:
-        log.write(step=0, val_loss=val_loss)
+    if step == 0:
+        log.write({"step": 0, "val_loss": val_loss})
     with stop_signals() as stop:
         while step < options.steps and not dist.any(stop):
             begin = time.perf_counter()
             lr = lr_at(step, options)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = loader.rows(step, dist.rank * rows, rows)
-            loss, norm, applied = update(model, optimizer, batch, micro, options, dist)
+            batch = loader.rows(step, dist.rank * facts.rows, facts.rows)
+            loss, norm, applied = update(model, optimizer, batch, facts.micro, options, dist)
             step += 1
+            speed = options.units_per_step / (time.perf_counter() - begin)
             bad = 0 if applied else bad + 1
             if not applied:
                 say(f"step {step}: loss {loss} or gradient norm {norm} not finite, update skipped")
             if bad == MAX_BAD_STEPS:
                 raise ValueError(f"{bad} updates in a row were not finite; lower --peak-lr and resume from the last state")
             last = step == options.steps
-            row = dict(step=step, loss=loss, lr=lr, grad_norm=norm,
-                       units_per_second=round(options.units_per_step / (time.perf_counter() - begin)))
+            row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, units_per_second=round(speed))
+            saver.settle(wait=False)
             if step % options.save_interval == 0 or last:
-                save()  # before the evaluation, which may run out of memory
+                save(needed=last)  # before the evaluation, which may run out of memory
             if step % options.eval_interval == 0 or last:
                 row["val_loss"] = val_loss = evaluate(model, val_loader, options, dist)
+            if speak and (step % options.sample_interval == 0 or last):
+                speak(model, step)
             if step % options.log_interval == 0 or "val_loss" in row:
-                log.write(**row, seconds=round(time.perf_counter() - started, 3))
+                if peak:
+                    row["mfu"] = round(100 * speed * facts.flops_per_unit / (peak * dist.world), 2)
+                row |= {"seconds": round(time.perf_counter() - started, 3), "memory_gb": round(logs.memory_gb(dist.device), 3)}
+                log.write(logs.derived(row, step * options.units_per_step, facts.units_per_second_of_speech))
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}")
             bar.update()
         if step < options.steps:
-            save()
+            save(needed=True)
+    saver.settle()
     bar.close()
     return step, val_loss, time.perf_counter() - started
+
+
+def rounded(model, tensors, low):
+    """(name, bfloat16 tensor) of float32 ones; this process's part of the bits that are lost goes to low[name]."""
+    for name, tensor in tensors:
+        high, bits = optimizers.low_bits(tensor.float())
+        low[name] = distributed.mine_of(bits, model.get_parameter(name))
+        yield name, high
+
+
+def build(start, options, parallel, dist):
+    """(model, optimizer) laid out over the processes; start: (name, tensor) pairs, None where a state will fill them."""
+    model_config, tensors = start
+    model = twist.empty(model_config).train()
+    for block in model.h:
+        block.recompute = options.recompute
+    compiled = options.compile == "blocks" or (options.compile == "auto" and dist.device.type == "cuda")
+    split = options.optimizer == "split"
+    model = distributed.spread(model.bfloat16() if split else model, dist, parallel, compute_dtype(options, dist),
+                               options.shard_size, options.reshard, compiled)
+    low = {}
+    if tensors is not None:
+        distributed.fill(model, rounded(model, tensors, low) if split else tensors)
+    model = distributed.wrap(model, dist, parallel)
+    return model, optimizers.build(model, options, low)
 
 
 def main(argv=None):
@@ -281,42 +378,65 @@ def main(argv=None):
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # denormal second moments of AdamW are many times slower on CPUs
     out = Path(options.out)
-    if (out / "log.csv").exists() and not (resuming or options.overwrite):
-        raise ValueError(f"{out} already holds a run; go on with --init=resume, or give another --out, or --overwrite=true")
+    if (out / "log.csv").exists() and not (resuming or options.overwrite or options.dry_run):
+        raise ValueError(f"{out} already holds a run; go on with --init=resume, or give another --out, or --overwrite")
 
-    train_shards, val_shards = shards_of(options.data, "train"), shards_of(options.val_data, "val")
-    data.check_recipe(val_shards.recipe, train_shards.recipe, f"--val-data={options.val_data}")
-    model, vocab = build_model(options, train_shards.recipe)
-    if options.block_size > model.config.block_size:
-        raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model.config.block_size}")
+    train_shards = [shards_of(name, "train") for name in options.data]
+    val_shards = shards_of(options.val_data, "val")
+    for shards, where in [*((shards, f"--data={name}") for shards, name in zip(train_shards, options.data)),
+                          (val_shards, f"--val-data={options.val_data}")]:
+        data.check_recipe(shards.recipe, train_shards[0].recipe, where)
+    if resuming:
+        found = state.read(out)
+        model_config, vocab, tensors = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"]), None
+    else:
+        found = {"step": 0, "seconds": 0.0}
+        model_config, vocab, tensors = open_start(options, train_shards[0].recipe)
+    if options.block_size > model_config.block_size:
+        raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model_config.block_size}")
     rows, micro = split_batch(options, dist)
-    loader = UnitLoader(train_shards, vocab, options.block_size, rows * dist.world, options.seed,
-                        packing=options.packing)
+    loader = open_data(options, vocab, train_shards, rows * dist.world)
     val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
 
-    model = distributed.wrap(model.to(dist.device).train(), dist)
-    optimizer = build_optimizer(model, options)
-    first, seconds = 0, 0.0
-    if resuming:
-        state = distributed.load_state(out, model, optimizer, dist)
-        first, seconds = state["step"], state["seconds"]
-    elif dist.is_main:
-        distributed.remove_steps(out)  # of a run that --overwrite replaces
-        checkpoint.write_text(out / "config.toml", config.to_toml(options))
-    dist.barrier()
-    say(f"{options.init}{' (resumed)' if resuming else ''}: {sum(p.numel() for p in model.parameters()):,} parameters; "
-        f"{loader.windows * loader.T:,} ids in {len(train_shards)} documents; steps {first} to {options.steps}, "
-        f"{options.units_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}")
-    say(kernels.explain(dist.device.type, compute_dtype(options, dist), distributed.unwrap(model).config.head_dim))
+    parameters = sum(parameter.numel() for parameter in twist.empty(model_config).parameters())
+    parallel = distributed.choose_parallel(options.parallel, parameters, dist)
+    hours = sum(shards.meta["hours"] for shards in train_shards)
+    facts = Facts(model_config, vocab, found["step"], found["seconds"], micro, rows,
+                  sum(shards.meta["units"] for shards in train_shards) / max(3600 * hours, 1e-9),
+                  logs.flops_per_unit(model_config, parameters, options.block_size))
+    say(f"{options.init}{' (resumed)' if resuming else ''}: {parameters:,} parameters; "
+        f"{loader.windows * loader.T:,} ids of {hours:.1f} h in an epoch; steps {facts.first} to {options.steps}, "
+        f"{options.units_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}; "
+        f"{parallel if parallel != 'none' else 'one process'}")
+    say(kernels.explain(dist.device.type, compute_dtype(options, dist), model_config.head_dim))
+    if options.dry_run:
+        say(memory.table(model_config, options, parallel, dist.world, micro, compute_dtype(options, dist)))
+        return
 
-    step, val_loss, seconds = train(model, optimizer, loader, val_loader, rows, micro, first, seconds, options, dist, say)
+    model, optimizer = build((model_config, tensors), options, parallel, dist)
+    saver = state.Saver(out, options.keep, options.async_save, dist)
+    if resuming:
+        state.load(out, model, optimizer, dist)
+    else:
+        saver.remove_all()  # of a run that --overwrite replaces
+    if dist.is_main:
+        checkpoint.write_text(out / "config.toml", config.to_toml(dataclasses.replace(options, overwrite=False)))
+    log = logs.Log(out, facts.first, dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options))
+    speak = speaker(options, vocab, dist) if options.sample_interval else None
+
+    step, val_loss, seconds = train(model, optimizer, loader, val_loader, saver, log, speak, facts, options, dist, say)
+    log.close()
     if step < options.steps:
         say(f"stopped at step {step} of {options.steps}; go on with: python train.py --init=resume --out={out}")
     else:
+        weights = distributed.gathered(optimizers.master_weights(distributed.unwrap(model), optimizer), dist)
         if dist.is_main:
-            twist.save_speech_lm(distributed.unwrap(model), vocab, out / "model")
+            twist.save_tensors(model_config, weights, vocab, out / "model")
         dist.barrier()
+        units = step * options.units_per_step
         say(f"validation loss {val_loss:.4f} nats per unit, perplexity {math.exp(val_loss):.3f}, {step} steps in {seconds:.0f} s")
+        say(f"cost: {dist.world * seconds / 3600:.3f} {'GPU' if dist.device.type == 'cuda' else 'process'}-hours for {units:,} units, "
+            f"{units / facts.units_per_second_of_speech / 3600:.1f} hours of speech")
         say(f"listen: python sample.py pocket/prompt.wav --model={out / 'model'}")
     distributed.cleanup()
 

@@ -70,18 +70,18 @@ class UnitVocab:
 
 # ---------------------------------------------------------------------------------------------- starts
 
-def warm_start(lm, vocab, seed=0, embedding="fresh"):
-    """A speech LM with the body of a text LM; `lm` is left as it was.
+def warm_tensors(lm_config, text, vocab, seed=0, embedding="fresh"):
+    """The weights of a warm start, one tensor at a time: yields (name, tensor) in the order of the model's parameters.
 
     Args:
+        text: {name: tensor} of the text LM, best one that reads a tensor when it is asked for (open_text_lm).
         embedding: fresh: the new table ~ N(0, init_std), 0.02 in the published families (the paper re-draws it);
             matched: ~ N(0, std of the text table), which trains on worse in the pocket world (results/README.md);
             truncate: the first rows of the text table, whatever their words (what slamkit's resize does).
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: new_table(tensor, vocab.size, lm.config, embedding, generator) if name in TABLES else tensor.detach().clone()
-               for name, tensor in lm.state_dict().items()}
-    return build(dataclasses.replace(lm.config, vocab_size=vocab.size), tensors)
+    for name in empty(lm_config).state_dict():
+        yield name, new_table(text[name], vocab.size, lm_config, embedding, generator) if name in TABLES else text[name]
 
 
 def new_table(text_table, rows, lm_config, embedding, generator):
@@ -96,22 +96,39 @@ def new_table(text_table, rows, lm_config, embedding, generator):
     return torch.empty(rows, text_table.shape[1]).normal_(0.0, std, generator=generator).to(text_table.dtype)
 
 
+def cold_tensors(model_config, seed=0):
+    """Random weights, one tensor at a time, as warm_tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in empty(model_config).named_parameters():
+        yield name, model_config.initial(name, torch.empty(parameter.shape), generator)
+
+
+def shuffled_tensors(lm_config, text, vocab, seed=0, embedding="fresh"):
+    """As warm_tensors, with the values of every body tensor permuted inside it: same scale, no knowledge."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, tensor in warm_tensors(lm_config, text, vocab, seed, embedding):
+        if name not in TABLES:
+            tensor = tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)
+        yield name, tensor
+
+
+def warm_start(lm, vocab, seed=0, embedding="fresh"):
+    """A speech LM with the body of a text LM; `lm` is left as it was. Arguments as warm_tensors."""
+    tensors = warm_tensors(lm.config, lm.state_dict(), vocab, seed, embedding)
+    return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
+                 {name: tensor if name in TABLES else tensor.detach().clone() for name, tensor in tensors})
+
+
 def cold_start(lm_config, vocab, seed=0):
     """A speech LM of the same architecture with random weights."""
-    model = Transformer(dataclasses.replace(lm_config, vocab_size=vocab.size))
-    return model.init_weights(torch.Generator().manual_seed(seed)).eval()
+    model_config = dataclasses.replace(lm_config, vocab_size=vocab.size)
+    return build(model_config, dict(cold_tensors(model_config, seed)))
 
 
 def shuffled_start(lm, vocab, seed=0, embedding="fresh"):
-    """As warm_start, with the values of every body tensor permuted inside it: same scale, no knowledge."""
-    model = warm_start(lm, vocab, seed, embedding)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in TABLES:
-                order = torch.randperm(parameter.numel(), generator=generator)
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return model
+    """A speech LM from the shuffled weights of a text LM. Arguments as warm_tensors."""
+    return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
+                 dict(shuffled_tensors(lm.config, lm.state_dict(), vocab, seed, embedding)))
 
 
 def empty(model_config):
@@ -156,11 +173,16 @@ def report(lm, slm, embedding="fresh"):
 
 # ---------------------------------------------------------------------------------------------- load and save
 
+def open_text_lm(folder_or_name="pocket", dtype=torch.float32):
+    """A text LM as any Hugging Face folder holds it -> (TransformerConfig, {name: tensor} that are read when asked for)."""
+    family, options, tensors = pretrained.open_lm(checkpoint.find_model(folder_or_name, "lm"), dtype)
+    return TransformerConfig(**options, family=family), tensors
+
+
 def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
-    """A text LM as any Hugging Face folder holds it -> Transformer in eval mode."""
-    folder = checkpoint.find_model(folder_or_name, "lm")
-    family, options, tensors, _ = pretrained.read_lm(folder, dtype)
-    return build(TransformerConfig(**options, family=family), tensors, folder)
+    """The same as a Transformer in eval mode."""
+    model_config, tensors = open_text_lm(folder_or_name, dtype)
+    return build(model_config, dict(tensors), folder_or_name)
 
 
 def load_lm_config(folder_or_name="pocket"):
@@ -172,9 +194,14 @@ def load_lm_config(folder_or_name="pocket"):
 
 def save_speech_lm(slm, vocab, folder, dtype=torch.float32):
     """Write a folder that load_speech_lm and transformers' AutoModelForCausalLM open."""
-    options = dataclasses.asdict(slm.config)
+    save_tensors(slm.config, slm.state_dict(), vocab, folder, dtype)
+
+
+def save_tensors(model_config, tensors, vocab, folder, dtype=torch.float32):
+    """The same from {name: tensor}, for a model whose weights are spread over processes."""
+    options = dataclasses.asdict(model_config)
     family = options.pop("family")
-    tensors = {name: tensor.to(dtype) for name, tensor in slm.state_dict().items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     settings, tensors = pretrained.write_lm(family, options, tensors)
     settings |= {"torch_dtype": str(dtype).removeprefix("torch."), "offset": vocab.offset, "num_units": vocab.num_units,
                  "bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad,
@@ -215,12 +242,18 @@ def read_vocab(settings, where):
     return UnitVocab(num_units, offset, None, declared("eos_token_id", offset), declared("pad_token_id", offset))
 
 
-def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
-    """Ours, Meta's TWIST or slamkit's -> (Transformer in eval mode, UnitVocab). Raises ValueError for a text LM."""
+def open_speech_lm(folder_or_name="pocket", dtype=torch.float32):
+    """Ours, Meta's TWIST or slamkit's -> (TransformerConfig, tensors read when asked for, UnitVocab)."""
     folder = checkpoint.find_model(folder_or_name, "model")
     vocab = read_vocab(pretrained.read_settings(folder), folder)
-    family, options, tensors, _ = pretrained.read_lm(folder, dtype)
-    return build(TransformerConfig(**options, family=family), tensors, folder), vocab
+    family, options, tensors = pretrained.open_lm(folder, dtype)
+    return TransformerConfig(**options, family=family), tensors, vocab
+
+
+def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
+    """The same as (Transformer in eval mode, UnitVocab). Raises ValueError for a text LM."""
+    model_config, tensors, vocab = open_speech_lm(folder_or_name, dtype)
+    return build(model_config, dict(tensors), folder_or_name), vocab
 
 
 # ---------------------------------------------------------------------------------------------- the command

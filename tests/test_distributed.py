@@ -1,38 +1,209 @@
-"""distributed.py: two processes take the same steps as one (gloo on the CPU)."""
+"""distributed.py and state.py: the same losses on any number of processes, and no kill that costs more than a step (gloo)."""
 import csv
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint
+import distributed
+import state
+import twist
+from conftest import TINY
 
 ROOT = Path(checkpoint.__file__).parent
+WAYS = {"2 x ddp": (2, "--parallel=ddp"), "2 x fsdp": (2, "--parallel=fsdp"), "4 x hsdp": (4, "--parallel=hsdp", "--shard-size=2")}
 
 
-def launch(processes, arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "train.py"]
-    result = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def torchrun(processes, arguments, *launcher):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *launcher]
+    return [*command, "train.py", *arguments]
 
 
-def losses(folder):
+def launch(processes, arguments, *launcher):
+    command = torchrun(processes, arguments, *launcher) if processes > 1 or launcher else [sys.executable, "train.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result.stdout + result.stderr
+
+
+def column(folder, name="loss"):
     with open(folder / "log.csv", newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-def test_two_processes_give_the_losses_and_weights_of_one_and_resume_on_either(train_arguments, tmp_path):
-    one = launch(1, ["--init=twist", *train_arguments])
-    two = launch(2, ["--init=twist", *train_arguments, f"--out={tmp_path}/two", "--micro-batch=1"])
-    assert "1 processes x 1 x 4 x 32" in one and "2 processes x 2 x 1 x 32" in two
-    assert two.count("validation loss") == 1  # rank 0 alone prints
-    for a, b in zip(losses(tmp_path / "run"), losses(tmp_path / "two"), strict=True):
-        assert abs(a - b) < 1e-4
-    expected, result = (checkpoint.read_tensors(tmp_path / name / "model") for name in ("run", "two"))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(result[name], tensor, rtol=1e-2, atol=1e-3)
-    # the state written by two processes goes on in one
-    text = launch(1, ["--init=resume", f"--out={tmp_path}/two", "--steps=14"])
-    assert "steps 12 to 14" in text and len(losses(tmp_path / "two")) == 14
+def weights(folder):
+    return checkpoint.read_tensors(folder / "model")
+
+
+def assert_same_run(folder, expected, tolerance=1e-5):
+    assert column(folder) == pytest.approx(column(expected), abs=tolerance)
+    assert column(folder, "val_loss") == pytest.approx(column(expected, "val_loss"), abs=tolerance)
+    for name, tensor in weights(expected).items():
+        torch.testing.assert_close(weights(folder)[name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_world):
+    return [f"--lm={tiny_world}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val", "--steps=20",
+            "--units-per-step=256", "--block-size=32", "--warmup=2", "--eval-interval=10", "--save-interval=7", "--eval-rows=5",
+            "--threads=1", "--peak-lr=1e-3", "--init=twist"]
+
+
+@pytest.fixture(scope="module")
+def alone(arguments, tmp_path_factory):
+    """The run of one process that all others must equal."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    launch(1, [*arguments, f"--out={folder}"])
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_twenty_steps_give_the_losses_and_weights_of_one_process(way, arguments, alone, tmp_path):
+    processes, *options = WAYS[way]
+    text = launch(processes, [*arguments, *options, f"--out={tmp_path}/run"])
+    assert text.count("validation loss") == 1  # rank 0 alone prints
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("first, then", [("2 x fsdp", "alone"), ("alone", "4 x hsdp"), ("4 x hsdp", "2 x ddp")])
+def test_a_state_goes_on_under_any_other_number_of_processes(first, then, arguments, alone, tmp_path):
+    ways = {"alone": (1,), **WAYS}
+    processes, *options = ways[first]
+    full = [f"--out={tmp_path}/run", *options]
+    # the first seven steps of the same schedule, then a kill: what is left is the state of step 7
+    launch(processes, [*arguments, *full, "--keep=9"])
+    for folder in state.step_folders(tmp_path / "run")[1:]:
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    processes, *options = ways[then]
+    text = launch(processes, ["--init=resume", f"--out={tmp_path}/run", *(options or ["--parallel=auto"])])
+    assert "steps 7 to 20" in text
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_warm_start_in_parts_is_the_warm_start(arguments, tiny_world, tmp_path):
+    launch(2, [*arguments, "--parallel=fsdp", "--steps=1", "--peak-lr=0", f"--out={tmp_path}/run"])
+    expected = twist.warm_start(twist.load_text_lm(tiny_world / "text_lm"), twist.UnitVocab(20), seed=0)
+    slm, _ = twist.load_speech_lm(tmp_path / "run/model")
+    for (name, tensor), other in zip(expected.state_dict().items(), slm.state_dict().values()):
+        assert torch.equal(tensor, other), name
+
+
+def test_pieces_of_uneven_documents_give_one_update(arguments, tiny_world, tmp_path):
+    """Without <S> between documents rows have different numbers of targets: 1 x 16, 2 x 8 and 4 x 4 rows, one update."""
+    vocab = twist.UnitVocab(20, bos=None)
+    twist.save_speech_lm(twist.cold_start(TINY, vocab, 0), vocab, tmp_path / "lm")
+    for processes, micro in ((1, 16), (2, 8), (4, 4), (1, 4)):
+        launch(processes, [*arguments, f"--init={tmp_path}/lm", "--units-per-step=512", f"--micro-batch={micro}", "--steps=3",
+                           "--packing=documents", f"--out={tmp_path}/{processes}x{micro}"])
+    for other in ("2x8", "4x4", "1x4"):
+        for name in ("loss", "grad_norm"):
+            assert column(tmp_path / other, name) == pytest.approx(column(tmp_path / "1x16", name), rel=1e-6, abs=1e-6)
+        assert_same_run(tmp_path / other, tmp_path / "1x16", 1e-6)
+
+
+def test_split_weights_in_parts_and_recomputation_train_as_split_weights_whole(arguments, tmp_path):
+    """bfloat16 weights with their low bits: whole in one process, in halves in two, kept on the way, resumed."""
+    options = ["--optimizer=split", "--dtype=bfloat16", "--peak-lr=1e-3"]
+    launch(1, [*arguments, *options, f"--out={tmp_path}/one"])
+    launch(2, [*arguments, *options, "--parallel=fsdp", "--recompute=full", "--async-save", f"--out={tmp_path}/two"])
+    assert column(tmp_path / "two") == pytest.approx(column(tmp_path / "one"), abs=2e-2)  # sums in another order, in bfloat16
+    before = column(tmp_path / "two")
+    subprocess.run(["rm", "-r", f"{tmp_path}/two/step_000020"], check=True)
+    assert "steps 14 to 20" in launch(2, ["--init=resume", f"--out={tmp_path}/two"])
+    assert column(tmp_path / "two") == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [["--recompute=selective"], ["--recompute=full"], ["--async-save"]])
+def test_what_only_saves_memory_or_time_changes_nothing(options, arguments, alone, tmp_path):
+    launch(1, [*arguments, *options, f"--out={tmp_path}/run"])
+    assert_same_run(tmp_path / "run", alone, 1e-6)
+    assert [path.name for path in state.step_folders(tmp_path / "run")] == ["step_000014", "step_000020"]
+    assert (tmp_path / "run/latest").read_text() == "step_000020\n"
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def start(command):
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(arguments, alone, tmp_path):
+    out = tmp_path / "run"
+    process = start(torchrun(2, [*arguments, "--parallel=fsdp", "--save-interval=1", f"--out={out}"]))
+    wait_for(lambda: len(state.step_folders(out)) >= 2, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)  # a hang would end the test here
+    assert process.returncode == 1 and "SIGKILL" in errors
+    assert state.latest(out) is not None and not (out / "model").exists()
+    launch(2, [*arguments, "--parallel=fsdp", "--auto-resume", f"--out={out}"])
+    assert_same_run(out, alone)
+
+
+def test_max_restarts_goes_on_by_itself(arguments, alone, tmp_path):
+    out = tmp_path / "run"
+    process = start(torchrun(2, [*arguments, "--save-interval=1", f"--out={out}"], "--max-restarts=1"))
+    wait_for(lambda: len(state.step_folders(out)) >= 2, process)
+    os.kill(children(process)[0], signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "twist (resumed)" in output
+    assert_same_run(out, alone)
+
+
+def test_workers_do_not_outlive_a_killed_launcher(arguments, tmp_path):
+    process = start(torchrun(2, [*arguments, "--steps=100000", f"--out={tmp_path}/run"]))
+    wait_for(lambda: state.latest(tmp_path / "run") is not None, process)
+    workers = children(process)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < end, "workers go on without their launcher"
+        time.sleep(0.1)
+    process.communicate()
+
+
+def test_a_state_that_does_not_fit_the_disk_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    model = twist.cold_start(TINY, twist.UnitVocab(20))
+    optimizer = torch.optim.AdamW(model.parameters())
+    dist = distributed.Dist(0, 1, torch.device("cpu"))
+    saver = state.Saver(tmp_path, 2, False, dist)
+    saver.save(model, optimizer, {"step": 1})
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match="no room"):
+        saver.save(model, optimizer, {"step": 2})
+    assert state.latest(tmp_path).name == "step_000001"
+
+
+def test_a_state_of_another_model_is_refused_in_a_sentence(tmp_path):
+    dist = distributed.Dist(0, 1, torch.device("cpu"))
+    model = twist.cold_start(TINY, twist.UnitVocab(20))
+    state.Saver(tmp_path, 2, False, dist).save(model, torch.optim.AdamW(model.parameters()), {"step": 1})
+    other = twist.cold_start(TINY, twist.UnitVocab(21))
+    with pytest.raises(ValueError, match="another model"):
+        state.load(tmp_path, other, torch.optim.AdamW(other.parameters()), dist)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        state.read(tmp_path / "nowhere")
+
+
+def test_what_auto_means():
+    one, eight = (distributed.Dist(0, world, torch.device("cpu")) for world in (1, 8))
+    assert distributed.choose_parallel("fsdp", 1e6, one) == "none"
+    assert distributed.choose_parallel("auto", 1e9, eight) == "ddp"
+    assert distributed.choose_parallel("auto", 7e9, eight) == "fsdp"
+    assert distributed.choose_parallel("hsdp", 1e6, eight) == "hsdp"

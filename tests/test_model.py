@@ -34,7 +34,7 @@ def test_a_later_token_never_changes_an_earlier_output(model):
 
 def test_pieces_through_the_cache_give_the_full_forward(model):
     ids = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(1))
-    cache = KVCache(model.config, 2, 20, "cpu", torch.float32)
+    cache = KVCache(model.config, 20)
     pieces = [model(piece, cache=cache) for piece in ids.split([7, 1, 5, 1, 6], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=1e-5, atol=1e-5)
 
@@ -115,6 +115,6 @@ def test_a_packed_row_gives_the_logits_of_its_documents_alone(model):
 
 
 def test_documents_and_a_cache_do_not_go_together(model):
-    ids, cache = torch.zeros(1, 4, dtype=torch.int64), KVCache(model.config, 1, 8, "cpu", torch.float32)
+    ids, cache = torch.zeros(1, 4, dtype=torch.int64), KVCache(model.config, 8)
     with pytest.raises(ValueError, match="cache"):
         model(ids, cache=cache, document_starts=torch.zeros(1, 4, dtype=torch.int32))

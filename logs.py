@@ -1,0 +1,104 @@
+"""What a run writes down: log.csv always, TensorBoard and Weights & Biases on request; and what the numbers mean.
+
+    loss             mean cross-entropy, nats per unit                     perplexity      exp(loss)
+    bits_per_second  bits per second of speech: loss / ln 2 x units per second of speech; comparable across tokenizers
+    hours            hours of speech seen: units seen / units per second of speech of the shards
+    mfu              model FLOPs utilisation, %: units per second x FLOPs per unit / peak of all GPUs in dense bfloat16
+    FLOPs per unit   6 x parameters outside the tables + 6 x head + 12 x layers x H D x T: products of forward and backward,
+                     attention counted as the full square (PaLM, Chowdhery et al. 2022, appendix B; nanoGPT's convention)
+"""
+import csv
+import math
+import os
+import resource
+
+import torch
+
+COLUMNS = ("step", "loss", "val_loss", "lr", "grad_norm", "units_per_second", "seconds", "perplexity", "bits_per_second", "hours",
+           "mfu", "memory_gb")
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121,
+               "RTX 4090": 165, "RTX 3090": 71}  # dense bfloat16, as the makers state them
+
+
+def flops_per_unit(model_config, parameters, block_size):
+    """Training FLOPs of one unit. parameters: of the whole model."""
+    tables = model_config.vocab_size * model_config.embed_dim * (1 if model_config.tie_embeddings else 2)
+    if model_config.position == "learned":
+        tables += model_config.block_size * model_config.n_embd
+    head = model_config.vocab_size * model_config.embed_dim
+    attention = 12 * model_config.n_layer * model_config.n_head * model_config.head_dim * block_size
+    return 6 * (parameters - tables + head) + attention
+
+
+def peak_flops(device):
+    """Of one GPU, FLOPs per second; None where the card is not in the table, or is none."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
+
+
+def memory_gb(device):
+    """Most memory that this process has held, GB: the GPU's, or else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def derived(row, units_seen, units_per_second_of_speech):
+    """A row with what follows from its loss."""
+    more = {}
+    if "loss" in row:
+        more = {"perplexity": round(math.exp(min(row["loss"], 50)), 4),
+                "bits_per_second": round(row["loss"] / math.log(2) * units_per_second_of_speech, 3),
+                "hours": round(units_seen / units_per_second_of_speech / 3600, 4)}
+    return row | more
+
+
+class Log:
+    """log.csv in the run folder, one flushed row a step. On resume, rows past the restored step are dropped.
+
+    Args: folder; first: step to go on from; on: whether this process writes; tensorboard: also event files under folder/events;
+        wandb: project name, or None.
+    Raises: ValueError naming the package to install.
+    """
+
+    def __init__(self, folder, first, on, tensorboard=False, wandb=None, options=None):
+        self.file = self.board = self.run = None
+        if not on:
+            return
+        path = folder / "log.csv"
+        rows = list(csv.DictReader(open(path, newline=""))) if path.exists() and first else []
+        with open(f"{path}.tmp", "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= first)
+        os.replace(f"{path}.tmp", path)
+        self.file = open(path, "a", newline="")
+        try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # an extra that most runs do without
+                self.board = SummaryWriter(folder / "events", purge_step=first + 1)
+            if wandb:
+                import wandb as service  # likewise
+                self.run = service.init(project=wandb, name=folder.name, id=folder.name, resume="allow", config=options)
+        except ImportError as error:
+            raise ValueError(f"the package {error.name} is not installed; pip install it, or leave out --tensorboard and "
+                             "--wandb") from None
+
+    def write(self, row):
+        if self.file is None:
+            return
+        csv.DictWriter(self.file, COLUMNS, restval="").writerow(row)
+        self.file.flush()
+        numbers = {key: value for key, value in row.items() if key != "step" and value != ""}
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, row["step"])
+        if self.run:
+            self.run.log(numbers, step=row["step"])
+
+    def close(self):
+        for part, end in ((self.file, "close"), (self.board, "close"), (self.run, "finish")):
+            if part:
+                getattr(part, end)()

@@ -1,0 +1,229 @@
+"""Bench of the kernels, rehearsed on the CPU: every way computes the same, refusals become notes, and the tables add up."""
+import contextlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import flex_attention
+
+import bench
+import kernels
+from kernels import bench as kernel_bench
+from kernels import timing
+from kernels.bench import Case, causal
+from kernels.checks import check_attention
+
+OPTIONS = bench.BenchConfig(device="cpu", repeats=1)
+TINY = (causal(1, 32, 2, 32), causal(1, 32, 4, 32, "grouped heads", 2), causal(1, 32, 2, 32, "ALiBi"),
+        causal(1, 32, 2, 32, "documents"), Case("decode", 2, 1, 4, 2, 32, 48))
+each_case = pytest.mark.parametrize("case", TINY, ids=lambda case: case.kind)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "SETS", 1)  # Triton's interpreter is slow
+
+
+def parts(case):
+    """What attention_ways prepares: inputs, slopes, starts, mask, and the expected result."""
+    *inputs, _ = kernel_bench.draw_inputs(case, "model", torch.float32, "cpu", torch.Generator().manual_seed(0))
+    inputs = [x.detach() for x in inputs]
+    ways, starts, mask = kernel_bench.attention_ways(case, torch.float32, "cpu")
+    slopes = ways["reference"].keywords["alibi_slopes"]
+    return inputs, slopes, starts, mask, ways["reference"](*inputs)
+
+
+def test_attention_on_the_cpu_gives_full_tables(quick):
+    found = kernel_bench.bench_attention(OPTIONS, TINY)
+    assert list(found) == ["versions", "rows", "summary", "losing"]
+    assert {(row["kind"], row["mode"], row["way"]) for row in found["rows"]} == {
+        (case.kind, mode, way) for case in TINY for way in ("ours", "default", "reference")
+        for mode in ("forward", "forward+backward") if mode == "forward" or case.T > 1}
+    assert all(row["ms"] > 0 and row["tflops"] > 0 and row["spread"] >= 0 for row in found["rows"])
+    assert all(row["error"] < 1e-5 for row in found["rows"] if row["way"] != "reference")
+    assert {row["peer"] for row in found["summary"]} == {"default", "reference"}
+    assert all(row["note"].startswith("picks ") for row in found["rows"] if row["way"] == "default")
+
+
+def test_cross_entropy_on_the_cpu_gives_full_tables(quick):
+    found = kernel_bench.bench_cross_entropy(OPTIONS, ((16, 32, 100), (16, 0, 100)))
+    assert [(row["shape"], row["way"]) for row in found["rows"]] == [
+        ("16, 32, 100", "ours"), ("16, 32, 100", "eager"), ("16, 100", "ours"), ("16, 100", "eager")]
+    assert all(row["ms"] > 0 for row in found["rows"])
+
+
+def test_all_ways_of_the_loss_give_the_same_gradients():
+    for head, shape in ((True, (16, 32, 100)), (False, (16, 0, 100))):
+        *inputs, targets = kernel_bench.draw_loss_inputs(*shape, torch.float32, "cpu", torch.Generator().manual_seed(0))
+        ours, eager = (torch.autograd.grad(function(*inputs, targets), inputs)
+                       for function in kernel_bench.loss_ways(head, "cpu").values())
+        torch.testing.assert_close(ours, eager)
+
+
+@each_case
+def test_flex_attention_and_the_masked_backends_compute_what_the_reference_does(case):
+    inputs, slopes, starts, mask, expected = parts(case)
+    flex = kernel_bench.with_flex(flex_attention, case, slopes, starts, "cpu")
+    torch.testing.assert_close(flex(*inputs), expected, atol=1e-5, rtol=1e-4)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, None):  # a CPU's flash backend takes masks
+        torch.testing.assert_close(kernel_bench.with_backend(backend, case, mask)(*inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_layouts_are_what_they_are_called():
+    case, random = causal(2, 8, 4, 32, "grouped heads", 2), torch.Generator().manual_seed(0)
+    q, k, v, do = kernel_bench.draw_inputs(case, "model", torch.float32, "cpu", random)
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    assert q.stride() == v.stride() == (8 * 8 * 32, 8 * 32, 32, 1)
+    q, k, v, do = kernel_bench.draw_inputs(case, "heads first", torch.float32, "cpu", random)
+    assert all(x.transpose(1, 2).is_contiguous() for x in (q, k, v, do)) and k.shape == (2, 8, 2, 32)
+    q, k, v, do = kernel_bench.draw_inputs(TINY[-1], "model", torch.float32, "cpu", random)
+    assert q.shape == do.shape == (2, 1, 4, 32) and k.shape == (2, 48, 2, 32) and not k.is_contiguous()  # a slice of a cache
+
+
+def test_documents_are_seeded_and_their_work_is_half_their_squares():
+    case = causal(16, 2048, 1, 1, "documents")
+    starts = kernel_bench.draw_starts(case)
+    q = torch.zeros(16, 2048, 1, 1)
+    check_attention(q, q, q, 1.0, None, starts)  # raises for starts that do not ascend
+    assert starts.equal(kernel_bench.draw_starts(case))
+    lengths = torch.cat([row.unique(return_counts=True)[1] for row in starts]).double()
+    assert 400 < lengths.mean() < 560 and lengths.max() <= 960  # 512, less what the ends of the rows cut off
+    assert kernel_bench.work(case, starts, "forward") == 4 * (lengths**2).sum() / 2
+    assert kernel_bench.work(causal(3, 10, 2, 8), None, "forward+backward") == 14 * 3 * 2 * 8 * 10**2 / 2
+    assert kernel_bench.work(Case("decode", 3, 1, 2, 2, 8, 10), None, "forward") == 4 * 3 * 2 * 8 * 10
+
+
+def test_a_backend_that_refuses_leaves_its_reason_and_other_errors_are_errors():
+    case = TINY[0]
+    inputs, *_ = parts(case)
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+    ways = {name: (kernel_bench.with_backend(backend, case, None), [inputs]) for name, backend in backends.items()}
+    found = timing.measure(ways, "cpu", 1)
+    assert found["cudnn"].seconds is None and found["cudnn"].note and found["math"].seconds > 0
+    row = timing.timings(found["cudnn"], 1.0)
+    assert row == {"ms": "-", "spread": "-", "tflops": "-"}
+
+    def wrong():
+        raise RuntimeError("The size of tensor a must match")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        timing.attempt(wrong, ())
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore")
+    assert timing.attempt(full, ()) == (None, "CUDA out of memory. Tried to allocate 40 GiB.")
+
+
+def test_summary_has_geometric_means_and_every_lost_case():
+    times = {("causal, D 64", "a"): (1, 2, 4), ("causal, D 64", "b"): (2, 1, "-"), ("documents", "c"): (1, 3, 1)}
+    rows = [{"kind": kind, "shape": shape, "mode": "forward", "way": way, "ms": ms}
+            for (kind, shape), all_ms in times.items() for way, ms in zip(("ours", "flash", "flex"), all_ms)]
+    summary, losing = timing.compare(rows, ("flash", "flex"))
+    means = {(row["peer"], row["cases_of"]): (row["cases"], row["ours_over_peer"], row["lost"]) for row in summary}
+    assert means == {("flash", "causal"): (2, 1.0, 1), ("flash", "causal, D 64"): (2, 1.0, 1),
+                     ("flash", "documents"): (1, 3.0, 0),
+                     ("flex", "causal"): (1, 4.0, 0), ("flex", "causal, D 64"): (1, 4.0, 0), ("flex", "documents"): (1, 1.0, 0)}
+    assert losing == [{"kind": "causal, D 64", "shape": "b", "mode": "forward", "peer": "flash", "ours_over_peer": 0.5}]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("what", ["attention", "cross_entropy"])
+def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(what, tmp_path):
+    with pytest.raises(ValueError, match=f"bench.py {what} needs a CUDA GPU.*--device=cpu"):
+        bench.main([what, f"--out={tmp_path}"])
+    with pytest.raises(ValueError, match="expected cuda or cpu"):
+        bench.main([what, "--device=tpu", f"--out={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_is_written_beside_the_figures_of_a_gpu(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernel_bench, "SMALL_LOSSES", ((8, 0, 20),))
+    bench.main(["cross_entropy", "--device=cpu", "--repeats=1", f"--out={tmp_path}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["cross_entropy_cpu.json"]
+    result = bench.checkpoint.read_json(tmp_path / "cross_entropy_cpu.json")
+    assert set(result) >= {"versions", "rows", "summary", "losing", "machine", "command"}
+    titles = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] != " " and ": " in line]
+    assert titles == ["versions", "rows", "summary", "losing"]
+
+
+class Pretended:
+    """The parts of torch.cuda that measure() uses, without a GPU: a replay takes 3 ms, and events read that clock."""
+
+    def __init__(self):
+        self.now, self.replayed = 0.0, 0
+
+    def install(self, monkeypatch, fails=()):
+        pretended, self.fails = self, fails
+
+        class Graph:
+            def replay(graph):
+                pretended.now += 0.003  # seconds for all sets
+                pretended.replayed += 1
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(event):
+                event.at = pretended.now
+
+            def elapsed_time(event, other):
+                return (other.at - event.at) * 1000
+
+            def synchronize(event):
+                pass
+
+        class Stream:
+            def wait_stream(stream, other):
+                assert other == "current"
+
+        @contextlib.contextmanager
+        def capturing(graph, pool, stream):
+            assert isinstance(graph, Graph) and isinstance(stream, Stream) and pool == "pool"
+            yield
+            if pretended.fails:
+                raise RuntimeError(pretended.fails)
+
+        for name, value in {"CUDAGraph": Graph, "Event": Event, "Stream": Stream, "graph": capturing,
+                            "graph_pool_handle": lambda: "pool", "current_stream": lambda: "current",
+                            "stream": contextlib.nullcontext, "synchronize": lambda: None, "memory_allocated": lambda: 100,
+                            "max_memory_allocated": lambda: 175, "reset_peak_memory_stats": lambda: None}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_graph_is_divided_by_its_sets_and_memory_by_nothing(monkeypatch):
+    pretended, calls = Pretended(), []
+    pretended.install(monkeypatch)
+    found = timing.measure({"a": (calls.append, [(1,), (2,), (3,)])}, "cuda", rounds=5)["a"]
+    assert calls == [1, 1, 1, 2, 3]  # warmed up twice, then captured once with every set
+    assert math.isclose(found.seconds, 0.001) and found.spread < 1e-9 and found.extra_bytes == 75 and found.note == ""
+    assert pretended.replayed == 1 + 2 + 5 * round(timing.SAMPLE_SECONDS / 0.003)
+
+
+def test_what_cannot_be_captured_is_called_plainly_and_says_so(monkeypatch):
+    pretended = Pretended()
+    pretended.install(monkeypatch, fails="CUDA error: operation not permitted when stream is capturing")
+
+    def call(_):
+        pretended.now += 0.002
+    found = timing.measure({"a": (call, [(1,), (2,)])}, "cuda", rounds=3)["a"]
+    assert math.isclose(found.seconds, 0.002) and "plain calls" in found.note
+    pretended.install(monkeypatch, fails="an error of another kind")
+    with pytest.raises(RuntimeError, match="another kind"):
+        timing.measure({"a": (call, [(1,), (2,)])}, "cuda", rounds=3)
+
+
+def test_there_are_more_sets_than_a_cache_holds():
+    made = timing.enough_sets(lambda: [torch.empty(2**22)], "cuda")  # 16 MiB
+    assert len(made) == timing.CACHE_BYTES // 2**24 == 8
+    assert len(timing.enough_sets(lambda: [torch.empty(2**20, device="meta")], "cpu")) == timing.SETS
+    assert len(timing.enough_sets(lambda: [torch.empty(16)], "cuda")) == timing.MOST_SETS
+
+
+def test_every_case_is_one_that_our_kernels_take():
+    for case in kernel_bench.CASES:
+        assert case.D in kernels.attention_kernels.HEAD_DIMS and case.H % case.K == 0 and case.S >= case.T
+        assert case.T == case.S or case.T == 1
+    assert replace(TINY[1], B=8).shape == "8, 32, 4/2, 32"
