@@ -1,16 +1,20 @@
 """Ours beside the peers: what an operation costs, as ratios -> a table on screen and results/NAME.json.
 
-    python bench.py memory                    # peak memory of opening a sharded checkpoint of 2 GiB
-    python bench.py memory --gib=0.5          # a smaller one; needs as much free disk in the folder for temporary files
+    python bench.py memory                    # what training fits on which GPU, and the plan beside a measured run
+    python bench.py opening                   # peak memory of opening a sharded checkpoint of 2 GiB
+    python bench.py opening --gib=0.5         # a smaller one; needs as much free disk in the folder for temporary files
     python bench.py units                     # speech -> units, in times real time, beside transformers' HubertModel
     python bench.py hubert                    # what the parts of our HuBERT cost on a CPU, and their alternatives
     python bench.py long                      # peak memory of encoding recordings of two minutes and of an hour
     python bench.py chunking long.wav         # units of long recordings in pieces against those of the whole
     python bench.py loader                    # batches for training, beside a reader of JSON lines; 220 MB of temporary files
+    python bench.py train                     # training steps, beside transformers' model in a plain loop
     python bench.py attention                 # our kernels beside PyTorch's, cuDNN's and FlexAttention; needs a CUDA GPU
     python bench.py cross_entropy             # our loss, fused with the head and alone, beside eager and compiled; needs a GPU
 
-memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
+memory: see bench_memory.py.
+
+opening: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
 and its figure is the highest resident memory during the opening, less what the process held before, over the size of the
 opened model. Pages of mapped files count: they are memory while they are mapped.
 
@@ -29,6 +33,8 @@ whole and in pieces; the share of frames that get another unit, and the most tha
 
 loader: batches of 64 windows of 1024 from four made-up shards of 12 million units, documents of 100 to 500, on one core. The peer
 reads slamkit's JSON lines of the same documents in their order, makes ids and cuts windows. Taking turns; medians of 20 batches.
+
+train: see bench_training.py.
 
 attention, cross_entropy: see kernels/bench.py; last come geometric means over each peer and the shapes on which ours loses.
 """
@@ -60,6 +66,8 @@ import hubert_units
 import pretrained
 import twist
 import unit_files
+from bench_memory import bench_memory, resident
+from bench_training import bench_train
 from hubert import Hubert, HubertConfig, load_hubert
 from kernels.bench import bench_attention, bench_cross_entropy
 from loader import UnitLoader
@@ -70,21 +78,14 @@ from model import Transformer, TransformerConfig
 class BenchConfig:
     what: tuple[str, ...] = ()  # which benchmark, and for chunking recordings
     out: str = "results"  # folder for the JSON file
-    gib: float = 2.0  # memory: size of the model in float32
-    shards: int = 4  # memory: files it is divided into
-    repeats: int = 5  # units, hubert, loader: times that each way is measured; attention, cross_entropy: at least 20 on a GPU
-    device: str | None = None  # cpu | cuda, of units (none: cpu), attention and cross_entropy (none: cuda)
+    gib: float = 2.0  # opening: size of the model in float32
+    shards: int = 4  # opening: files it is divided into
+    repeats: int = 5  # units, hubert, loader, train: times each way is measured; attention, cross_entropy: at least 20 on a GPU
+    device: str | None = None  # cpu | cuda, of units and train (none: cpu), attention and cross_entropy (none: cuda)
+    compile: bool = False  # train: also compiled steps on a CPU
 
 
-# ---------------------------------------------------------------------------------------------- memory
-
-def resident(key):
-    """VmRSS (now) or VmHWM (highest so far) of this process, bytes."""
-    for line in open("/proc/self/status"):
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"the system does not say {key}; bench.py memory needs Linux")
-
+# ---------------------------------------------------------------------------------------------- opening
 
 def open_all_at_once(folder):
     """The plain way, as a yardstick: every tensor read and converted, then copied into a model that was built before."""
@@ -136,13 +137,13 @@ def write_large_model(folder, options, dtype, kind):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def bench_memory(options):
+def bench_opening(options):
     """Rows of (stored as, opened by, GiB of the model, peak / size)."""
     rows = []
     openers = [how for how in OPENERS if how != "transformers" or importlib.util.find_spec("transformers")]
     stored = (("float32 safetensors", torch.float32, "safetensors"), ("float16 safetensors", torch.float16, "safetensors"),
               ("float16 bin", torch.float16, "bin"))
-    for name, dtype, kind in tqdm(stored, desc="memory", disable=None):
+    for name, dtype, kind in tqdm(stored, desc="opening", disable=None):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "model"
             parameters = write_large_model(folder, options, dtype, kind)
@@ -371,7 +372,8 @@ def bench_loader(options):
 
 
 BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cross_entropy": bench_cross_entropy,
-              "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory, "units": bench_units}
+              "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory,
+              "opening": bench_opening, "train": bench_train, "units": bench_units}
 OF_GPUS = ("attention", "cross_entropy")  # measured on one; on a CPU they are only rehearsed
 
 

@@ -3,18 +3,21 @@
     python bench.py memory
 
 fits: for each size, GPU memory, number of processes and optimizer, the state (weights, gradients, optimizer, copies) and the most
-rows of 1024 ids in a forward of one process, for each way of recomputing; 0: not even one. bfloat16, 500 units. One process takes
-several forwards an update, several processes one each; they are spread as --parallel=auto spreads them, 64 as 8 nodes of 8. GB are
-10^9 bytes. A card sold as 80 GB holds 80 * 2^30 bytes, 7 % more; the difference is left to CUDA, NCCL and gaps.
+rows of 1024 ids in a forward of one process, for each way of recomputing; 0: not even one. bfloat16, 500 units. One process
+takes several forwards an update, several processes one each; they are spread as --parallel=auto spreads them, 64 as 8 nodes of
+8. GB are 10^9 bytes. A card sold as 80 GB holds 80 * 2^30 bytes, 7 % more; the difference is left to CUDA, NCCL and gaps.
 
 measured: two updates of two forwards each of a model of 25 million parameters on the CPU, in a fresh process: highest resident
-memory less what the process held before the model, beside the plan's total.
+memory less what the process held before the model, beside the plan's total. The C library is told to give freed memory back to
+the system at once (MALLOC_MMAP_THRESHOLD_); left alone it keeps some of it, and the process is larger than what it uses.
 """
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import types
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -38,7 +41,7 @@ SIZES = {
 GPUS = (24, 40, 80, 141)  # GB
 WORLDS = (1, 8, 64)
 T, MOST_ROWS = 1024, 1024
-SMALL = TransformerConfig(**OPT, block_size=512, n_layer=8, n_head=8, n_kv_head=8, n_embd=512, n_inner=2048)
+SMALL = TransformerConfig(**OPT, block_size=256, n_layer=8, n_head=8, n_kv_head=8, n_embd=512, n_inner=2048)
 SMALL_ROWS, SMALL_PIECES = 4, 2
 
 
@@ -118,14 +121,27 @@ def train_small(optimizer, recompute, dtype):
     return resident("VmHWM") - before
 
 
+@contextmanager
+def returning_memory():
+    """Processes that start in here give freed blocks of 64 KB and more back to the system."""
+    before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    try:
+        yield
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        if before is not None:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = before
+
+
 def measured():
     """Rows of (optimizer, recompute, dtype, plan and measurement in MB, measured / planned)."""
     rows = []
-    runs = [*itertools.product(memory.STATES, memory.RECOMPUTE, (torch.float32, torch.bfloat16))]
-    for optimizer, recompute, dtype in tqdm(runs, desc="measured", disable=None):
+    modes = ("adamw", torch.float32), ("adamw", torch.bfloat16), ("split", torch.bfloat16)
+    for (optimizer, dtype), recompute in tqdm([*itertools.product(modes, memory.RECOMPUTE)], desc="measured", disable=None):
         plan = memory.plan(SMALL, parallel="none", shard=1, micro_rows=SMALL_ROWS, block_size=SMALL.block_size, dtype=dtype,
                            optimizer=optimizer, recompute=recompute, pieces=SMALL_PIECES)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with returning_memory(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             peak = pool.submit(train_small, optimizer, recompute, dtype).result()
         rows.append({"optimizer": optimizer, "recompute": recompute, "dtype": str(dtype).removeprefix("torch."),
                      "parameters": plan.parameters, "planned_mb": round(plan.total / 1e6), "measured_mb": round(peak / 1e6),

@@ -55,6 +55,10 @@ class Dist:
             torch_distributed.all_reduce(total)
         return total.item() if len(values) == 1 else total.tolist()
 
+    def each(self, value):
+        """The values of all processes, as a list of floats."""
+        return self.sum(*(value if rank == self.rank else 0 for rank in range(self.world))) if self.world > 1 else [float(value)]
+
     def mean(self, value):
         """Mean over the processes of a number or scalar tensor, as float."""
         return self.sum(value) / self.world
@@ -130,8 +134,8 @@ def make_mesh(parallel, shard_size, dist):
     return init_device_mesh(kind, (dist.world // shard_size, shard_size), mesh_dim_names=("copies", "shard"))
 
 
-def spread(model, dist, parallel, compute_dtype, shard_size=0, reshard=True, compiled=False):
-    """A model on the meta device -> the same, in place, laid out over the processes with memory that is still to be filled.
+def lay_out(model, dist, parallel, compute_dtype, shard_size=0, reshard=True, compiled=False):
+    """A model on the meta device -> the same, laid out over the processes; model.to_empty() then gives each its memory.
 
     Args:
         parallel: none | ddp | fsdp | hsdp. compute_dtype: of matrix products under fsdp and hsdp; weights stay as they are.
@@ -148,12 +152,12 @@ def spread(model, dist, parallel, compute_dtype, shard_size=0, reshard=True, com
         for block in model.h:
             fully_shard(block, **options)
         fully_shard(model, **options)
-    return model.to_empty(device=dist.device)
+    return model
 
 
 @torch.no_grad()
 def fill(model, tensors):
-    """Copy (name, whole tensor) pairs into a model that spread() laid out; each process keeps its part of each.
+    """Copy (name, whole tensor) pairs into a model that is laid out and has its memory; each process keeps its part of each.
 
     Raises: ValueError for a tensor that is missing, unknown or of another shape.
     """
@@ -199,7 +203,8 @@ def wrap(model, dist, parallel):
     """A filled model -> what train.py calls: its backward averages gradients over the processes."""
     if parallel != "ddp":
         return model
-    return DistributedDataParallel(model, device_ids=[dist.device.index] if dist.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[dist.device.index] if dist.device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)  # not a second copy of the gradients
 
 
 def unwrap(model):
@@ -207,9 +212,10 @@ def unwrap(model):
 
 
 def sync_gradients(model, on):
-    """Context of one micro-batch; only the last of a step needs its gradients averaged over the processes."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+    """Context of one micro-batch; under DDP only the last of a step needs its gradients averaged over the processes.
+
+    FSDP averages every piece's: gradients that wait would wait whole, 4 bytes for every parameter of the model.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else nullcontext()
 
 

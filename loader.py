@@ -236,3 +236,14 @@ class Mixture:
                  for loader, rows, begin in zip(self.loaders, here, self.bounds) if len(rows)]
         back = torch.from_numpy(np.argsort(np.concatenate(here)))
         return Batch(*(None if tensors[0] is None else torch.cat(tensors)[back] for tensors in zip(*parts)))
+
+
+def mixed(loaders, weights, batch):
+    """One loader, or the Mixture of several. weights: a number for each, as text; none: by their sizes."""
+    if len(loaders) == 1:
+        return loaders[0]
+    try:
+        numbers = [float(weight) for weight in weights] or [loader.windows for loader in loaders]
+    except ValueError:
+        raise ValueError(f"--data-weights={','.join(weights)}: expected numbers") from None
+    return Mixture(loaders, numbers, batch)

@@ -1,10 +1,9 @@
 """What training takes: a plan of every process's memory before anything is allocated.
 
     weights      4 bytes a parameter (adamw), 2 (split); under fsdp and hsdp a process's share of each tensor's rows
-    gradients    as the weights
+    gradients    as the weights; ddp's buckets are the gradients themselves
     optimizer    8 bytes a parameter (adamw), 10 (split); shared as the weights are
     copies       fsdp, hsdp: gathered blocks, and gradients on their way to the processes that own them
-                 ddp: the buckets in which gradients are averaged
                  otherwise in bfloat16 from float32 weights: autocast's bfloat16 copy of every matrix
     activations  what backward needs of all blocks
     working      what comes and goes: logits, loss, backward through one block
@@ -15,9 +14,9 @@ what a block keeps, whatever --recompute says, and the rest is the working memor
 
 The peak of an update is the start of the last backward (all activations, and gradients of the forwards before it) or, when one
 forward is the whole update, its end (all gradients) if that is more. Not counted: the libraries themselves (CUDA, NCCL), what the
-allocator loses in gaps, and masks that PyTorch's attention makes of ALiBi and documents where our kernels do not run. Needed
-less, by what was not counted: a compiled block keeps less than an eager one, and our fused loss on GPUs never holds all logits,
-which matters for vocabularies of text alone.
+allocator loses in gaps, buffers inside operators, and masks that PyTorch's attention makes of ALiBi and documents where our
+kernels do not run. On the other side a compiled block keeps less than an eager one, and our fused loss on GPUs never holds all
+logits, which matters for vocabularies of text alone.
 
 Source: ZeRO, Rajbhandari et al. 2020 (arXiv 1910.02054), section 3: where the memory goes.
 """
@@ -111,8 +110,9 @@ def simulate(config, rows, T, weights, compute, recompute):
 def activations(config, rows, T, weights, compute, recompute):
     """(bytes that a block keeps, bytes of working memory) for rows of T ids; dtypes as in simulate()."""
     position = "learned" if config.position == "alibi" else config.position  # ALiBi keeps no more, with our kernels
-    two, three = (simulate(dataclasses.replace(config, n_layer=blocks, block_size=T, position=position), rows, T, weights, compute,
-                           recompute) for blocks in (2, 3))
+    config = dataclasses.replace(config, block_size=T, position=position)
+    two, three = (simulate(dataclasses.replace(config, n_layer=blocks), rows, T, weights, compute, recompute)
+                  for blocks in (2, 3))
     return three - two, two - 2 * (three - two)
 
 
@@ -139,9 +139,9 @@ def plan(config, *, parallel, shard, micro_rows, block_size, dtype, optimizer, r
     weights = dtype if shared else {4: torch.float32, 2: torch.bfloat16}[weight]
     compute = dtype if weights == torch.float32 else weights
     kept, working = activations(config, micro_rows, block_size, weights, compute, recompute)
-    copies = gradient * parameters if parallel == "ddp" else 0
+    copies = 0
     if shared:
-        copies = gathered(parameters, block, config.n_layer, dtype.itemsize, reshard, pieces)
+        copies = gathered(parameters, block, config.n_layer, dtype.itemsize, reshard)
     elif weights != compute:  # autocast's copies live as long as a forward and its backward
         cast = [2 * count(m for m in module.modules() if isinstance(m, nn.Linear)) for module in (model.h[0], model)]
         head = 2 * model.wte.weight.numel() if model.lm_head is None else 0
@@ -150,13 +150,12 @@ def plan(config, *, parallel, shard, micro_rows, block_size, dtype, optimizer, r
     return Plan(parameters, weight * mine, gradient * mine, state * mine, copies, config.n_layer * kept, working, pieces)
 
 
-def gathered(parameters, block, blocks, size, reshard, pieces):
+def gathered(parameters, block, blocks, size, reshard):
     """Bytes that FSDP2 holds of other processes' shares; size: bytes a number of the gathered weights."""
     outside = parameters - blocks * block  # tables, last norm, head: gathered from the first forward to the last backward
     together = 2 if reshard else blocks  # the block at work and the next, which is already on its way
     weights = size * (outside + (together + 1) * block)  # + 1: it travels in one piece and is copied out of that
-    reduction = (size + 4) * block  # the whole gradient of a block, and the float32 copy that is summed over the processes
-    return weights + reduction + (4 * parameters if pieces > 1 else 0)  # whole, in float32, until the last forward
+    return weights + (size + 4) * block  # the whole gradient of a block, and the float32 copy that is summed over the processes
 
 
 def table(config, options, parallel, world, micro_rows, dtype):

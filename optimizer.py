@@ -42,7 +42,10 @@ def build(model, options, lows=None):
     """
     if options.optimizer not in KINDS:
         raise ValueError(f"--optimizer={options.optimizer}: expected one of {', '.join(KINDS)}")
-    parameters = dict(model.named_parameters())
+    parameters = dict(getattr(model, "module", model).named_parameters())  # the names inside DistributedDataParallel
+    unknown = set(lows or {}) - set(parameters)
+    if unknown:
+        raise ValueError(f"low bits for a weight that is not in the model: no weight is called {min(unknown)}")
     groups = [{"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": options.weight_decay},
               {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0}]
     common = dict(lr=options.peak_lr, betas=(0.9, options.beta_2), eps=1e-8)

@@ -92,6 +92,21 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
     return files, new_units
 
 
+def load_voice(tokenizer, vocoder, vocab, kmeans=None, layer=None, pad=None):
+    """(UnitEncoder, Vocoder) that fit each other and the units of a speech LM; vocab None: whatever units.
+
+    Raises: ValueError where their recipes differ.
+    """
+    recipe = vocab.recipe if vocab else None
+    encoder = load_unit_encoder(tokenizer, kmeans, layer, pad=(recipe or {}).get("pad", 0) if pad is None else pad)
+    spoken = load_vocoder(vocoder)
+    if spoken.recipe:
+        data.check_recipe(spoken.recipe, encoder.recipe, f"--vocoder={vocoder}")
+    if recipe:
+        data.check_recipe(recipe, encoder.recipe, "the speech LM")
+    return encoder, spoken
+
+
 def resynthesize(path, options, encoder, vocoder):
     units, _ = prepare_prompt(path, encoder, 0)
     file = Path(options.out) / f"{Path(path).stem}_resynth.wav"
@@ -108,20 +123,13 @@ def main(argv=None):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
-    pad = options.pad or 0
+    vocab = None
     if not options.resynth:
         slm, vocab = twist.load_speech_lm(options.model)
         slm.to(device)
-        if options.pad is None and vocab.recipe:
-            pad = vocab.recipe.get("pad", 0)
-    encoder = load_unit_encoder(options.tokenizer, options.kmeans, options.layer, pad=pad).to(device)
-    vocoder = load_vocoder(options.vocoder).to(device)
+    encoder, vocoder = load_voice(options.tokenizer, options.vocoder, vocab, options.kmeans, options.layer, options.pad)
+    encoder, vocoder = encoder.to(device), vocoder.to(device)
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
-    if vocoder.recipe:
-        data.check_recipe(vocoder.recipe, encoder.recipe, f"--vocoder={options.vocoder}")
-    if not options.resynth:
-        if vocab.recipe:
-            data.check_recipe(vocab.recipe, encoder.recipe, f"--model={options.model}")
     files, units, failed, begin = [], 0, 0, time.perf_counter()
     for path in tqdm(options.prompts, desc="speaking", unit="prompt", disable=None):
         try:

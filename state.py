@@ -1,6 +1,6 @@
 """The state of a run that a later start goes on from: step_NNNNNN/, whole or absent, for any number of processes.
 
-    step_000400/  shard-00001-model-...safetensors ...   one file a process: its parts of weights and optimizer, by name
+    step_000400/  shard-00001-model-...safetensors ...   files of each process: its parts of weights and optimizer, by name
                   state.json                             step, seconds, options, architecture, unit ids
     latest                                               the name of the newest complete step folder
 
@@ -28,6 +28,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 import checkpoint
 import distributed
 
+FILE_BYTES = 2**28  # of the whole tensors that go into one file of each process
+
 
 def named(model, optimizer):
     """{name: tensor or this process's part of it} of weights and optimizer."""
@@ -37,6 +39,15 @@ def named(model, optimizer):
         for slot, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{slot}"] = value
     return tensors
+
+
+def files(tensors):
+    """{name: number of its file}, from 1. A file is put together in memory before it is written, so a state is several."""
+    numbers, size = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + size // FILE_BYTES
+        size += tensor.numel() * tensor.element_size()
+    return numbers
 
 
 def step_folders(out):
@@ -64,7 +75,7 @@ def read(out):
 
 
 def load(out, model, optimizer, dist):
-    """Fill a spread model and its fresh optimizer from the newest state."""
+    """Fill a model that is laid out, and its fresh optimizer, from the newest state."""
     folder = latest(out)
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     for name, parameter in distributed.unwrap(model).named_parameters():
@@ -88,7 +99,7 @@ def load(out, model, optimizer, dist):
 class Saver:
     """Writes the states of a run.
 
-    Args: out: the run folder. keep: step folders that stay. asynchronous: write while training goes on, from a copy in CPU memory.
+    Args: out: the run folder. keep: step folders that stay. asynchronous: write while training goes on, from a copy.
     """
 
     def __init__(self, out, keep, asynchronous, dist):
@@ -126,8 +137,8 @@ class Saver:
         if self.dist.any(needed > room):
             raise OSError(f"no room for {temporary}: a state of this model takes {needed / 2**30:.2f} GiB; free some space (or "
                           "lower --keep) and go on with --init=resume")
-        options = dict(storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-                       no_dist=self.dist.world == 1)
+        writer = HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files(tensors), save_distributed=True)
+        options = dict(storage_writer=writer, no_dist=self.dist.world == 1)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # true of one process, and meant
             if self.asynchronous:

@@ -16,7 +16,6 @@ Source: TWIST (arXiv 2305.13009) section 3.
 """
 import dataclasses
 import math
-import os
 import signal
 import sys
 import time
@@ -38,10 +37,11 @@ import optimizer as optimizers
 import sample
 import state
 import twist
-from loader import PACKINGS, Mixture, UnitLoader
+from loader import PACKINGS, UnitLoader, mixed
 from model import TransformerConfig
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
+MOST_SPLIT_PIECES = 4  # forwards whose bfloat16 gradients are added up
 CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant", "cooldown"), "dtype": ("auto", "float32", "bfloat16"),
            "embedding": ("fresh", "matched", "truncate"), "packing": PACKINGS, "optimizer": ("adamw", "split"),
            "parallel": distributed.PARALLEL, "recompute": ("none", "selective", "full"), "compile": ("auto", "none", "blocks")}
@@ -145,8 +145,11 @@ def load_options(argv):
     """(options, whether to go on from a state). --init=resume starts from the options of the interrupted run."""
     options = config.load(TrainConfig, argv)
     saved = Path(options.out) / "config.toml"
+    if options.init != "resume" and (options.auto_resume or distributed.attempt() > 0):
+        found = state.latest(options.out) is not None
+        return dataclasses.replace(options, overwrite=options.overwrite or not found), found  # killed before its first state
     if options.init != "resume":
-        return options, (options.auto_resume or distributed.attempt() > 0) and state.latest(options.out) is not None
+        return options, False
     if not saved.is_file():
         raise FileNotFoundError(f"nothing to resume in {options.out}: it has no config.toml; start with --init=twist")
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if a.startswith("--") and not a.startswith("--init=")]
@@ -160,17 +163,8 @@ def shards_of(name, split):
 
 def open_data(options, vocab, train_shards, rows):
     """The loader of training batches of `rows` rows."""
-    loaders = [UnitLoader(shards, vocab, options.block_size, rows, options.seed, packing=options.packing,
-                          fraction=options.data_fraction) for shards in train_shards]
-    if len(loaders) == 1:
-        return loaders[0]
-    if options.data_weights and len(options.data_weights) != len(loaders):
-        raise ValueError(f"--data-weights has {len(options.data_weights)} numbers for {len(loaders)} folders; give one each")
-    try:
-        weights = [float(weight) for weight in options.data_weights] or [loader.windows for loader in loaders]
-    except ValueError:
-        raise ValueError(f"--data-weights={','.join(options.data_weights)}: expected numbers") from None
-    return Mixture(loaders, weights, rows)
+    return mixed([UnitLoader(shards, vocab, options.block_size, rows, options.seed, packing=options.packing,
+                             fraction=options.data_fraction) for shards in train_shards], options.data_weights, rows)
 
 
 def split_batch(options, dist):
@@ -182,6 +176,9 @@ def split_batch(options, dist):
     micro = options.micro_batch or rows
     if rows % micro:
         raise ValueError(f"--micro-batch={micro} must divide the {rows} rows that each process takes per update")
+    if options.optimizer == "split" and rows // micro > MOST_SPLIT_PIECES:
+        raise ValueError(f"--optimizer=split adds gradients up in bfloat16, which loses them after {MOST_SPLIT_PIECES} forwards; "
+                         f"{rows // micro} are asked for: raise --micro-batch, or take --optimizer=adamw")
     return rows, micro
 
 
@@ -243,21 +240,16 @@ def compute_dtype(options, dist):
     return torch.bfloat16 if on else torch.float32
 
 
-def speaker(options, vocab, dist):
-    """A function (model, step) that writes spoken continuations of the prompts to --out/samples; all processes call it."""
-    encoder = sample.load_unit_encoder(options.tokenizer, pad=(vocab.recipe or {}).get("pad", 0))
-    vocoder = sample.load_vocoder(options.vocoder)
-    if vocab.recipe:
-        data.check_recipe(vocab.recipe, encoder.recipe, f"--tokenizer={options.tokenizer}")
-
-    def speak(model, step):
-        model.eval()
-        spoken = sample.SampleConfig(out=str(Path(options.out) / "samples" / f"step_{step:06d}"), seed=options.seed)
-        with distributed.autocast(model, dist, compute_dtype(options, dist)):
-            for prompt in options.prompts:
-                sample.continue_prompt(prompt, spoken, encoder, vocoder, distributed.unwrap(model), vocab, write=dist.is_main)
-        model.train()
-    return speak
+@torch.no_grad()
+def speak(voice, model, step, options, vocab, dist):
+    """Spoken continuations of --prompts into --out/samples; all processes call it, because under FSDP all have a part."""
+    model.eval()
+    out = str(Path(options.out) / "samples" / f"step_{step:06d}")
+    spoken = sample.SampleConfig(out=out, seed=options.seed)
+    with distributed.autocast(model, dist, compute_dtype(options, dist)):
+        for prompt in options.prompts:
+            sample.continue_prompt(prompt, spoken, *voice, distributed.unwrap(model), vocab, write=dist.is_main)
+    model.train()
 
 
 @contextmanager
@@ -288,7 +280,7 @@ class Facts:
     flops_per_unit: float
 
 
-def train(model, optimizer, loader, val_loader, saver, log, speak, facts, options, dist, say):
+def train(model, optimizer, loader, val_loader, saver, log, voice, facts, options, dist, say):
     """Updates from facts.first on; returns (steps done, last validation loss, seconds of training so far)."""
     bar = tqdm(total=options.steps, initial=facts.first, unit="step", disable=None if dist.is_main else True)
     started, bad, step = time.perf_counter() - facts.seconds, 0, facts.first
@@ -329,8 +321,8 @@ def train(model, optimizer, loader, val_loader, saver, log, speak, facts, option
                 save(needed=last)  # before the evaluation, which may run out of memory
             if step % options.eval_interval == 0 or last:
                 row["val_loss"] = val_loss = evaluate(model, val_loader, options, dist)
-            if speak and (step % options.sample_interval == 0 or last):
-                speak(model, step)
+            if voice and (step % options.sample_interval == 0 or last):
+                speak(voice, model, step, options, facts.vocab, dist)
             if step % options.log_interval == 0 or "val_loss" in row:
                 if peak:
                     row["mfu"] = round(100 * speed * facts.flops_per_unit / (peak * dist.world), 2)
@@ -353,26 +345,26 @@ def rounded(model, tensors, low):
         yield name, high
 
 
-def build(start, options, parallel, dist):
-    """(model, optimizer) laid out over the processes; start: (name, tensor) pairs, None where a state will fill them."""
-    model_config, tensors = start
+def lay_out(model_config, options, parallel, dist):
+    """The model, laid out over the processes, without memory."""
     model = twist.empty(model_config).train()
     for block in model.h:
         block.recompute = options.recompute
     compiled = options.compile == "blocks" or (options.compile == "auto" and dist.device.type == "cuda")
-    split = options.optimizer == "split"
-    model = distributed.spread(model.bfloat16() if split else model, dist, parallel, compute_dtype(options, dist),
-                               options.shard_size, options.reshard, compiled)
-    low = {}
+    return distributed.lay_out(model.bfloat16() if options.optimizer == "split" else model, dist, parallel,
+                               compute_dtype(options, dist), options.shard_size, options.reshard, compiled)
+
+
+def build(model, tensors, options, parallel, dist):
+    """(model, optimizer), filled with (name, tensor) pairs; tensors None: a state will fill them."""
+    model, low = model.to_empty(device=dist.device), {}
     if tensors is not None:
-        distributed.fill(model, rounded(model, tensors, low) if split else tensors)
+        distributed.fill(model, rounded(model, tensors, low) if options.optimizer == "split" else tensors)
     model = distributed.wrap(model, dist, parallel)
     return model, optimizers.build(model, options, low)
 
 
-def main(argv=None):
-    options, resuming = load_options(argv)
-    dist = distributed.setup(options.device)
+def run(options, resuming, dist):
     say = print if dist.is_main else lambda *_: None
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -409,11 +401,14 @@ def main(argv=None):
         f"{options.units_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}; "
         f"{parallel if parallel != 'none' else 'one process'}")
     say(kernels.explain(dist.device.type, compute_dtype(options, dist), model_config.head_dim))
+    model = lay_out(model_config, options, parallel, dist)
     if options.dry_run:
+        mine = dist.each(sum(distributed.mine(parameter).numel() for parameter in model.parameters()))
+        say(f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}")
         say(memory.table(model_config, options, parallel, dist.world, micro, compute_dtype(options, dist)))
         return
 
-    model, optimizer = build((model_config, tensors), options, parallel, dist)
+    model, optimizer = build(model, tensors, options, parallel, dist)
     saver = state.Saver(out, options.keep, options.async_save, dist)
     if resuming:
         state.load(out, model, optimizer, dist)
@@ -422,10 +417,11 @@ def main(argv=None):
     if dist.is_main:
         checkpoint.write_text(out / "config.toml", config.to_toml(dataclasses.replace(options, overwrite=False)))
     log = logs.Log(out, facts.first, dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options))
-    speak = speaker(options, vocab, dist) if options.sample_interval else None
+    voice = sample.load_voice(options.tokenizer, options.vocoder, vocab) if options.sample_interval else None
 
-    step, val_loss, seconds = train(model, optimizer, loader, val_loader, saver, log, speak, facts, options, dist, say)
+    step, val_loss, seconds = train(model, optimizer, loader, val_loader, saver, log, voice, facts, options, dist, say)
     log.close()
+    memories = dist.each(logs.memory_gb(dist.device))  # before rank 0 collects the whole model
     if step < options.steps:
         say(f"stopped at step {step} of {options.steps}; go on with: python train.py --init=resume --out={out}")
     else:
@@ -435,9 +431,17 @@ def main(argv=None):
         dist.barrier()
         units = step * options.units_per_step
         say(f"validation loss {val_loss:.4f} nats per unit, perplexity {math.exp(val_loss):.3f}, {step} steps in {seconds:.0f} s")
-        say(f"cost: {dist.world * seconds / 3600:.3f} {'GPU' if dist.device.type == 'cuda' else 'process'}-hours for {units:,} units, "
+        unit = "GPU" if dist.device.type == "cuda" else "process"
+        say(f"cost: {dist.world * seconds / 3600:.3f} {unit}-hours for {units:,} units, "
             f"{units / facts.units_per_second_of_speech / 3600:.1f} hours of speech")
+        say(f"most memory held by the processes, GB: {', '.join(f'{most:.2f}' for most in memories)}")
         say(f"listen: python sample.py pocket/prompt.wav --model={out / 'model'}")
+
+
+def main(argv=None):
+    options, resuming = load_options(argv)
+    dist = distributed.setup(options.device)
+    run(options, resuming, dist)  # a model that outlived the process group would wait for it forever
     distributed.cleanup()
 
 

@@ -17,7 +17,8 @@ import twist
 from conftest import TINY
 
 ROOT = Path(checkpoint.__file__).parent
-WAYS = {"2 x ddp": (2, "--parallel=ddp"), "2 x fsdp": (2, "--parallel=fsdp"), "4 x hsdp": (4, "--parallel=hsdp", "--shard-size=2")}
+WAYS = {"2 x ddp": (2, "--parallel=ddp"), "2 x fsdp": (2, "--parallel=fsdp"),
+        "4 x hsdp": (4, "--parallel=hsdp", "--shard-size=2")}
 
 
 def torchrun(processes, arguments, *launcher):

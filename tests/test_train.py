@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -215,3 +216,52 @@ def test_validation_is_the_same_for_any_number_of_rows_per_forward(tiny_world):
 
 def test_the_environment_of_a_launcher_is_not_needed():
     assert "RANK" not in os.environ
+
+
+def test_several_corpora_are_mixed_and_a_fraction_is_a_part(tiny_world, train_arguments, tmp_path, capsys):
+    both = f"{tiny_world}/train,{tiny_world}/val"
+    train.main(["--init=cold", *train_arguments, f"--data={both}", "--data-weights=3,1", "--steps=3"])
+    whole = capsys.readouterr().out
+    train.main(["--init=cold", *train_arguments, "--data-fraction=0.3", "--steps=3", f"--out={tmp_path}/part"])
+    part = capsys.readouterr().out
+    ids = [int(re.search(r"([\d,]+) ids of", text)[1].replace(",", "")) for text in (whole, part)]
+    assert ids[1] < ids[0] / 2
+    for weights in ("1", "a,b", "1,-1"):
+        with pytest.raises(ValueError, match="weight|numbers"):
+            train.main(["--init=cold", *train_arguments, f"--data={both}", f"--data-weights={weights}", f"--out={tmp_path}/none"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(train_arguments, tmp_path, capsys):
+    train.main(["--init=twist", *train_arguments, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "21,344" in said and "activations" in said and not (tmp_path / "run").exists()
+
+
+def test_prompts_are_continued_on_the_way(tmp_path):
+    train.main(["--init=twist", "--steps=2", "--units-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
+                "--schedule=cooldown", "--threads=1", f"--out={tmp_path}/run"])
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted((tmp_path / "run/samples").rglob("*.wav"))] == [
+        "run/samples/step_000001/prompt_0.wav", "run/samples/step_000002/prompt_0.wav"]
+    header = list(rows(tmp_path / "run")[1])
+    assert header == list(train.logs.COLUMNS)
+
+
+def test_a_full_disk_costs_no_training_until_the_end(train_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.state.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match="no room"):
+        train.main(["--init=twist", *train_arguments])
+    assert capsys.readouterr().out.count("state not saved") == 2  # steps 5 and 10
+    assert len(rows(tmp_path / "run")) == 12  # step 12 could not be saved
+
+
+def test_split_weights_are_not_asked_to_add_up_many_bfloat16_gradients(train_arguments):
+    with pytest.raises(ValueError, match="raise --micro-batch"):
+        train.main(["--init=cold", *train_arguments, "--optimizer=split", "--units-per-step=256", "--micro-batch=1"])
+
+
+def test_a_job_killed_before_its_first_state_starts_over_when_it_is_restarted(train_arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.csv").write_text("step\n0\n")
+    train.main(["--init=cold", *train_arguments, "--auto-resume"])
+    assert len(rows(tmp_path / "run")) == 13
