@@ -235,7 +235,8 @@ def row_of(shape, way, one, peer, flops, device):
     seconds, peak_flops = statistics.median(one.seconds), logs.peak_flops(torch.device(device))
     low, high = np.percentile(one.seconds, [25, 75])
     speed = shape.rows * shape.T / seconds
-    return row | {"ms": round(1000 * seconds, 1), "spread": round((high - low) / seconds, 3), "units_per_second": round(speed),
+    return row | {"ms": round(1000 * seconds, 1), "spread": round(float(high - low) / seconds, 3),
+                  "units_per_second": round(speed),
                   "tflops": round(speed * flops / 1e12, 3),
                   "mfu": round(100 * speed * flops / peak_flops, 1) if peak_flops else "-",
                   "over_peer": round(statistics.median(peer.seconds) / seconds, 3) if peer.seconds else "-",

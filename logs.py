@@ -65,14 +65,17 @@ class Log:
 
     def __init__(self, folder, first, on, tensorboard=False, wandb=None, options=None):
         self.file = self.board = self.run = None
+        self.step = first  # of the newest row
         if not on:
             return
         path = folder / "log.csv"
         rows = list(csv.DictReader(open(path, newline=""))) if path.exists() and first else []
+        rows = [row for row in rows if int(row["step"]) <= first]
+        self.step = int(rows[-1]["step"]) if rows else -1
         with open(f"{path}.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(row for row in rows if int(row["step"]) <= first)
+            writer.writerows(rows)
         os.replace(f"{path}.tmp", path)
         self.file = open(path, "a", newline="")
         try:

@@ -166,11 +166,13 @@ class Attention(nn.Module):
     def forward(self, x, table, slopes, document_starts, cache):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H | K | K, D)
+        turning, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)  # (B, T, H + K | K, D)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = turning.split([self.heads, self.kv_heads], dim=2)
+            turning = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
+            turning = rotate(turning, table)
+        q, k = turning.split([self.heads, self.kv_heads], dim=2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         return self.out(kernels.attention(q, k, v, alibi_slopes=slopes, document_starts=document_starts).reshape(B, T, -1))

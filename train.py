@@ -273,6 +273,7 @@ class Facts:
     model_config: TransformerConfig
     vocab: twist.UnitVocab
     first: int  # step to go on from
+    row: dict  # of the log at that step
     seconds: float  # of training before that
     micro: int  # rows per forward
     rows: int  # rows per update on one process
@@ -286,8 +287,8 @@ def train(model, optimizer, loader, val_loader, saver, log, voice, facts, option
     started, bad, step = time.perf_counter() - facts.seconds, 0, facts.first
     peak = logs.peak_flops(dist.device)
 
-    def save(needed):
-        settings = {"step": step, "seconds": time.perf_counter() - started, "options": dataclasses.asdict(options),
+    def save(row, needed):
+        settings = {"step": step, "seconds": time.perf_counter() - started, "row": row, "options": dataclasses.asdict(options),
                     "model": dataclasses.asdict(facts.model_config), "vocab": dataclasses.asdict(facts.vocab)}
         try:
             saver.save(model, optimizer, settings)
@@ -297,8 +298,11 @@ def train(model, optimizer, loader, val_loader, saver, log, voice, facts, option
             say(f"step {step}: state not saved: {error}")
 
     val_loss = evaluate(model, val_loader, options, dist)
-    if step == 0:
-        log.write({"step": 0, "val_loss": val_loss})
+    row = {"step": 0, "val_loss": val_loss}
+    if step:
+        row = facts.row | ({"val_loss": val_loss} if step % options.eval_interval == 0 else {})
+    if log.step < step or step == 0:  # a kill between state and log leaves the row to us
+        log.write(row)
     with stop_signals() as stop:
         while step < options.steps and not dist.any(stop):
             begin = time.perf_counter()
@@ -318,7 +322,7 @@ def train(model, optimizer, loader, val_loader, saver, log, voice, facts, option
             row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, units_per_second=round(speed))
             saver.settle(wait=False)
             if step % options.save_interval == 0 or last:
-                save(needed=last)  # before the evaluation, which may run out of memory
+                save(row, needed=last)  # before the evaluation, which may run out of memory
             if step % options.eval_interval == 0 or last:
                 row["val_loss"] = val_loss = evaluate(model, val_loader, options, dist)
             if voice and (step % options.sample_interval == 0 or last):
@@ -331,7 +335,7 @@ def train(model, optimizer, loader, val_loader, saver, log, voice, facts, option
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}")
             bar.update()
         if step < options.steps:
-            save(needed=True)
+            save(row, needed=True)
     saver.settle()
     bar.close()
     return step, val_loss, time.perf_counter() - started
@@ -382,7 +386,7 @@ def run(options, resuming, dist):
         found = state.read(out)
         model_config, vocab, tensors = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"]), None
     else:
-        found = {"step": 0, "seconds": 0.0}
+        found = {"step": 0, "seconds": 0.0, "row": {}}
         model_config, vocab, tensors = open_start(options, train_shards[0].recipe)
     if options.block_size > model_config.block_size:
         raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model_config.block_size}")
@@ -393,7 +397,7 @@ def run(options, resuming, dist):
     parameters = sum(parameter.numel() for parameter in twist.empty(model_config).parameters())
     parallel = distributed.choose_parallel(options.parallel, parameters, dist)
     hours = sum(shards.meta["hours"] for shards in train_shards)
-    facts = Facts(model_config, vocab, found["step"], found["seconds"], micro, rows,
+    facts = Facts(model_config, vocab, found["step"], found["row"], found["seconds"], micro, rows,
                   sum(shards.meta["units"] for shards in train_shards) / max(3600 * hours, 1e-9),
                   logs.flops_per_unit(model_config, parameters, options.block_size))
     say(f"{options.init}{' (resumed)' if resuming else ''}: {parameters:,} parameters; "
