@@ -1,6 +1,6 @@
 """What generated speech looks like in numbers: repetition, diversity, length; and the perplexity of its transcripts.
 
-    held-out document --first 3 s--> prompt --generate--> units --> auto-BLEU, distinct n-grams, lengths
+    held-out document --its beginning--> prompt --generate--> units --> auto-BLEU, distinct n-grams, lengths
     transcripts that the user brings --> the same over words, and GenPPL by a text LM (no speech recogniser in here)
 
 auto-BLEU(n) of one sequence is the share of its n-grams that occur in it more than once: babble that repeats itself is likely
@@ -23,6 +23,7 @@ import torch
 
 from model import generate
 
+ROWS = 128  # prompts that are continued together
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # letters and digits, with apostrophes inside
 
 
@@ -54,38 +55,38 @@ def describe(sequences):
 
 
 def prompts_of(shards, count, seconds):
-    """The first `seconds` of the first `count` documents, and what really follows: [(name, prompt (T,), rest)] in units."""
+    """How the first `count` documents that are long enough begin, and what follows there: [(name, prompt (T,), rest)] in units.
+
+    T is the same for all, so that they are continued together: the units of so many seconds at the folder's average rate.
+    """
+    total = shards.meta["hours"] * 3600
+    T = round(seconds * int(shards.lengths.sum()) / total) if total else 0
+    if T < 1:
+        raise ValueError(f"{shards.folder}: no unit is spoken in {seconds:g} s; raise --prompt-seconds, or give units of speech")
     found = []
-    for name, units, runs in shards:
-        frames = np.cumsum(runs)
-        T = int(np.searchsorted(frames, seconds * shards.recipe["frame_rate"], side="right"))
-        if 0 < T < len(units):
+    for i, name in enumerate(shards.each_name()):
+        if shards.lengths[i] > T and len(found) < count:
+            units, _ = shards.document(i)
             found.append((name, units[:T], units[T:]))
-        if len(found) == count:
-            break
     if not found:
-        raise ValueError(f"{shards.folder} has no document longer than the prompt of {seconds:g} s; lower --prompt-seconds")
+        raise ValueError(f"{shards.folder} has no document longer than a prompt of {T} units; lower --prompt-seconds")
     return found
 
 
 def continue_all(model, vocab, prompts, options):
-    """New units of each prompt (numpy arrays), prompts of one length together. options: temperature, top_k, ..., seed."""
-    device, results = model.wte.weight.device, {}
-    lengths = sorted({len(prompt) for _, prompt, _ in prompts})
-    bos = vocab.bos is not None
-    for T in lengths:
-        some = [i for i, (_, prompt, _) in enumerate(prompts) if len(prompt) == T]
-        ids = torch.stack([vocab.encode(prompts[i][1], bos=bos) for i in some]).to(device)
+    """New units of each prompt, a list of (n,) arrays. options: max_new_units, temperature, top_k, top_p, seed."""
+    device, results = model.wte.weight.device, []
+    generator = torch.Generator(device).manual_seed(options.seed)
+    for begin in range(0, len(prompts), ROWS):
+        ids = torch.stack([vocab.encode(prompt, bos=vocab.bos is not None) for _, prompt, _ in prompts[begin:begin + ROWS]])
         room = min(options.max_new_units, model.config.block_size - ids.shape[1])
         if room < 1:
-            raise ValueError(f"a prompt of {T} units fills the model's context of {model.config.block_size}; "
+            raise ValueError(f"prompts of {ids.shape[1]} units fill the model's context of {model.config.block_size}; "
                              "lower --prompt-seconds")
-        generator = torch.Generator(device).manual_seed(options.seed + T)
-        rows = generate(model, ids, room, options.temperature, options.top_k, options.top_p, generator, eos=vocab.eos,
+        rows = generate(model, ids.to(device), room, options.temperature, options.top_k, options.top_p, generator, eos=vocab.eos,
                         banned=vocab.banned)
-        for i, row in zip(some, rows[:, ids.shape[1]:].cpu()):
-            results[i] = vocab.decode(row).numpy()
-    return [results[i] for i in range(len(prompts))]
+        results += [vocab.decode(row).numpy() for row in rows[:, ids.shape[1]:].cpu()]
+    return results
 
 
 # ---------------------------------------------------------------------------------------------- transcripts

@@ -73,8 +73,8 @@ class EvalConfig:
     workers: int = 2  # threads that decode recordings ahead
     budget: int = 0  # tokens in one forward; 0: a default for the device
     device: str = "auto"  # auto | cpu | cuda
-    prompts: int = 40  # generation: number of held-out documents that are continued
-    prompt_seconds: float = 3.0  # generation: what the model hears of each
+    prompts: int = 100  # generation: number of held-out documents that are continued
+    prompt_seconds: float = 3.0  # generation: what the model hears of each, turned into units at the average rate
     max_new_units: int = 150  # generation: longest continuation
     temperature: float = 0.8  # generation: 0 takes the likeliest unit each time
     top_k: int | None = None  # generation: draw among the k likeliest units only
@@ -315,8 +315,8 @@ def run_generation(evaluation, folder):
         if texts[0][2] is None:
             token, scored = "byte", score_bytes(evaluation, [text for _, text, _, _ in texts])
         add("words", "model", {"sequences": len(texts), f"GenPPL per {token}": continuations.generation_perplexity(scored)})
-    return {"title": f"generation: {len(prompts)} prompts of {options.prompt_seconds:g} s from {folder}, temperature "
-                     f"{options.temperature:g}", "notes": notes, "rows": rows}
+    return {"title": f"generation: {len(prompts)} prompts of {len(prompts[0][1])} units ({options.prompt_seconds:g} s) from "
+                     f"{folder}, temperature {options.temperature:g}", "notes": notes, "rows": rows}
 
 
 def score_bytes(evaluation, texts):
