@@ -204,13 +204,12 @@ class Evaluation:
         return found
 
 
-@functools.cache
 def stamp(path):
     """Size and date of a file, or of the zip that it stands in: when they change, its units are computed again."""
     found = Path(path)
     while not found.exists():
         found = found.parent
-    return (found.stat().st_size, found.stat().st_mtime_ns) if found == Path(path) else stamp(str(found))
+    return found.stat().st_size, found.stat().st_mtime_ns
 
 
 # ---------------------------------------------------------------------------------------------- pairs

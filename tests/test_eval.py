@@ -648,7 +648,7 @@ def gold(root, rows, header=LEXICAL, kind="lexical"):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([("x", 1, "A", 3, "w", "p", 1, 1), ("y", 1, "B", "", "", "p", 1, 0)], "right one in voice A, its wrong one only in B; .*one voice"),
+    ([("x", 1, "A", 3, "w", "p", 1, 1), ("y", 1, "B", "", "", "p", 1, 0)], "voice A, its wrong one only in B; .*of one voice"),
     ([("x", 1, "A", 3, "w", "p", 1, 1)], "no wrong one at all"),
     ([("x", 1, "A", 3, "w", "p", 1, 1), ("y", 1, "A", 3, "w", "p", 1, 1)], "x both have correct=1|y and x both"),
     ([("x", 1, "A", 3, "w", "p", 1, "yes")], "correct='yes'"),
@@ -684,7 +684,8 @@ def test_units_and_model_of_different_recipes_are_refused(world, models):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--task=blimp"], "expected one of all, ppl"), (["--norm=max"], "expected one of mean, sum"),
-    (["--ties=2"], "--ties from 0"), (["--data=nowhere", "--task=swuggy"], "no such file or folder"), (["--tsak=ppl"], "did you mean --task"),
+    (["--ties=2"], "--ties from 0"),
+    (["--data=nowhere", "--task=swuggy"], "no such file or folder"), (["--tsak=ppl"], "did you mean --task"),
 ])
 def test_wrong_options_are_one_sentence(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
