@@ -6,6 +6,7 @@
     python bench.py hubert                    # what the parts of our HuBERT cost on a CPU, and their alternatives
     python bench.py long                      # peak memory of encoding recordings of two minutes and of an hour
     python bench.py chunking long.wav         # units of long recordings in pieces against those of the whole
+    python bench.py eval                      # pairs that eval.py scores in a second, beside a loop over single sequences
 
 memory: a LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process,
 and its figure is the highest resident memory during the opening, less what the process held before, over the size of the
@@ -20,6 +21,9 @@ hubert: the 25 Hz network on 10 s: its front end as PyTorch's convolutions, as p
 time, with plain and with packed weights; the network up to layer 11 with either.
 
 long: hubert_units.py with the pocket tokenizer on the prompt repeated in 44.1 kHz stereo FLAC, in a process of its own.
+
+eval: 10,000 pairs of random units, as long as words (0.4 to 1 s, 9 to 22 units) and sentences (1.5 to 3.5 s, 33 to 77 units), by
+the pocket speech LM on the CPU. The loop scores 400 of the pairs, one sequence in a forward. In turns; medians.
 
 chunking: the pocket tokenizer on the given recordings, joined and repeated to ten minutes (default: the pocket prompt), encoded
 whole and in pieces; the share of frames that get another unit, and the most that differ in any ten seconds.
@@ -44,7 +48,9 @@ from tqdm import tqdm
 import audio
 import checkpoint
 import config
+import distributed
 import hubert_units
+import likelihood
 import pretrained
 import twist
 from hubert import Hubert, HubertConfig, load_hubert
@@ -53,11 +59,11 @@ from model import Transformer, TransformerConfig
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = ()  # memory | units | hubert | long | chunking, and for chunking recordings
+    what: tuple[str, ...] = ()  # memory | units | hubert | long | eval | chunking, and for chunking recordings
     out: str = "results"  # folder for the JSON file
     gib: float = 2.0  # memory: size of the model in float32
     shards: int = 4  # memory: files it is divided into
-    repeats: int = 5  # units: times that each way is measured
+    repeats: int = 5  # units, hubert, eval: times that each way is measured
     device: str = "cpu"  # units: cpu | cuda
 
 
@@ -303,7 +309,46 @@ def bench_chunking(options):
     return rows
 
 
-BENCHMARKS = {"chunking": bench_chunking, "hubert": bench_hubert, "long": bench_long, "memory": bench_memory,
+# ---------------------------------------------------------------------------------------------- evaluation
+
+PAIRS, PART = 10_000, 400  # pairs that ours scores, and those of them that the loop does
+
+
+@torch.inference_mode()
+def one_by_one(model, rows):
+    """The plain way, as a yardstick: mean log-likelihood of each row, a forward each."""
+    scores = []
+    for row in rows:
+        log_probabilities = model(row[None, :-1])[0].log_softmax(-1)
+        scores.append(log_probabilities.gather(1, row[1:, None]).mean().item())
+    return scores
+
+
+def bench_eval(options):
+    """Rows of (length, pairs per second of ours and of the loop, their ratio, largest difference of a score)."""
+    model, vocab = twist.load_speech_lm()
+    alone, rows = distributed.Dist(0, 1, torch.device("cpu")), []
+    for name, (low, high) in {"words, 9 to 22 units": (9, 22), "sentences, 33 to 77 units": (33, 77)}.items():
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(low, high + 1, (2 * PAIRS,), generator=generator).tolist()
+        ids = [vocab.encode(torch.randint(vocab.num_units, (n,), generator=generator), bos=True) for n in lengths]
+        scores, part = {}, ids[:2 * PART]
+
+        def ours(ids=ids, scores=scores):
+            scores["ours"] = [values.mean() for values in likelihood.log_probabilities(model, ids, alone)]
+
+        def loop(part=part, scores=scores):
+            scores["loop"] = one_by_one(model, part)
+
+        seconds = side_by_side({"ours": ours, "loop": loop}, options.repeats, "cpu")
+        speed, loop_speed = PAIRS / seconds["ours"], PART / seconds["loop"]
+        rows.append({"length": name, "ours_pairs_per_second": round(speed, 1), "loop_pairs_per_second": round(loop_speed, 1),
+                     "ours_over_loop": round(speed / loop_speed, 2),
+                     "difference": float(f"{max(abs(a - b) for a, b in zip(scores['ours'], scores['loop'])):.1e}")})
+    return rows
+
+
+BENCHMARKS = {"chunking": bench_chunking, "eval": bench_eval, "hubert": bench_hubert, "long": bench_long, "memory": bench_memory,
               "units": bench_units}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-BUDGET = {"cpu": 2048, "cuda": 65_536}  # tokens of one forward pass, padding included
+BUDGET = {"cpu": 1024, "cuda": 65_536}  # tokens of one forward pass, padding included
 SMOOTHING = 0.1  # k: the count that every n-gram gets for nothing
 PIECE = 2**22  # units that are counted at a time
 
