@@ -293,15 +293,17 @@ def by_names(task, name, places, pairing, label=None, voices=False):
 
 def find_named(task, folders, root):
     """Benchmarks whose folder's name says what they are, and the recordings' names the pairs."""
-    groups = defaultdict(list)
+    groups, official = defaultdict(list), {kind for kind, _ in GOLD.values()}
     for folder, files in folders.items():
         wavs, around = wavs_of(files), [folder, *folder.parents]
         around = around[:around.index(Path(root)) + 1]  # the folder itself and those around it, up to --data
-        if not wavs or any(table in folders.get(place, ()) for place in around for table in ("gold.csv", "pairs.csv")):
+        tables = any(table in folders.get(place, ()) for place in around for table in ("gold.csv", "pairs.csv"))
+        if not wavs or tables or folder.parent.name in official:
             continue
-        place = next((place for place in around if names_task(
-            task, re.sub(r"\.zip$", "", place.resolve().name, flags=re.IGNORECASE))), None)
-        if place is not None:
+        named = ((place, known) for place in around for known in TASKS
+                 if names_task(known, re.sub(r"\.zip$", "", place.resolve().name, flags=re.IGNORECASE)))
+        place, known = next(named, (None, None))  # the innermost folder with a telling name decides
+        if known == task:
             groups[place].append((folder, "" if folder == place else folder.relative_to(place).as_posix(), wavs))
     found = []
     for place, places in groups.items():

@@ -230,6 +230,8 @@ def run_pairs(evaluation, benchmark):
     pairs, missing, sentence = benchmarks.complete_pairs(benchmark, usable)
     scores, lengths, notes = pair_scores.score(evaluation, pairs, shards)
     notes = [*([sentence] if sentence else []), *notes, *filter(None, [evaluation.counts[1]])]
+    if missing and shards.meta["failures"]:
+        notes.append(f"why recordings could not be encoded: {shards.folder}/failures.csv")
     if not evaluation.dist.is_main:
         return None
     if benchmark.row_order:
@@ -272,7 +274,7 @@ def run_perplexity(evaluation, folder):
         if seconds.sum():
             bits = accuracy.estimate([(nats / np.log(2), seconds[kept])], options.resamples, options.seed)
             rows.append(reports.row(name, "bits of speech", system, "per second", bits))
-        if system == "versus":
+        if system == "versus" and evaluation.main.bos == evaluation.lms["versus"].bos:  # else they score different units
             apart = accuracy.difference(scored["model"], scored["versus"], options.resamples, options.seed)
             rows.append(reports.row(name, "loss", "model - versus", "nats per unit", apart))
     notes = [*filter(None, [evaluation.counts[1]]), "bits per second count units, not how long each lasts"]

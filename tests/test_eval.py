@@ -356,6 +356,16 @@ def test_slamkit_layouts_are_paired_by_their_integers(tmp_path):
         ("binding", "1+x.wav"), ("binding", "3+x.wav"), ("binding", "11+x.wav")}  # numbered from 1 there
 
 
+def test_the_innermost_telling_folder_decides_whose_recordings_they_are(tmp_path):
+    write_table(tmp_path / "swuggy/lexical/dev/gold.csv", LEXICAL, [("x", 1, "A", 3, "w", "p", 1, 1),
+                                                                    ("y", 1, "A", "", "", "p", 1, 0)])
+    touch(tmp_path / "swuggy/lexical/test/0_z.wav")  # without a gold.csv, and of another split
+    for n, word in enumerate(("correct", "incorrect")):
+        touch(tmp_path / f"swuggy/tSC/{n}_a_{word}.wav")
+    assert [(found.task, found.name) for found in found_in(tmp_path / "swuggy", "all")] == [
+        ("swuggy", "swuggy/lexical/dev"), ("tstorycloze", "swuggy/tSC")]
+
+
 def test_multi_speaker_storycloze_has_a_voice_for_each_folder_and_text_is_left_alone(tmp_path):
     for speaker in ("anna", "ben"):
         for i in range(3):
