@@ -3,9 +3,9 @@
     ids (n,) -> log p(ids[i + 1] | ids[0 .. i]) for i = 0 .. n - 2, in nats
 
 Sequences are sorted by length and share a forward pass up to a budget of tokens, padded on the right: a causal model does not
-see what comes after, so each gets what it gets alone, up to the rounding of float32. A sequence longer than the model's window
-is scored in overlapping windows: the first window scores all its units, each later one only what the window before it did not
-reach, so that those have at least window - stride units of context.
+see what comes after, so each gets what it gets alone, up to the rounding of float32. Equal sequences are scored once, so they
+tie whatever the rounding. A sequence longer than the model's window is scored in overlapping windows: the first scores all its
+units, each later one only what the window before it did not reach, so that those have at least window - stride units of context.
 
 The n-gram models are what a language model must beat. p(b | a) = (count(a b) + k) / (count(a) + k V) with k = 0.1.
 
@@ -59,6 +59,9 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
         budget: tokens of one forward pass.
     Returns: list of (n - 1,) float64 arrays, nats; empty for fewer than 2 ids.
     """
+    different = {}  # ids as bytes: the sequence's number and itself
+    places = [different.setdefault(row.numpy().tobytes(), (len(different), row))[0] for row in rows]
+    rows = [row for _, row in different.values()]
     window, device = model.config.block_size, model.wte.weight.device
     stride = min(stride or max(1, window // 2), window)
     ends = np.cumsum([0] + [max(0, len(row) - 1) for row in rows])
@@ -73,12 +76,13 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
         for row, (i, begin, end, _) in zip(both, some):
             row[:end - begin + 1] = rows[i][begin:end + 1]
         both = both.to(device)
-        scored = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
-        for values, (i, begin, end, first) in zip(scored, some):
+        found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
+        for values, (i, begin, end, first) in zip(found, some):
             flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
         bar.update(len(some) * dist.world)
     bar.close()
-    return np.split(dist.sum(flat), ends[1:-1])
+    scored = np.split(dist.sum(flat), ends[1:-1])
+    return [scored[i] for i in places]
 
 
 # ---------------------------------------------------------------------------------------------- counting

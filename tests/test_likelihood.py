@@ -57,6 +57,16 @@ def test_batches_hold_each_sequence_once_within_the_budget():
     assert len(groups) < 40
 
 
+def test_equal_sequences_have_equal_bits_whatever_batch_they_would_fall_into(folder):
+    model, vocab = twist.load_speech_lm(folder)
+    rng = np.random.default_rng(4)
+    twin = vocab.encode(rng.integers(0, 20, 30), bos=True)
+    rows = [twin] + [vocab.encode(rng.integers(0, 20, n), bos=True) for n in (30, 31, 30, 35, 30)] + [twin.clone()] * 3
+    found = likelihood.log_probabilities(model, rows, ALONE, budget=70)
+    assert all(np.array_equal(found[0], found[i]) for i in (6, 7, 8))
+    assert [len(part) for part in found] == [len(row) - 1 for row in rows]
+
+
 def test_two_processes_share_the_work_and_both_have_all_of_it(folder):
     model, vocab = twist.load_speech_lm(folder)
     rng = np.random.default_rng(1)
