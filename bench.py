@@ -11,6 +11,7 @@
     python bench.py train                     # training steps, beside transformers' model in a plain loop
     python bench.py attention                 # our kernels beside PyTorch's, cuDNN's and FlexAttention; needs a CUDA GPU
     python bench.py cross_entropy             # our loss, fused with the head and alone, beside eager and compiled; needs a GPU
+    python bench.py eval                      # pairs that eval.py scores in a second, beside a loop over single sequences
 
 memory: see bench_memory.py.
 
@@ -34,7 +35,7 @@ whole and in pieces; the share of frames that get another unit, and the most tha
 loader: batches of 64 windows of 1024 from four made-up shards of 12 million units, documents of 100 to 500, on one core. The peer
 reads slamkit's JSON lines of the same documents in their order, makes ids and cuts windows. Taking turns; medians of 20 batches.
 
-train: see bench_training.py.
+train: see bench_training.py. eval: see bench_scoring.py.
 
 attention, cross_entropy: see kernels/bench.py; last come geometric means over each peer and the shapes on which ours loses.
 """
@@ -67,6 +68,7 @@ import pretrained
 import twist
 import unit_files
 from bench_memory import bench_memory, resident
+from bench_scoring import bench_eval
 from bench_training import bench_train
 from hubert import Hubert, HubertConfig, load_hubert
 from kernels.bench import bench_attention, bench_cross_entropy
@@ -372,7 +374,7 @@ def bench_loader(options):
 
 
 BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cross_entropy": bench_cross_entropy,
-              "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory,
+              "eval": bench_eval, "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory,
               "opening": bench_opening, "train": bench_train, "units": bench_units}
 OF_GPUS = ("attention", "cross_entropy")  # measured on one; on a CPU they are only rehearsed
 

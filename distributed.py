@@ -63,6 +63,14 @@ class Dist:
         """Mean over the processes of a number or scalar tensor, as float."""
         return self.sum(value) / self.world
 
+    def sum_array(self, array):
+        """Sum over the processes of a float64 NumPy array, on every process."""
+        if self.world == 1:
+            return array
+        total = torch.from_numpy(array).to(self.device)
+        torch_distributed.all_reduce(total)
+        return total.cpu().numpy()
+
     def any(self, flag):
         """True if the flag is set on any process: a signal reaches all, but not at the same moment."""
         return self.sum(float(bool(flag))) > 0

@@ -1,9 +1,9 @@
 """A soak of train.py: killed at random moments, one process or all, during saves too; the result must be that of one clean run.
 
-    one clean run of one process --> weights A
-    the same, on one process and on two by turns of the soak, kill -9 of one rank or of all, started again --> weights B
+    one clean run, of one process and of two --> weights A
+    the same, kill -9 of one rank or of all, started again, and so on --> weights B
 
-    A == B to the bit where one process ran, to 1e-6 where two did; every loss of the log likewise.
+    A == B to the bit on one process, to 1e-6 on two; every loss of the log likewise.
 
     python scripts/soak_training.py                          # ten kills on one process, ten on two; some minutes
     python scripts/soak_training.py --kills=2 --steps=60
@@ -95,16 +95,16 @@ def main(argv=None):
     options = config.load(SoakConfig, argv)
     work, rng = Path(options.work), random.Random(options.seed)
     shutil.rmtree(work, ignore_errors=True)
-    subprocess.run(command(1, work / "clean", options), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    clean, rows = checkpoint.read_tensors(work / "clean/model"), []
+    rows = []
     for processes in (1, 2):
-        out = work / f"killed_{processes}"
+        out, undisturbed = work / f"killed_{processes}", work / f"clean_{processes}"
+        subprocess.run(command(processes, undisturbed, options), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         moments = killed_run(processes, out, options, rng)
-        expected, found = losses(work / "clean"), losses(out)
+        clean, expected, found = checkpoint.read_tensors(undisturbed / "model"), losses(undisturbed), losses(out)
         rows.append({"processes": processes, "kills": len(moments), "during_a_save": sum(saving for _, saving, _ in moments),
                      "of_all": sum(who == "all" for *_, who in moments), "moments": moments,
                      "weights_differ_by": largest_difference(clean, checkpoint.read_tensors(out / "model")),
-                     "losses_differ_by": max(abs(expected[step] - found[step]) for step in expected),
+                     "losses_differ_by": max(abs(expected[step] - found[step]) for step in found),
                      "rows_missing": len(expected) - len(found)})
         print({key: value for key, value in rows[-1].items() if key != "moments"}, flush=True)
     checkpoint.write_text(options.out, json.dumps({"command": "python scripts/soak_training.py", "steps": options.steps,

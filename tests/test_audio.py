@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -368,3 +369,37 @@ def test_an_au_or_aiff_written_into_a_pipe_is_read_to_its_end(tmp_path, format, 
     content[at:at + 4] = size
     path.write_bytes(content)
     assert torch.equal(read_wav(path), whole) and duration(path) == 1
+
+
+# ---------------------------------------------------------------------------------------------- recordings in a zip
+
+def test_a_path_may_lead_into_a_zip(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, 2))
+    names = {"a.wav": 16_000, "deep/b.flac": 44_100, "c.mp3": 16_000}
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, rate in names.items():
+            soundfile.write(tmp_path / Path(name).name, noise, rate)
+            archive.write(tmp_path / Path(name).name, name)
+        archive.writestr("broken.wav", b"RIFF")
+    for name in names:
+        inside, outside = tmp_path / "set.zip" / name, tmp_path / Path(name).name
+        assert torch.equal(read_wav(inside), read_wav(outside))
+        assert duration(str(inside)) == duration(outside)
+    with pytest.raises(FileNotFoundError, match="no d.wav in .*set.zip"):
+        read_wav(tmp_path / "set.zip/d.wav")
+    with pytest.raises(ValueError, match="broken.wav"):
+        read_wav(tmp_path / "set.zip/broken.wav")
+    (tmp_path / "no.zip").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="cannot read a.wav in .*no.zip"):
+        read_wav(tmp_path / "no.zip/a.wav")
+
+
+def test_a_damaged_member_of_a_zip_is_one_sentence(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 3000), 16_000)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.write(tmp_path / "a.wav", "a.wav")
+    content = bytearray((tmp_path / "set.zip").read_bytes())
+    content[3000] ^= 0xFF
+    (tmp_path / "set.zip").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read a.wav in .*set.zip .*CRC"):
+        read_wav(tmp_path / "set.zip/a.wav")

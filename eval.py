@@ -1,0 +1,391 @@
+"""What a speech LM knows, with error bars: perplexity, sWUGGY, sBLIMP, StoryCloze, SALMon, pairs of your own, generation.
+
+    wavs as the archives unzip --units, cached--> documents --log-likelihood--> score of each --pairs--> accuracy [interval]
+    the same documents --unigram, bigram, length--> what a model must beat --> the same table
+
+    python eval.py                                                        # all that the pocket world holds, offline
+    python eval.py --task=ppl --data=units/val --model=runs/mine/model
+    python eval.py --task=sblimp --data=sLM21-dataset --model=TWIST-350M --tokenizer=mhubert-base-25hz --train-data=units/train
+    python eval.py --task=sstorycloze --data=sSC.zip --model=runs/mine/model --versus=runs/cold/model
+    torchrun --nproc-per-node=8 eval.py --task=all --data=benchmarks/ ...  # encoding and scoring divided over the processes
+
+What --data may hold: see the head of benchmarks.py; of --task=ppl and generation it is a folder of unit shards or recordings.
+Averages, intervals and tests: accuracy.py. The defaults are the field's practice (mean log-likelihood per unit, the first token
+given and not scored, the last one neither given nor scored, ties count half, dev split, whole stories); each is printed with the
+result. A sequence beyond the model's window is cut off in a pair (and counted in a note) and scored by a sliding window in ppl.
+"""
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import accuracy
+import benchmarks
+import checkpoint
+import config
+import continuations
+import data
+import distributed
+import download
+import hubert_units
+import pair_scores
+import published
+import reports
+import twist
+from likelihood import UnitCounts, log_probabilities
+
+TASKS = ("all", "ppl", *benchmarks.TASKS, "generation")
+POCKET_BENCHMARKS = checkpoint.POCKET / "benchmarks"
+CHOICES = {"task": TASKS, "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"), "score": ("whole", "ending"),
+           "long": ("truncate", "slide")}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    task: str = "all"  # all | ppl | swuggy | sblimp | sstorycloze | tstorycloze | salmon | pairs | generation
+    data: str | None = None  # folder or zip of evaluation sets; ppl, generation: unit shards or recordings; default the pocket's
+    model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
+    versus: str | None = None  # a second speech LM of the same units: differences, with a paired test
+    out: str = "runs/eval"  # folder for result.json, result.csv, scores of all pairs, submission/
+    published: bool = False  # print published numbers and their conventions too
+    split: str = "dev"  # of sLM21: dev | test; published numbers are commonly of dev
+    voices: tuple[str, ...] = ()  # only these voices, divided by commas; default all
+    norm: str = "mean"  # log-likelihood of a sequence: mean per unit | sum (favours short ones)
+    bos: str = "auto"  # the beginning token before the first unit, given and not scored: auto (if the model has one) | yes | no
+    eos: bool = False  # score the ending token too (slamkit does)
+    ties: float = 0.5  # what a pair of equal scores counts; 0: wrong
+    score: str = "whole"  # whole sequences | ending: what follows the units that both of a pair begin with, or as pairs.csv says
+    long: str = "truncate"  # pairs longer than the model's window: truncate | slide (a window, as ppl does)
+    stride: int = 0  # step of the sliding window, units; 0: half the window
+    train_data: str = "pocket"  # unit shards that unigram and bigram are fitted to
+    resamples: int = 2000  # of the bootstrap
+    seed: int = 0  # of the bootstrap, the paired test and generation
+    tokenizer: str = "pocket"  # HuBERT, where --data holds recordings: folder or .pt file, `pocket`, or a known name
+    kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
+    layer: int | None = None  # transformer layer of the features; default the k-means file's
+    pad: int | None = None  # zeros around each recording, samples; default what the model was trained with (slamkit's: 40)
+    cache: str | None = None  # folder that keeps units of recordings, by recipe and files; default units/ in NANOTWIST_HOME
+    workers: int = 2  # threads that decode recordings ahead
+    budget: int = 0  # tokens in one forward; 0: a default for the device
+    device: str = "auto"  # auto | cpu | cuda
+    prompts: int = 100  # generation: number of held-out documents that are continued
+    prompt_seconds: float = 3.0  # generation: what the model hears of each, turned into units at the average rate
+    max_new_units: int = 150  # generation: longest continuation
+    temperature: float = 0.8  # generation: 0 takes the likeliest unit each time
+    top_k: int | None = None  # generation: draw among the k likeliest units only
+    top_p: float | None = None  # generation: draw among the likeliest units that together reach this probability
+    transcripts: str | None = None  # generation: what was said, .jsonl (name, text) or lines name<TAB>text
+    text_lm: str = "pocket"  # generation: text LM over bytes that scores transcripts without log-probabilities of their own
+
+
+def checked(options):
+    for name, known in CHOICES.items():
+        if getattr(options, name) not in known:
+            raise ValueError(f"--{name}={getattr(options, name)}: expected one of {', '.join(known)}")
+    if not 0 <= options.ties <= 1 or options.resamples < 100 or options.stride < 0 or options.workers < 1 or options.prompts < 1:
+        raise ValueError("expected --ties from 0 to 1, --resamples of at least 100, --stride of at least 0, and --workers and "
+                         "--prompts of at least 1")
+    return options
+
+
+# ---------------------------------------------------------------------------------------------- who is measured
+
+@dataclass(frozen=True)
+class SpeechLM:
+    name: str  # as the user gave it
+    model: torch.nn.Module
+    vocab: twist.UnitVocab
+    bos: bool  # whether the beginning token is given
+
+    def encode(self, units, eos):
+        return self.vocab.encode(units, bos=self.bos, eos=eos)
+
+
+def load_model(name, options, dist):
+    model, vocab = twist.load_speech_lm(name)
+    if options.bos == "yes" and vocab.bos is None:
+        raise ValueError(f"--bos=yes, but {name} has no beginning token; use --bos=auto")
+    if options.eos and vocab.eos is None:
+        raise ValueError(f"--eos, but {name} has no ending token; leave it out")
+    return SpeechLM(name, model.float().to(dist.device), vocab, vocab.bos is not None and options.bos != "no")
+
+
+def check_units(recipe, lm, where):
+    """Raise ValueError if units of this recipe are not those that the model was trained on."""
+    if lm.vocab.recipe:
+        data.check_recipe(recipe, lm.vocab.recipe, where)
+        if recipe.get("dedup", True) != lm.vocab.recipe.get("dedup", True):
+            state = "collapsed" if recipe.get("dedup", True) else "not collapsed"
+            raise ValueError(f"{where}: repeated units are {state}, unlike in what {lm.name} was trained on; encode the audio "
+                             "again")
+    elif recipe.get("num_units") != lm.vocab.num_units:
+        raise ValueError(f"{where}: {recipe.get('num_units')} different units, but {lm.name} knows {lm.vocab.num_units}; "
+                         "give the --tokenizer that it was trained with")
+
+
+class Evaluation:
+    """What all tasks share: options, processes, models, and what is loaded when it is first needed."""
+
+    def __init__(self, options, dist):
+        self.options, self.dist = options, dist
+        self.lms = {"model": load_model(options.model, options, dist)}
+        if options.versus:
+            self.lms["versus"] = load_model(options.versus, options, dist)
+            first, second = (lm.vocab for lm in self.lms.values())
+            if first.recipe and second.recipe:
+                check_units(second.recipe, self.lms["model"], f"--versus={options.versus}")
+            if first.num_units != second.num_units:
+                raise ValueError(f"--versus={options.versus} knows {second.num_units} units, --model={options.model} "
+                                 f"{first.num_units}; only models of the same units compare")
+        self.main = self.lms["model"]
+        self.window = min(lm.model.config.block_size for lm in self.lms.values())
+
+    # ---- units
+
+    @functools.cached_property
+    def encoder(self):
+        recipe, options = self.main.vocab.recipe or {}, self.options
+        pad = recipe.get("pad", 0) if options.pad is None else options.pad
+        encoder = hubert_units.load_unit_encoder(options.tokenizer, options.kmeans, options.layer, pad=pad).to(self.dist.device)
+        check_units({**encoder.recipe, "dedup": recipe.get("dedup", True)}, self.main, f"--tokenizer={options.tokenizer}")
+        if self.dist.device.type == "cpu":
+            encoder.hubert.pack()
+        encoder.budget = hubert_units.BUDGET_SECONDS[self.dist.device.type]
+        return encoder
+
+    def encode(self, files):
+        """Recordings -> data.UnitShards, from the cache if they were encoded before; an interrupted encoding goes on."""
+        dedup = (self.main.vocab.recipe or {}).get("dedup", True)
+        key = hashlib.sha256(json.dumps([self.encoder.recipe, dedup, [(file, *stamp(file)) for file in files]]).encode())
+        base = Path(self.options.cache) if self.options.cache else download.cache("NANOTWIST_HOME") / "units"
+        folder = base / key.hexdigest()[:16]
+        hubert_units.encode_files(files, self.encoder, hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers,
+                                                                               dedup=dedup), self.dist)
+        self.dist.barrier()  # the first process joins the shards
+        return data.UnitShards(folder)
+
+    def shards(self, folder):
+        """A folder of unit shards or of recordings."""
+        if not (Path(folder) / "meta.json").exists():
+            return self.encode([str(file) for file in hubert_units.find_audio([folder])])
+        found = data.UnitShards(folder)
+        check_units(found.recipe, self.main, str(folder))
+        return found
+
+    @functools.cached_property
+    def counts(self):
+        """UnitCounts of the training shards, and a sentence why not if there are none."""
+        folder = self.options.train_data
+        shards = data.UnitShards(checkpoint.find("pocket", "units") / "train" if folder == "pocket" else folder)
+        try:
+            check_units(shards.recipe, self.main, f"--train-data={folder}")
+        except ValueError:
+            if folder != "pocket":
+                raise
+            return None, f"no unigram and bigram: name shards of the units that {self.main.name} was trained on with --train-data"
+        return UnitCounts(shards, self.main.vocab.num_units, self.options.eos), ""
+
+    # ---- log-probabilities
+
+    def log_probabilities(self, documents, cut=None):
+        """{system: list of (targets,) arrays} for documents, a list of units (T,). cut: targets that are scored at most."""
+        options, found = self.options, {}
+        for system, lm in self.lms.items():
+            rows = [lm.encode(units, options.eos)[:None if cut is None else cut + 1] for units in documents]
+            found[system] = log_probabilities(lm.model, rows, self.dist, options.stride, options.budget, f"scoring by {system}")
+        counts, _ = self.counts
+        for order, system in ((2, "bigram"), (1, "unigram")) if counts else ():
+            found[system] = [counts.log_probabilities(units, order, self.main.bos, options.eos)[:cut] for units in documents]
+        return found
+
+
+def stamp(path):
+    """Size and date of a file, or of the zip that it stands in: when they change, its units are computed again."""
+    found = Path(path)
+    while not found.exists():
+        found = found.parent
+    return found.stat().st_size, found.stat().st_mtime_ns
+
+
+# ---------------------------------------------------------------------------------------------- pairs
+
+def run_pairs(evaluation, benchmark):
+    """One benchmark -> its section of the result."""
+    options = evaluation.options
+    if benchmark.units:
+        shards = evaluation.shards(benchmark.units)
+        usable = set(shards.names)
+    else:
+        mentioned = {name for pair in benchmark.pairs for name in (pair.positive, pair.negative)}
+        benchmarks.complete_pairs(benchmark, mentioned & benchmark.present)  # too much is missing: say so before encoding
+        shards = evaluation.encode(sorted(mentioned & benchmark.present))
+        usable = set(shards.names)
+    shortest = 2 - all(lm.bos or options.eos for lm in evaluation.lms.values())  # units of which one is scored
+    usable -= {name for name, length in zip(shards.names, shards.lengths) if length < shortest}
+    pairs, missing, sentence = benchmarks.complete_pairs(benchmark, usable)
+    scores, lengths, notes = pair_scores.score(evaluation, pairs, shards)
+    notes = [*([sentence] if sentence else []), *notes, *filter(None, [evaluation.counts[1]])]
+    if missing and shards.meta["failures"]:
+        notes.append(f"why recordings could not be encoded: {shards.folder}/failures.csv")
+    if not evaluation.dist.is_main:
+        return None
+    if benchmark.row_order:
+        notes.append(pair_scores.row_order(benchmark, pairs, scores["model"], options.ties))
+    if benchmark.stems:
+        reports.write_submission(options.out, benchmark, pairs, scores["model"])
+    reports.write_scores(options.out, benchmark, pairs, scores, lengths)
+    voices, items = {pair.voice for pair in pairs} - {""}, {pair.item for pair in pairs}
+    ties = {system: int((a == b).sum()) for system, (a, b) in scores.items()}
+    notes.append("ties: " + ", ".join(f"{count} by {system}" for system, count in ties.items()))
+    title = [f"{benchmark.task}, {benchmark.name}: {len(pairs):,} pairs of {len(items):,} questions"]
+    title += [f"{len(voices)} voices"] * bool(voices) + [f"split {benchmark.split}"] * bool(benchmark.split)
+    return {"title": ", ".join(title), "notes": notes, "missing": missing, "ties": ties,
+            "rows": pair_scores.accuracy_rows(benchmark, pairs, scores, options)}
+
+
+# ---------------------------------------------------------------------------------------------- perplexity and generation
+
+def seconds_of(shards):
+    """Length of every document as audio, (D,); zeros for text."""
+    lines = (line for *_, path in shards.parts for line in Path(path).read_text().splitlines())
+    return np.array([json.loads(line)["seconds"] for line in lines])
+
+
+def run_perplexity(evaluation, folder):
+    """exp of the mean nats per unit; documents are what the bootstrap draws."""
+    options, shards = evaluation.options, evaluation.shards(folder)
+    documents = [shards.document(i)[0] for i in range(len(shards))]
+    found, seconds = evaluation.log_probabilities(documents), seconds_of(shards)
+    if not evaluation.dist.is_main:
+        return None
+    name, rows, scored = f"ppl {Path(folder).name}", [], {}
+    for system, values in found.items():
+        kept = np.array([len(part) > 0 for part in values])
+        nats = np.array([-part.sum() for part in values])[kept]
+        scored[system] = [(nats, np.array([len(part) for part in values], dtype=np.float64)[kept])]
+        mean = accuracy.estimate(scored[system], options.resamples, options.seed)
+        e = accuracy.Estimate(*(float(np.exp(value)) for value in (mean.value, mean.low, mean.high)), mean.n)
+        rows += [reports.row(name, "perplexity", system, "per unit", e), reports.row(name, "loss", system, "nats per unit", mean)]
+        if seconds.sum():
+            bits = accuracy.estimate([(nats / np.log(2), seconds[kept])], options.resamples, options.seed)
+            rows.append(reports.row(name, "bits of speech", system, "per second", bits))
+        if system == "versus" and evaluation.main.bos == evaluation.lms["versus"].bos:  # else they score different units
+            apart = accuracy.difference(scored["model"], scored["versus"], options.resamples, options.seed)
+            rows.append(reports.row(name, "loss", "model - versus", "nats per unit", apart))
+    notes = [*filter(None, [evaluation.counts[1]]), "bits per second count units, not how long each lasts"]
+    longer = sum(len(units) > evaluation.window for units in documents)
+    if longer:
+        notes.append(f"{longer} of {len(documents)} documents are longer than the window of {evaluation.window} units: scored by "
+                     f"a sliding window in steps of {options.stride or evaluation.window // 2}")
+    return {"title": f"perplexity, {folder}: {len(documents):,} documents, {int(shards.lengths.sum()):,} units, "
+                     f"{seconds.sum() / 3600:.2f} h", "notes": notes, "rows": rows}
+
+
+def run_generation(evaluation, folder):
+    """Continuations of held-out prompts, beside what really follows; and transcripts, if the user brings some."""
+    options, shards = evaluation.options, evaluation.shards(folder)
+    if not evaluation.dist.is_main:
+        return None
+    prompts = continuations.prompts_of(shards, options.prompts, options.prompt_seconds)
+    spoken = {system: continuations.continue_all(lm.model, lm.vocab, prompts, options) for system, lm in evaluation.lms.items()}
+    most = max(len(units) for units in spoken["model"])
+    spoken["held-out speech"] = [rest[:most] for _, _, rest in prompts]
+    name, rows, notes = f"generation {Path(folder).name}", [], []
+
+    def add(subset, system, numbers):
+        rows.extend({"benchmark": name, "subset": subset, "system": system, "measure": measure, "value": value, "low": None,
+                     "high": None, "n": numbers["sequences"], "p": None} for measure, value in numbers.items()
+                    if measure != "sequences")
+
+    for system, sequences in spoken.items():
+        add("units", system, continuations.describe(sequences))
+    lines = [json.dumps({"units": [int(unit) for unit in (*prompt, *more)], "file_name": f"{Path(source).stem}.wav"}) + "\n"
+             for (source, prompt, _), more in zip(prompts, spoken["model"])]
+    checkpoint.write_text(Path(options.out) / "continuations.jsonl", "".join(lines))
+    notes.append(f"prompts and continuations: {options.out}/continuations.jsonl, for python vocoder.py, a recogniser of yours, "
+                 "and --transcripts")
+    if options.transcripts:
+        texts = continuations.read_transcripts(options.transcripts)
+        add("words", "model", continuations.describe([continuations.words(text) for _, text, _, _ in texts]))
+        token, scored = "token of the file's own model", [(nats, tokens) for _, _, nats, tokens in texts]
+        if texts[0][2] is None:
+            token, scored = "byte", score_bytes(evaluation, [text for _, text, _, _ in texts])
+        add("words", "model", {"sequences": len(texts), f"GenPPL per {token}": continuations.generation_perplexity(scored)})
+    return {"title": f"generation: {len(prompts)} prompts of {len(prompts[0][1])} units ({options.prompt_seconds:g} s) from "
+                     f"{folder}, temperature {options.temperature:g}", "notes": notes, "rows": rows}
+
+
+def score_bytes(evaluation, texts):
+    """[(nats, bytes)] of each text by the text LM over bytes."""
+    name = evaluation.options.text_lm
+    model, vocab = twist.load_speech_lm(checkpoint.find("pocket", "lm") if name == "pocket" else name)
+    if (vocab.recipe or {}).get("kind") != "bytes":
+        raise ValueError(f"--text-lm={name} reads tokens of a tokenizer that is not here, only text LMs over bytes can be used; "
+                         "score the transcripts with it elsewhere and give log_probability and tokens in --transcripts")
+    rows = [vocab.encode(torch.tensor(list(text.encode())), bos=vocab.bos is not None) for text in texts]
+    alone = distributed.Dist(0, 1, torch.device("cpu"))
+    return [(float(values.sum()), len(values)) for values in log_probabilities(model, rows, alone, label="transcripts")]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def conventions_of(evaluation):
+    options = evaluation.options
+    given = {system: "given and not scored" if lm.bos else "not given, the first unit is not scored"
+             for system, lm in evaluation.lms.items()}
+    return [f"log-likelihood: {options.norm} over {'units' if options.norm == 'mean' else 'all units'}, in float32; "
+            + ("the whole sequence" if options.score == "whole" else "the ending only, given what is before it"),
+            "beginning token: " + (given["model"] if len(set(given.values())) == 1 else str(given)),
+            f"ending token: {'scored' if options.eos else 'not scored'}",
+            f"ties count {options.ties:g}; split {options.split} (sLM21); voices: {', '.join(options.voices) or 'all'}",
+            "`all` is the mean over questions of the mean over voices; intervals: 95 %, bootstrap over questions (documents in "
+            f"ppl), {options.resamples} resamples, seed {options.seed}"
+            + ("; p: sign-flip test of paired differences, two-sided" if options.versus else ""),
+            f"unigram, bigram: add-0.1 smoothing, fitted to {options.train_data}; length: the sequence of fewer units wins"]
+
+
+def tasks_of(evaluation):
+    """What is to be done, in order: functions that give a section each."""
+    options, held_out = evaluation.options, checkpoint.find("pocket", "units") / "val"
+    pocket, folder = options.data in (None, "pocket"), Path(options.data or "pocket")
+    if options.task in ("ppl", "generation"):
+        run = run_perplexity if options.task == "ppl" else run_generation
+        return [functools.partial(run, evaluation, held_out if pocket else folder)]
+    found, shards = [], pocket or (folder / "meta.json").exists()
+    if options.task == "all" and shards:
+        folder = held_out if pocket else folder
+        found = [functools.partial(run, evaluation, folder) for run in (run_perplexity, run_generation)]
+    if pocket and options.task == "all" and not POCKET_BENCHMARKS.exists():
+        return found
+    if options.task != "all" or pocket or not shards:
+        where = POCKET_BENCHMARKS if pocket else folder
+        found += [functools.partial(run_pairs, evaluation, benchmark)
+                  for benchmark in benchmarks.find(options.task, where, options.split, options.voices)]
+    return found
+
+
+def main(argv=None):
+    options = checked(config.load(EvalConfig, argv))
+    dist = distributed.setup(options.device, timedelta(days=30))  # encoding may take one process longer than another
+    torch.backends.cudnn.allow_tf32 = False  # its 10 bits would flip units
+    evaluation = Evaluation(options, dist)
+    sections = [section for run in tasks_of(evaluation) if (section := run())]
+    if dist.is_main:
+        systems = {system: f"{lm.name}, window {lm.model.config.block_size}" for system, lm in evaluation.lms.items()}
+        conventions = conventions_of(evaluation)
+        reports.write(options.out, sections, conventions, systems, options)
+        print(reports.text_of(sections, conventions, systems))
+        if options.published:
+            print("\n" + published.table())
+        print(f"\nwrote {options.out}/result.json, result.csv")
+    dist.barrier()
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    config.command(main)
