@@ -42,7 +42,10 @@ def memory_gb(device):
     """Most memory that this process has held, GB: the GPU's, or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    for line in open("/proc/self/status") if os.path.exists("/proc/self/status") else ():
+        if line.startswith("VmHWM:"):  # not getrusage's: a new process inherits that from who started it
+            return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS, in bytes
 
 
 def derived(row, units_seen, units_per_second_of_speech):

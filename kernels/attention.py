@@ -45,7 +45,7 @@ HEAD_DIMS = (32, 64, 80, 96, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tiles: (BLOCK_M rows, BLOCK_N columns, warps, pipeline stages) by kernel, padded head dimension (up to 64 or 128) and bytes per
-# number. Found by compiling: the largest that neither spill a register nor need more shared memory than the GPU has, whatever is
+# number. Found by compiling: large ones that neither spill a register nor need more shared memory than the GPU has, whatever is
 # switched on (python -m kernels.compile). Not yet timed on a GPU.
 FLOAT32 = {("forward", 64, 4): (32, 32, 8, 2), ("forward", 128, 4): (16, 32, 8, 2),
            ("keys", 64, 4): (16, 32, 4, 2), ("keys", 128, 4): (16, 32, 8, 2),
@@ -327,6 +327,9 @@ def precision(itemsize):
 def shared_arguments(q, k, v, alibi_slopes, document_starts):
     """What all kernels take after their pointers, and their constants."""
     T, H, D = q.shape[1:]
+    apart = max(x.stride(1) for x in (q, k, v))  # numbers from one position to the next
+    if T * apart >= 2**31:
+        raise ValueError(f"{T} positions, {apart} numbers apart: the kernels count in 32 bits; give shorter sequences")
     numbers = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     constants = dict(D=D, ALIBI=alibi_slopes is not None, DOCUMENTS=document_starts is not None,
                      PRECISION=precision(q.element_size()))
