@@ -15,7 +15,7 @@ NAME/pairs.csv and NAME/units/ are what eval.py reads (see benchmarks.py); NAME/
 A benchmark that exists is skipped: delete its pairs.csv to make it again.
 Needs `apt install espeak-ng wamerican`; the word list keeps words of English that the stories lack from passing as non-words.
 
-    python -m pocket.pairs                                       # about ten minutes on two CPU cores
+    python -m pocket.pairs                                       # the bundled ones
     python -m pocket.pairs --out=build/few --count=6
 
 Sources: sWUGGY and sBLIMP, Nguyen et al. 2020 (arXiv 2011.11588); Spoken StoryCloze, TWIST (arXiv 2305.13009), section 4.
