@@ -5,8 +5,9 @@
        +--espeak-ng--> speech --> HuBERT + k-means --> unit shards --> speech LM
                                        |                  |
                                        +------------------+--> vocoder
+                                       +--held-out voices--> benchmarks
 
-    apt install espeak-ng; python -m pocket.build                  # several hours on two CPU cores
+    apt install espeak-ng wamerican; python -m pocket.build        # several hours on two CPU cores
     python -m pocket.build --only=vocoder                          # one stage again
 
 Every stage is a command of this repository, printed before it runs. A stage whose result exists is skipped (delete the
@@ -41,7 +42,7 @@ TEXT, TEXT_VAL, SPOKEN, SPOKEN_VAL, SPOKEN_VOCODER, PROMPT = 0, 5_000_000, 10_00
 
 @dataclass(frozen=True)
 class BuildConfig:
-    only: str | None = None  # one stage: text | text_lm | speech | hubert | units | vocoder | prompt | speech_lm
+    only: str | None = None  # one stage: text | text_lm | speech | hubert | units | vocoder | prompt | speech_lm | benchmarks
     stories: int = 60_000  # stories that the text LM reads (28 MB)
     spoken: int = 1300  # stories spoken for training (10.6 hours)
     text_steps: int = 4000  # updates of the text LM
@@ -120,10 +121,15 @@ def speech_lm(options):
     store_half(BUILD / "speech_lm_run/model", POCKET / "speech_lm")
 
 
+def benchmarks(options):
+    run("-m", "pocket.pairs", f"--first-story={SPOKEN}", f"--spoken={options.spoken}")
+
+
 STAGES = {  # in order; each with the file that shows it is done
     text: BUILD / "text/train/meta.json", text_lm: POCKET / "text_lm/config.json", speech: BUILD / "speech/vocoder/phones.tsv",
     hubert: POCKET / "hubert/config.json", units: POCKET / "units/train/meta.json", vocoder: POCKET / "vocoder/config.json",
-    prompt: POCKET / "prompt.wav", speech_lm: POCKET / "speech_lm/config.json"}
+    prompt: POCKET / "prompt.wav", speech_lm: POCKET / "speech_lm/config.json",
+    benchmarks: POCKET / "benchmarks/mini-tstorycloze/pairs.csv"}
 
 
 def main(argv=None):

@@ -10,6 +10,7 @@ through ctypes rather than the command because only the library reports phoneme 
 import csv
 import ctypes
 import ctypes.util
+import multiprocessing
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ HELD_OUT_VOICES = (("en-us+m2", 160, 42), ("en-us+f3", 168, 62))
 VOICES = {"train": TRAIN_VOICES, "val": TRAIN_VOICES + HELD_OUT_VOICES, "vocoder": TRAIN_VOICES[:1]}
 
 # constants and structures of speak_lib.h
-SYNCHRONOUS, PHONEME_EVENTS, PHONEME_IPA, UTF8 = 2, 1, 2, 1
+SYNCHRONOUS, PHONEME_EVENTS, UTF8, PHONEME_INPUT = 2, 1, 1, 0x100  # input: [[k'eIk]] is spoken as these phonemes
 EVENT_END, EVENT_PHONEME, EVENT_MSG_TERMINATED = 0, 7, 6
 RATE, PITCH = 1, 3
 
@@ -73,17 +74,49 @@ class Espeak:
             i += 1
         return 0
 
-    def say(self, text, voice, words_per_minute, pitch):
-        """Returns (S,) float32 at 16 kHz and [(start in seconds, phoneme), ...] in order of time."""
-        self.chunks, self.phones = [], []
+    def _choose(self, voice):
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice!r}; `espeak-ng --voices` lists them")
+
+    def _speak(self, text, voice, words_per_minute, pitch):
+        """Returns (S,) int16 at the engine's own rate and [(start in seconds, phoneme), ...]. No PyTorch: forks run it too."""
+        self.chunks, self.phones = [], []
+        self._choose(voice)
         self.library.espeak_SetParameter(RATE, words_per_minute, 0)
         self.library.espeak_SetParameter(PITCH, pitch, 0)
         data = text.encode() + b"\0"
-        self.library.espeak_Synth(data, len(data), 0, 1, 0, UTF8, None, None)
-        samples = torch.from_numpy(np.concatenate(self.chunks).astype(np.float32) / 32768)
-        return resample(samples, self.rate), self.phones
+        self.library.espeak_Synth(data, len(data), 0, 1, 0, UTF8 | PHONEME_INPUT, None, None)
+        return np.concatenate(self.chunks), self.phones
+
+    def _resampled(self, samples):
+        return resample(torch.from_numpy(samples.astype(np.float32) / 32768), self.rate)
+
+    def say(self, text, voice, words_per_minute, pitch):
+        """Returns (S,) float32 at 16 kHz and [(start in seconds, phoneme), ...] in order of time."""
+        samples, phones = self._speak(text, voice, words_per_minute, pitch)
+        return self._resampled(samples), phones
+
+    def say_afresh(self, *arguments):
+        """As say(), by an engine that has never spoken: the same words give the same samples, whatever was said before.
+
+        The engine carries the phase of the voice over from one text to the next and has no way to forget it; a fork has
+        the memory of this process, whose engine must not speak itself.
+        """
+        fork = multiprocessing.get_context("fork")
+        here, there = fork.Pipe(duplex=False)
+        child = fork.Process(target=lambda: there.send(self._speak(*arguments)))
+        child.start()
+        there.close()
+        samples, phones = here.recv()
+        child.join()
+        return self._resampled(samples), phones
+
+    def phonemes(self, word, voice):
+        """A word -> its phonemes as espeak-ng writes them, a stress mark before its vowel: cake -> ("k", "'eI", "k")."""
+        self._choose(voice)
+        text = ctypes.c_char_p(word.encode())
+        self.library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        return tuple(self.library.espeak_TextToPhonemes(ctypes.byref(text), UTF8, ord("_") << 8).decode().split("_"))
 
 
 @dataclass(frozen=True)
