@@ -234,5 +234,12 @@ def autocast(model, dist, compute_dtype):
 
 
 def clip_gradients(model, largest):
-    """Scale all gradients down to a norm of at most `largest`; returns the norm before."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()
+    """Scale all gradients down to a norm of at most `largest`; returns the norm before.
+
+    Gradients that are small enough are not even read again, where clip_grad_norm_ would multiply them by 1.
+    """
+    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    value = whole(norm).item()
+    if not value <= largest:  # NaN too
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    return value

@@ -26,10 +26,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import onednn
 import pretrained
 from audio import SAMPLE_RATE
-
-ROWS = 512  # rows of a typical product: what oneDNN lays packed weights out for; other numbers work too
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS), bias
+        self.packed, self.bias = onednn.pack(weight), bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return onednn.product(x, self.packed, self.bias)
 
 
 class EncoderLayer(nn.Module):
@@ -229,7 +228,7 @@ class Hubert(nn.Module):
 
         Where PyTorch's products come from MKL and the processor is not Intel's, oneDNN's are faster (bench.py hubert).
         """
-        if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available():
+        if onednn.AVAILABLE:
             self.packed = [PackedLinear(conv.weight.permute(0, 2, 1).flatten(1)) for conv in self.convs[1:]]
             for module in (self, *self.layers):
                 for name, child in list(module.named_children()):

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import onednn
+
 BUDGET = {"cpu": 1024, "cuda": 65_536}  # tokens of one forward pass, padding included
 SMOOTHING = 0.1  # k: the count that every n-gram gets for nothing
 PIECE = 2**22  # units that are counted at a time
@@ -69,18 +71,18 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     pieces = [(i, *piece) for i, row in enumerate(rows) if len(row) > 1 for piece in windows(len(row), window, stride)]
     groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET[device.type])
     bar = tqdm(total=len(pieces), desc=label, unit="sequence", disable=None if dist.is_main else True)
-    for group in groups[dist.rank::dist.world]:
-        some = [pieces[i] for i in group]
-        longest = max(end - begin for _, begin, end, _ in some)
-        both = torch.zeros(len(some), longest + 1, dtype=torch.int64)
-        for row, (i, begin, end, _) in zip(both, some):
-            row[:end - begin + 1] = rows[i][begin:end + 1]
-        both = both.to(device)
-        found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
-        for values, (i, begin, end, first) in zip(found, some):
-            flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
-        bar.update(len(some) * dist.world)
-    bar.close()
+    with onednn.packed(model), bar:
+        for group in groups[dist.rank::dist.world]:
+            some = [pieces[i] for i in group]
+            longest = max(end - begin for _, begin, end, _ in some)
+            both = torch.zeros(len(some), longest + 1, dtype=torch.int64)
+            for row, (i, begin, end, _) in zip(both, some):
+                row[:end - begin + 1] = rows[i][begin:end + 1]
+            both = both.to(device)
+            found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
+            for values, (i, begin, end, first) in zip(found, some):
+                flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
+            bar.update(len(some) * dist.world)
     scored = np.split(dist.sum_array(flat), ends[1:-1])
     return [scored[i] for i in places]
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 import kernels
+from onednn import Linear
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
         width = config.n_head * config.head_dim
-        self.qkv = nn.Linear(config.n_embd, width + 2 * config.n_kv_head * config.head_dim, bias=config.attention_bias)
-        self.out = nn.Linear(width, config.n_embd, bias=config.out_bias)
+        self.qkv = Linear(config.n_embd, width + 2 * config.n_kv_head * config.head_dim, bias=config.attention_bias)
+        self.out = Linear(width, config.n_embd, bias=config.out_bias)
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
     def forward(self, x, table, slopes, document_starts, cache):
@@ -183,9 +184,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.kind = config.mlp
         if config.mlp == "swiglu":
-            self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+            self.gate = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.up = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x):
         if self.kind == "swiglu":
@@ -197,7 +198,7 @@ class FeedForward(nn.Module):
 
 # What selective recomputation keeps, by operator: the outputs of matrix products and of attention. Norms, activations and
 # products with gates are cheap to compute again.
-KEPT = {"aten::mm", "aten::addmm", "nanotwist::attention", "aten::_scaled_dot_product_flash_attention",
+KEPT = {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "nanotwist::attention", "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu"}
 
@@ -237,13 +238,13 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         projected = config.embed_dim != config.n_embd
-        self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False) if projected else None
+        self.project_in = Linear(config.embed_dim, config.n_embd, bias=False) if projected else None
         self.ln_embed = make_norm(config) if config.embed_norm else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config) if config.norm_order == "pre" else None
-        self.project_out = nn.Linear(config.n_embd, config.embed_dim, bias=False) if projected else None
+        self.project_out = Linear(config.n_embd, config.embed_dim, bias=False) if projected else None
         tied = config.tie_embeddings
-        self.lm_head = None if tied else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.lm_head = None if tied else Linear(config.embed_dim, config.vocab_size, bias=False)
 
     @torch.no_grad()
     def init_weights(self, generator):
