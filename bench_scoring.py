@@ -10,6 +10,7 @@ import time
 
 import torch
 
+import cpu
 import distributed
 import likelihood
 import twist
@@ -29,6 +30,7 @@ def one_by_one(model, rows):
 
 def bench_eval(options):
     """Rows of (length, pairs per second of ours and of the loop, their ratio, largest difference of a score in nats)."""
+    cpu.keep_freed_memory()  # as eval.py does
     model, vocab = twist.load_speech_lm()
     alone, rows = distributed.Dist(0, 1, torch.device("cpu")), []
     for name, (low, high) in {"words, 9 to 22 units": (9, 22), "sentences, 33 to 77 units": (33, 77)}.items():

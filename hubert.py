@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import onednn
+import cpu
 import pretrained
 from audio import SAMPLE_RATE
 
@@ -78,10 +78,10 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        self.packed, self.bias = onednn.pack(weight), bias
+        self.packed, self.bias = cpu.pack(weight), bias
 
     def forward(self, x):
-        return onednn.product(x, self.packed, self.bias)
+        return cpu.product(x, self.packed, self.bias)
 
 
 class EncoderLayer(nn.Module):
@@ -228,7 +228,7 @@ class Hubert(nn.Module):
 
         Where PyTorch's products come from MKL and the processor is not Intel's, oneDNN's are faster (bench.py hubert).
         """
-        if onednn.AVAILABLE:
+        if cpu.AVAILABLE:
             self.packed = [PackedLinear(conv.weight.permute(0, 2, 1).flatten(1)) for conv in self.convs[1:]]
             for module in (self, *self.layers):
                 for name, child in list(module.named_children()):

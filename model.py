@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 import kernels
-from onednn import Linear
+from cpu import Linear
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,22 @@ def rotary_frequencies(config, device):
 
 
 def rotary_table(first, length, config, device):
-    """cos and sin (T, 1, R) of the rotary angles of positions first .. first + length - 1, float32.
+    """cos and -+sin (T, 1, R) of the rotary angles of positions first .. first + length - 1, float32.
 
-    Dimension i turns together with i + R / 2 (the half-split layout of the published files).
+    Dimension i turns together with i + R / 2 (the half-split layout of the published files): a pair (a, b) becomes
+    (a cos - b sin, b cos + a sin), so the sines of the first half are negative.
     """
     angle = torch.arange(first, first + length, device=device).float()[:, None] * rotary_frequencies(config, device)
-    angle = torch.cat([angle, angle], dim=1)[:, None, :]
-    return angle.cos(), angle.sin()
+    cos, sin = angle[:, None, :].cos(), angle[:, None, :].sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, table):
     """Rotate the first R dimensions of x (B, T, heads, D) by the angles of its positions."""
     cos, sin = (part.to(x.dtype) for part in table)
-    turning, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turning.chunk(2, dim=-1)
-    turning = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    R = cos.shape[-1]
+    turning, still = x.split([R, x.shape[-1] - R], dim=-1)
+    turning = turning * cos + turning.roll(R // 2, dims=-1) * sin
     return torch.cat([turning, still], dim=-1) if still.shape[-1] else turning
 
 
@@ -190,17 +191,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         if self.kind == "swiglu":
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        if self.kind == "relu":
-            return self.down(F.relu(self.up(x)))
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+            return self.down(self.up(x, times=self.gate(x, "silu")))  # silu(gate x) * up x
+        return self.down(self.up(x, self.kind))
 
 
 # What selective recomputation keeps, by operator: the outputs of matrix products and of attention. Norms, activations and
 # products with gates are cheap to compute again.
-KEPT = {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "nanotwist::attention", "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu"}
+KEPT = {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "nanotwist::attention",
+        "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"}
 
 
 def keep_products(_context, operator, *_, **__):

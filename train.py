@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 import config
+import cpu
 import data
 import distributed
 import kernels
@@ -372,6 +373,7 @@ def run(options, resuming, dist):
     say = print if dist.is_main else lambda *_: None
     if options.threads:
         torch.set_num_threads(options.threads)
+    cpu.keep_freed_memory()
     torch.set_flush_denormal(True)  # denormal second moments of AdamW are many times slower on CPUs
     out = Path(options.out)
     if (out / "log.csv").exists() and not (resuming or options.overwrite or options.dry_run):

@@ -1,0 +1,109 @@
+"""What float32 costs on CPUs, lowered: matrix products by oneDNN, which on AMD's processors is faster than MKL, and freed memory
+that is kept instead of handed back to the system and cleared by it again.
+
+    training     y = a(x W^T + b), dx = dy W    oneDNN, the weight as it lies; a: ReLU or nothing
+                 dW = dy^T x                    MKL: oneDNN would first copy dy^T
+    scoring      y = a(x W^T + b), or times z   oneDNN, the weight laid out for it once, while `packed(model)` lasts
+
+    python bench.py cpu       # each of them beside F.linear, at the shapes of the pocket model, of OPT-125M and between
+
+Elsewhere (GPUs, other dtypes, autocast, torch.compile, few rows, PyTorch without oneDNN) Linear is nn.Linear, whose parameters it
+has, and then the activation. The operators are those that torch.compile emits; they are not in PyTorch's public interface, so
+their absence changes speed alone.
+
+Shapes: (..., C) inputs, (N, C) weights, (..., N) outputs.
+"""
+import ctypes
+import sys
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+AVAILABLE = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu,
+               "gelu_tanh": partial(F.gelu, approximate="tanh")}
+FUSED = {None: ("none", ""), "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+ROWS = 1024  # of the inputs for which weights are laid out; any number works
+FEWEST = 128  # rows below which laying out the weight at every call costs more than it saves
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def keep_freed_memory():
+    """glibc's malloc gives blocks of 32 MB and more back to the system when they are freed, and less where they lie last. Every
+    page that it gets again the system must clear; on virtual machines that can cost more than what is computed in it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def product(x, weight, bias=None, activation=None, times=None):
+    """activation(x W^T + b), or (x W^T + b) * times. weight: as it is, transposed views included, or as `pack` returns it."""
+    if times is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, times, weight, bias, "mul")
+    name, algorithm = FUSED[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+
+
+def pack(weight):
+    """The weight in oneDNN's own layout; follows no later change of the weight."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+
+
+class Product(torch.autograd.Function):
+    """`product` with gradients; activation None or relu, whose gradient needs only what it gave."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation):
+        y = product(x, weight, bias, activation)
+        ctx.save_for_backward(x, weight, y if activation == "relu" else None)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, y = ctx.saved_tensors
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = product(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dw = rows.t().mm(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return dx, dw, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None
+
+
+class Linear(nn.Linear):
+    packed = None  # the weight as `pack` returns it, while scoring
+
+    def trains_here(self, x):
+        return (AVAILABLE and torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.device.type == "cpu"
+                and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+                and x.numel() >= FEWEST * x.shape[-1])
+
+    def forward(self, x, activation=None, times=None):
+        """activation(x W^T + b), or (x W^T + b) * times, (..., N)."""
+        if self.packed is not None and not torch.is_grad_enabled():
+            return product(x, self.packed, self.bias, activation, times)
+        if not self.trains_here(x):
+            y = ACTIVATIONS[activation](F.linear(x, self.weight, self.bias))
+        elif activation == "relu":
+            y = Product.apply(x, self.weight, self.bias, activation)
+        else:
+            y = ACTIVATIONS[activation](Product.apply(x, self.weight, self.bias, None))
+        return y if times is None else y * times
+
+
+@contextmanager
+def packed(model):
+    """Inside, a model that does not change and takes no gradients runs on packed weights: twice the memory of its matrices."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and AVAILABLE
+              and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
+    try:
+        for layer in layers:
+            layer.packed = pack(layer.weight)
+        yield model
+    finally:
+        for layer in layers:
+            layer.packed = None
