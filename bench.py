@@ -11,6 +11,7 @@
     python bench.py train                     # training steps, beside transformers' model in a plain loop
     python bench.py attention                 # our kernels beside PyTorch's, cuDNN's and FlexAttention; needs a CUDA GPU
     python bench.py cross_entropy             # our loss, fused with the head and alone, beside eager and compiled; needs a GPU
+    python bench.py cpu                       # matrix products by oneDNN beside F.linear's, at the shapes of linear layers
     python bench.py eval                      # pairs that eval.py scores in a second, beside a loop over single sequences
 
 memory: see bench_memory.py.
@@ -35,7 +36,7 @@ whole and in pieces; the share of frames that get another unit, and the most tha
 loader: batches of 64 windows of 1024 from four made-up shards of 12 million units, documents of 100 to 500, on one core. The peer
 reads slamkit's JSON lines of the same documents in their order, makes ids and cuts windows. Taking turns; medians of 20 batches.
 
-train: see bench_training.py. eval: see bench_scoring.py.
+train: see bench_training.py. eval: see bench_scoring.py. cpu: see cpu.py; medians, taking turns.
 
 attention, cross_entropy: see kernels/bench.py; last come geometric means over each peer and the shapes on which ours loses.
 """
@@ -62,6 +63,7 @@ from tqdm import tqdm
 import audio
 import checkpoint
 import config
+import cpu
 import data
 import hubert_units
 import pretrained
@@ -373,7 +375,34 @@ def bench_loader(options):
              "over_json_lines": round(seconds["JSON lines"] / seconds[way], 1)} for way in ways]
 
 
-BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cross_entropy": bench_cross_entropy,
+# ---------------------------------------------------------------------------------------------- products on CPUs
+
+LINEAR = ((2048, 192, 512), (1024, 512, 2048), (1024, 2048, 512), (512, 768, 3072))  # rows, inputs C, outputs N
+
+
+def products(M, C, N):
+    """{(product, way): function}"""
+    random = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(shape, generator=random) for shape in ((M, C), (N, C), (M, N)))
+    packed = cpu.pack(weight)
+    return {("x W^T", "F.linear"): lambda: F.linear(x, weight), ("x W^T", "oneDNN"): lambda: cpu.product(x, weight),
+            ("x W^T", "oneDNN, packed"): lambda: cpu.product(x, packed),
+            ("dy W", "F.linear"): lambda: dy.mm(weight), ("dy W", "oneDNN"): lambda: cpu.product(dy, weight.t()),
+            ("dy^T x", "F.linear"): lambda: dy.t().mm(x), ("dy^T x", "oneDNN"): lambda: cpu.product(dy.t(), x.t())}
+
+
+def bench_cpu(options):
+    """Rows of (rows, C, N, product, way, GFLOP/s, over F.linear's)."""
+    found = []
+    for M, C, N in LINEAR:
+        ways = products(M, C, N)
+        seconds = side_by_side(ways, 10 * options.repeats, "cpu")
+        found += [{"rows": M, "C": C, "N": N, "product": what, "way": way, "gflops": round(2e-9 * M * C * N / seconds[what, way]),
+                   "over_linear": round(seconds[what, "F.linear"] / seconds[what, way], 2)} for what, way in ways]
+    return found
+
+
+BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cpu": bench_cpu, "cross_entropy": bench_cross_entropy,
               "eval": bench_eval, "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory,
               "opening": bench_opening, "train": bench_train, "units": bench_units}
 OF_GPUS = ("attention", "cross_entropy")  # measured on one; on a CPU they are only rehearsed

@@ -2,7 +2,8 @@
 
     random weights --twist.save_tensors--> folder --+--> ours: what train.py builds and updates
                                                     +--> transformers: the same weights, scaled_dot_product_attention,
-                                                         PyTorch's fused AdamW and clipping in a plain loop
+                                                         torch.optim.AdamW and clipping in a plain loop;
+                                                         once more with AdamW's fused=True, which is off by default on CPUs
 
     python bench.py train --repeats=15                   # on the CPU, float32
     python bench.py train --repeats=15 --compile         # and compiled by torch.compile, which takes minutes on two cores
@@ -10,7 +11,8 @@
 
 All take the same batch of random units in one process, and the losses of their first steps must agree; then they take turns.
 Medians, and the interquartile range over the median as spread. `over_peer` is the time of transformers' eager step over a way's
-own. FLOPs as in logs.py. Ours is compiled block by block as train.py does it, transformers' model as a whole; an eager step is
+own, `over_fused` that of its step with the fused AdamW. Memory that is freed is kept for all of them, as train.py does. FLOPs as
+in logs.py. Ours is compiled block by block as train.py does it, transformers' model as a whole; an eager step is
 the same model with compilation switched off.
 
 Memory of a way: on GPUs the most that was allocated in two steps, less what was before its model was made; on CPUs likewise of
@@ -33,6 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import cpu
 import distributed
 import logs
 import train
@@ -101,8 +104,8 @@ def ours(shape, folder, compiled, device):
     return lambda: train.update(model, optimizer, batch, shape.rows, options, dist)[0]
 
 
-def transformers_loop(shape, folder, compiled, device):
-    """The same with transformers' model."""
+def transformers_loop(shape, folder, compiled, device, fused=None):
+    """The same with transformers' model; fused: of AdamW, None for PyTorch's default."""
     import transformers  # the peer, imported here because the rest runs without it
     options = shape.options(compiled, device)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
@@ -113,7 +116,7 @@ def transformers_loop(shape, folder, compiled, device):
         model.compile()
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": options.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.peak_lr, betas=(0.9, options.beta_2), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=options.peak_lr, betas=(0.9, options.beta_2), fused=fused)
     ids = draw_batch(shape, device).ids
 
     def step():
@@ -127,7 +130,8 @@ def transformers_loop(shape, folder, compiled, device):
     return step
 
 
-BUILDERS = {"ours": ours, "transformers": transformers_loop}
+BUILDERS = {"ours": ours, "transformers": transformers_loop,
+            "transformers, fused AdamW": functools.partial(transformers_loop, fused=True)}
 
 
 def eagerly(step):
@@ -225,12 +229,12 @@ def measure(shape, folder, options, compiled):
     return found
 
 
-def row_of(shape, way, one, peer, flops, device):
+def row_of(shape, way, one, peers, flops, device):
     """One line of the table."""
     row = {"shape": shape.name, "rows_x_T": f"{shape.rows} x {shape.T}", "way": way,
            "first_loss": "-" if one.loss is None else round(one.loss, 5)}
     if not one.seconds:
-        return row | dict.fromkeys(("ms", "spread", "units_per_second", "tflops", "mfu", "over_peer", "peak_mb"), "-") | {
+        return row | dict.fromkeys(("ms", "spread", "units_per_second", "tflops", "mfu", *peers, "peak_mb"), "-") | {
             "note": one.note}
     seconds, peak_flops = statistics.median(one.seconds), logs.peak_flops(torch.device(device))
     low, high = np.percentile(one.seconds, [25, 75])
@@ -239,7 +243,8 @@ def row_of(shape, way, one, peer, flops, device):
                   "units_per_second": round(speed),
                   "tflops": round(speed * flops / 1e12, 3),
                   "mfu": round(100 * speed * flops / peak_flops, 1) if peak_flops else "-",
-                  "over_peer": round(statistics.median(peer.seconds) / seconds, 3) if peer.seconds else "-",
+                  **{name: round(statistics.median(peer.seconds) / seconds, 3) if peer.seconds else "-"
+                     for name, peer in peers.items()},
                   "peak_mb": "-" if one.peak is None else round(one.peak / 1e6), "note": one.note}
 
 
@@ -247,6 +252,7 @@ def bench_train(options, chosen=None):
     """Rows of (shape, way, time of a step, units a second, MFU in %, over transformers' eager step, memory)."""
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device={options.device}: expected cpu, or cuda on a machine with a GPU")
+    cpu.keep_freed_memory()
     rows, compiled = [], options.compile or options.device == "cuda"
     for shape in tqdm(chosen or shapes(options.device), desc="train", disable=None):
         with tempfile.TemporaryDirectory() as folder:
@@ -256,5 +262,6 @@ def bench_train(options, chosen=None):
             if options.device == "cpu":
                 for builder in BUILDERS:
                     found[builder].peak = peak_on_cpu(builder, shape, folder)
-        rows += [row_of(shape, way, one, found["transformers"], flops, options.device) for way, one in found.items()]
+        peers = {"over_peer": found["transformers"], "over_fused": found["transformers, fused AdamW"]}
+        rows += [row_of(shape, way, one, peers, flops, options.device) for way, one in found.items()]
     return rows

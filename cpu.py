@@ -1,15 +1,15 @@
-"""What float32 costs on CPUs, lowered: matrix products by oneDNN, which on AMD's processors is faster than MKL, and freed memory
-that is kept instead of handed back to the system and cleared by it again.
+"""Faster float32 on CPUs: matrix products by oneDNN, and memory that is kept when it is freed.
 
     training     y = a(x W^T + b), dx = dy W    oneDNN, the weight as it lies; a: ReLU or nothing
                  dW = dy^T x                    MKL: oneDNN would first copy dy^T
     scoring      y = a(x W^T + b), or times z   oneDNN, the weight laid out for it once, while `packed(model)` lasts
 
-    python bench.py cpu       # each of them beside F.linear, at the shapes of the pocket model, of OPT-125M and between
+    python bench.py cpu       # each of them beside F.linear
 
-Elsewhere (GPUs, other dtypes, autocast, torch.compile, few rows, PyTorch without oneDNN) Linear is nn.Linear, whose parameters it
-has, and then the activation. The operators are those that torch.compile emits; they are not in PyTorch's public interface, so
-their absence changes speed alone.
+Where the processor is not Intel's, oneDNN's products are mostly faster than those of MKL, which are behind F.linear. Elsewhere
+(GPUs, other dtypes, autocast, torch.compile, few rows, PyTorch without oneDNN) Linear is nn.Linear, whose parameters it has, and
+then the activation. The operators are those that torch.compile emits; they are not in PyTorch's public interface, so their
+absence changes speed alone.
 
 Shapes: (..., C) inputs, (N, C) weights, (..., N) outputs.
 """
@@ -33,8 +33,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def keep_freed_memory():
-    """glibc's malloc gives blocks of 32 MB and more back to the system when they are freed, and less where they lie last. Every
-    page that it gets again the system must clear; on virtual machines that can cost more than what is computed in it."""
+    """Keep glibc's malloc from giving freed blocks back to the system.
+
+    It does with large ones, and with what lies last, and the system clears every page before it gives it out again: on a
+    virtual machine a tenth of a training step's time and more. The process then holds on to the most that it ever used.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

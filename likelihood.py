@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import cpu
 
-BUDGET = {"cpu": 1024, "cuda": 65_536}  # tokens of one forward pass, padding included
+BUDGET = {"cpu": 2048, "cuda": 65_536}  # tokens of one forward pass, padding included
 SMOOTHING = 0.1  # k: the count that every n-gram gets for nothing
 PIECE = 2**22  # units that are counted at a time
 

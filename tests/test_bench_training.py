@@ -24,20 +24,23 @@ def no_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["OPT-125M", "OPT-350M", "LLaMA-7B"])
-def test_both_ways_have_the_same_losses_for_several_steps(name, tmp_path):
+def test_all_ways_have_the_same_losses_for_several_steps(name, tmp_path):
     shape = tiny(name)
     bench_training.write_start(shape, tmp_path / "model")
     steps = [build(shape, tmp_path / "model", False, "cpu") for build in bench_training.BUILDERS.values()]
     losses = torch.tensor([[step() for _ in range(4)] for step in steps])
-    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    for peer in losses[1:]:
+        torch.testing.assert_close(losses[0], peer, atol=1e-5, rtol=0)
     assert losses[0, -1] < losses[0, 0] - 1e-4  # and they do train
 
 
-def test_the_table_has_both_ways_and_their_ratio(no_processes):
+def test_the_table_has_all_ways_and_their_ratios(no_processes):
     shape = tiny("OPT-125M")
-    mine, peer = bench_training.bench_train(OPTIONS, [shape])
-    assert (mine["way"], peer["way"]) == ("ours", "transformers") and mine["rows_x_T"] == "2 x 16"
+    mine, peer, fused = bench_training.bench_train(OPTIONS, [shape])
+    assert [row["way"] for row in (mine, peer, fused)] == ["ours", "transformers", "transformers, fused AdamW"]
+    assert mine["rows_x_T"] == "2 x 16"
     assert peer["over_peer"] == 1 and mine["over_peer"] == pytest.approx(peer["ms"] / mine["ms"], rel=0.1)
+    assert fused["over_fused"] == 1 and mine["over_fused"] == pytest.approx(fused["ms"] / mine["ms"], rel=0.1)
     assert abs(mine["first_loss"] - peer["first_loss"]) < 1e-4 and mine["peak_mb"] == 5
     assert mine["mfu"] == "-" and mine["note"] == ""  # a CPU has no peak in the table of logs.py
 
@@ -46,7 +49,7 @@ def test_speed_and_mfu_follow_from_the_median(monkeypatch):
     monkeypatch.setattr(logs, "peak_flops", lambda _: 1e9)
     found = bench_training.Found(6.25, 2_000_000, "", [0.5, 0.1, 0.1, 0.1, 0.2])
     peer = bench_training.Found(6.25, None, "", [0.2])
-    row = bench_training.row_of(tiny("OPT-125M"), "ours", found, peer, 1e6, "cpu")
+    row = bench_training.row_of(tiny("OPT-125M"), "ours", found, {"over_peer": peer}, 1e6, "cpu")
     assert row["ms"] == 100 and row["units_per_second"] == 320 and row["mfu"] == 32 and row["over_peer"] == 2
     assert row["spread"] == 1 and row["peak_mb"] == 2 and row["tflops"] == 0
 
@@ -64,7 +67,7 @@ def test_a_way_that_finds_no_memory_leaves_its_reason(no_processes, monkeypatch)
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore")
     monkeypatch.setitem(bench_training.BUILDERS, "transformers", full)
-    mine, peer = bench_training.bench_train(OPTIONS, [tiny("OPT-125M")])
+    mine, peer, _ = bench_training.bench_train(OPTIONS, [tiny("OPT-125M")])
     assert peer["note"] == "CUDA out of memory. Tried to allocate 40 GiB." and peer["ms"] == peer["over_peer"] == "-"
     assert mine["ms"] > 0 and mine["over_peer"] == "-"
 
@@ -74,7 +77,7 @@ def test_a_split_model_and_recomputation_are_timed_one_way_after_the_other(no_pr
     monkeypatch.setattr(bench_training, "take_turns", lambda steps, *rest: turns.append(list(steps)) or take_turns(steps, *rest))
     shape = dataclasses.replace(tiny("LLaMA-7B"), optimizer="split", recompute="selective")
     rows = bench_training.bench_train(dataclasses.replace(OPTIONS, repeats=1), [shape])
-    assert turns == [["ours"], ["transformers"], []] and all(row["ms"] > 0 for row in rows)
+    assert turns == [["ours"], ["transformers"], ["transformers, fused AdamW"], []] and all(row["ms"] > 0 for row in rows)
 
 
 def test_memory_is_that_of_the_training_and_not_of_the_libraries(tmp_path):
