@@ -1,7 +1,7 @@
 """Faster float32 on CPUs: matrix products by oneDNN, and memory that is kept when it is freed.
 
     training     y = a(x W^T + b), dx = dy W    oneDNN, the weight as it lies; a: ReLU or nothing
-                 dW = dy^T x                    MKL: oneDNN would first copy dy^T
+                 dW = dy^T x                    oneDNN where C > N, else MKL
     scoring      y = a(x W^T + b), or times z   oneDNN, the weight laid out for it once, while `packed(model)` lasts
 
     python bench.py cpu       # each of them beside F.linear
@@ -71,10 +71,16 @@ class Product(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         if y is not None:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = product(dy, weight.t()) if ctx.needs_input_grad[0] else None
-        dw = rows.t().mm(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return dx, dw, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None, None
+        N, C = weight.shape
+        x, dy_rows = x.reshape(-1, C), dy.reshape(-1, N)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = product(dy, weight.t())
+        if ctx.needs_input_grad[1]:  # oneDNN copies the left operand into the right order, which pays if it is the smaller one
+            dw = product(dy_rows.t(), x.t()) if C > N else dy_rows.t().mm(x)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            db = dy_rows.sum(0)
+        return dx, dw, db, None
 
 
 class Linear(nn.Linear):
