@@ -69,8 +69,8 @@ def shapes(device):
                 Shape("OPT-1.3B", SIZES["OPT-1.3B"], 16, 1024),
                 Shape("LLaMA-7B", SIZES["LLaMA-7B"], 4, 2048, "split", "selective"))
     small = dataclasses.replace(SIZES["OPT-125M"], n_layer=6, n_head=8, n_kv_head=8, n_embd=512, embed_dim=512, n_inner=2048)
-    return (Shape("pocket", twist.load_speech_lm("pocket")[0].config, 8, 256), Shape("OPT, 19M", small, 4, 256),
-            Shape("OPT-125M", SIZES["OPT-125M"], 2, 256))
+    return (Shape("pocket", twist.load_speech_lm("pocket")[0].config, 8, 256), Shape("OPT, 19M", small, 2, 256),
+            Shape("OPT, 19M", small, 4, 256), Shape("OPT-125M", SIZES["OPT-125M"], 2, 256))
 
 
 def narrow(shape):

@@ -35,8 +35,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 def keep_freed_memory():
     """Keep glibc's malloc from giving freed blocks back to the system.
 
-    It does with large ones, and with what lies last, and the system clears every page before it gives it out again: on a
-    virtual machine a tenth of a training step's time and more. The process then holds on to the most that it ever used.
+    It does with large ones, and with what lies last, and the system clears every page before it gives it out again, which
+    takes longer than many an operation on it. The process then holds on to the most that it ever used.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
