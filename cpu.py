@@ -39,7 +39,7 @@ def keep_freed_memory():
     takes longer than many an operation on it. The process then holds on to the most that it ever used.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most of older versions
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -84,6 +84,8 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
+    """nn.Linear, then an activation or a product with another tensor, in one operator where oneDNN has one."""
+
     packed = None  # the weight as `pack` returns it, while scoring
 
     def trains_here(self, x):
@@ -92,7 +94,10 @@ class Linear(nn.Linear):
                 and x.numel() >= FEWEST * x.shape[-1])
 
     def forward(self, x, activation=None, times=None):
-        """activation(x W^T + b), or (x W^T + b) * times, (..., N)."""
+        """activation(x W^T + b), or (x W^T + b) * times, (..., N).
+
+        Args: x (..., C). activation: a name in ACTIVATIONS. times: (..., N); one of the two, or neither.
+        """
         if self.packed is not None and not torch.is_grad_enabled():
             return product(x, self.packed, self.bias, activation, times)
         if not self.trains_here(x):
