@@ -75,10 +75,7 @@ class TransformerConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, cast back before the product as LLaMA does.
-
-    The norm and its gradient are one operator each, where squares and their mean would be two passes over x.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, cast back before the product as LLaMA does."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -87,8 +84,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        y = y * torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
 
 

@@ -156,4 +156,4 @@ def test_kept_memory_is_not_cleared_again_by_the_system():
     kept, not_kept = (int(subprocess.run([sys.executable, "-c", KEEP.format(keep=keep)], capture_output=True, text=True,
                                          check=True).stdout) for keep in (True, False))
     pages = 20_000_000 * 4 / resource.getpagesize()
-    assert kept < pages < not_kept
+    assert kept < 2 * pages < not_kept  # the heap may grow once more
