@@ -4,7 +4,7 @@
                  dW = dy^T x                    oneDNN where C > N, else MKL
     scoring      y = a(x W^T + b), or times z   oneDNN, the weight laid out for it once, while `packed(model)` lasts
 
-    python bench.py cpu       # each of them beside F.linear
+    python bench.py cpu       # each product beside that of F.linear
 
 Where the processor is not Intel's, oneDNN's products are mostly faster than those of MKL, which are behind F.linear. Elsewhere
 (GPUs, other dtypes, autocast, torch.compile, few rows, PyTorch without oneDNN) Linear is nn.Linear, whose parameters it has, and
