@@ -108,9 +108,17 @@ def attempt():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def cleanup():
+def leave():
+    """The last call of a command: leave the process group, if there is one, and then the process, with exit code 0.
+
+    Threads of gloo drop the tensors of the last collective some time after it, and need Python for it. One that asks while
+    Python is being taken down aborts a run that has succeeded, so we leave it up, as the children of multiprocessing do.
+    """
     if torch_distributed.is_initialized():
         torch_distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------ a model over processes

@@ -386,7 +386,7 @@ def main(argv=None):
             print("\n" + published.table())
         print(f"\nwrote {options.out}/result.json, result.csv")
     dist.barrier()
-    distributed.cleanup()
+    distributed.leave()
 
 
 if __name__ == "__main__":

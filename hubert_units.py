@@ -558,7 +558,7 @@ def main(argv=None):
               f"{meta['failures']} failures" + (f", listed in {options.out}/failures.csv" if meta["failures"] else ""))
         if meta["files"] == 0:
             raise ValueError(f"none of the {meta['failures']} files could be encoded; see {options.out}/failures.csv")
-    distributed.cleanup()
+    distributed.leave()
 
 
 if __name__ == "__main__":

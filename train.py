@@ -448,7 +448,7 @@ def main(argv=None):
     options, resuming = load_options(argv)
     dist = distributed.setup(options.device)
     run(options, resuming, dist)  # a model that outlived the process group would wait for it forever
-    distributed.cleanup()
+    distributed.leave()
 
 
 if __name__ == "__main__":

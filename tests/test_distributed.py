@@ -179,6 +179,45 @@ def test_workers_do_not_outlive_a_killed_launcher(arguments, tmp_path):
     process.communicate()
 
 
+LATE_THREAD = """
+import atexit, sys, time
+
+class Last:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)  # lets other threads run once more, after Python has begun to go down
+
+@atexit.register
+def keep_python():  # from a thread that waits for it, until Python goes down
+    sys.setswitchinterval(1000)
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        pass
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import distributed
+
+last, dist = Last(), distributed.setup("cpu")
+half = distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+half.full_tensor()  # from here on a cache of torch keeps the process group, and its threads, to the very end
+if dist.is_main:
+    time.sleep(1)
+values = torch.zeros(1)
+torch.distributed.all_reduce(values, async_op=True)  # process 1's thread ends it a second later, while Python is kept
+distributed.leave()
+"""
+
+
+def test_a_thread_that_drops_its_tensors_late_does_not_abort_the_job(tmp_path):
+    (tmp_path / "late.py").write_text(LATE_THREAD)
+    command = [*torchrun(2, [])[:-1], str(tmp_path / "late.py")]
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                            timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_state_that_does_not_fit_the_disk_is_refused_before_it_is_written(tmp_path, monkeypatch):
     model = twist.cold_start(TINY, twist.UnitVocab(20))
     optimizer = torch.optim.AdamW(model.parameters())
