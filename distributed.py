@@ -111,8 +111,9 @@ def attempt():
 def leave():
     """The last call of a command: leave the process group, if there is one, and then the process, with exit code 0.
 
-    Threads of gloo drop the tensors of the last collective some time after it, and need Python for it. One that asks while
-    Python is being taken down aborts a run that has succeeded, so we leave it up, as the children of multiprocessing do.
+    Threads of gloo drop the tensors of the last collective some time after it, and need Python for that. One that asks while
+    Python is being taken down would abort a run that has succeeded, so it is not taken down: the children of multiprocessing
+    end in the same way.
     """
     if torch_distributed.is_initialized():
         torch_distributed.destroy_process_group()
