@@ -144,5 +144,7 @@ def command(main):
     except (ValueError, OSError) as error:
         if os.environ.get("TWIST_TRACEBACK") == "1":
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        program = Path(sys.argv[0])
+        name = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name
+        print(f"{name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

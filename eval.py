@@ -9,7 +9,7 @@
     python eval.py --task=sstorycloze --data=sSC.zip --model=runs/mine/model --versus=runs/cold/model
     torchrun --nproc-per-node=8 eval.py --task=all --data=benchmarks/ ...  # encoding and scoring divided over the processes
 
-What --data may hold: see the head of benchmarks.py; of --task=ppl and generation it is a folder of unit shards or recordings.
+What --data may hold: see the head of evaluation/sets.py; for ppl and generation it is a folder of unit shards or recordings.
 Averages, intervals and tests: accuracy.py. The defaults are the field's practice (mean log-likelihood per unit, the first token
 given and not scored, the last one neither given nor scored, ties count half, dev split, whole stories); each is printed with the
 result. A sequence beyond the model's window is cut off in a pair (and counted in a note) and scored by a sliding window in ppl.
@@ -21,27 +21,23 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import accuracy
-import benchmarks
-import checkpoint
 import config
-import continuations
 import cpu
-import data
-import distributed
-import download
 import hubert_units
-import pair_scores
-import published
-import reports
 import twist
-from likelihood import UnitCounts, log_probabilities
+from checkpoints import download
+from checkpoints.files import POCKET, find
+from corpus.extract import encode_files, find_audio
+from corpus.shards import UnitShards, check_recipe
+from evaluation import generation, pairs, perplexity, published, reports, sets
+from evaluation.likelihood import UnitCounts, log_probabilities
+from speech.encoder import BUDGET_SECONDS
+from training import distributed
 
-TASKS = ("all", "ppl", *benchmarks.TASKS, "generation")
-POCKET_BENCHMARKS = checkpoint.POCKET / "benchmarks"
+TASKS = ("all", "ppl", *sets.TASKS, "generation")
+POCKET_BENCHMARKS = POCKET / "benchmarks"
 CHOICES = {"task": TASKS, "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"), "score": ("whole", "ending"),
            "long": ("truncate", "slide")}
 
@@ -119,7 +115,7 @@ def load_model(name, options, dist):
 def check_units(recipe, lm, where):
     """Raise ValueError if units of this recipe are not those that the model was trained on."""
     if lm.vocab.recipe:
-        data.check_recipe(recipe, lm.vocab.recipe, where)
+        check_recipe(recipe, lm.vocab.recipe, where)
         if recipe.get("dedup", True) != lm.vocab.recipe.get("dedup", True):
             state = "collapsed" if recipe.get("dedup", True) else "not collapsed"
             raise ValueError(f"{where}: repeated units are {state}, unlike in what {lm.name} was trained on; encode the audio "
@@ -156,25 +152,25 @@ class Evaluation:
         check_units({**encoder.recipe, "dedup": recipe.get("dedup", True)}, self.main, f"--tokenizer={options.tokenizer}")
         if self.dist.device.type == "cpu":
             encoder.hubert.pack()
-        encoder.budget = hubert_units.BUDGET_SECONDS[self.dist.device.type]
+        encoder.budget = BUDGET_SECONDS[self.dist.device.type]
         return encoder
 
     def encode(self, files):
-        """Recordings -> data.UnitShards, from the cache if they were encoded before; an interrupted encoding goes on."""
+        """Recordings -> UnitShards, from the cache if they were encoded before; an interrupted encoding goes on."""
         dedup = (self.main.vocab.recipe or {}).get("dedup", True)
         key = hashlib.sha256(json.dumps([self.encoder.recipe, dedup, [(file, *stamp(file)) for file in files]]).encode())
         base = Path(self.options.cache) if self.options.cache else download.cache("NANOTWIST_HOME") / "units"
         folder = base / key.hexdigest()[:16]
-        hubert_units.encode_files(files, self.encoder, hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers,
+        encode_files(files, self.encoder, hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers,
                                                                                dedup=dedup), self.dist)
         self.dist.barrier()  # the first process joins the shards
-        return data.UnitShards(folder)
+        return UnitShards(folder)
 
     def shards(self, folder):
         """A folder of unit shards or of recordings."""
         if not (Path(folder) / "meta.json").exists():
-            return self.encode([str(file) for file in hubert_units.find_audio([folder])])
-        found = data.UnitShards(folder)
+            return self.encode([str(file) for file in find_audio([folder])])
+        found = UnitShards(folder)
         check_units(found.recipe, self.main, str(folder))
         return found
 
@@ -182,7 +178,7 @@ class Evaluation:
     def counts(self):
         """UnitCounts of the training shards, and a sentence why not if there are none."""
         folder = self.options.train_data
-        shards = data.UnitShards(checkpoint.find("pocket", "units") / "train" if folder == "pocket" else folder)
+        shards = UnitShards(find("pocket", "units") / "train" if folder == "pocket" else folder)
         try:
             check_units(shards.recipe, self.main, f"--train-data={folder}")
         except ValueError:
@@ -204,6 +200,17 @@ class Evaluation:
             found[system] = [counts.log_probabilities(units, order, self.main.bos, options.eos)[:cut] for units in documents]
         return found
 
+    def score_bytes(self, texts):
+        """[(nats, bytes)] of each text by the text LM over bytes."""
+        name = self.options.text_lm
+        model, vocab = twist.load_speech_lm(find("pocket", "lm") if name == "pocket" else name)
+        if (vocab.recipe or {}).get("kind") != "bytes":
+            raise ValueError(f"--text-lm={name} reads tokens of a tokenizer that is not here, only text LMs over bytes can be "
+                             "used; score the transcripts with it elsewhere and give log_probability and tokens in --transcripts")
+        rows = [vocab.encode(torch.tensor(list(text.encode())), bos=vocab.bos is not None) for text in texts]
+        alone = distributed.Dist(0, 1, torch.device("cpu"))
+        return [(float(values.sum()), len(values)) for values in log_probabilities(model, rows, alone, label="transcripts")]
+
 
 def stamp(path):
     """Size and date of a file, or of the zip that it stands in: when they change, its units are computed again."""
@@ -211,126 +218,6 @@ def stamp(path):
     while not found.exists():
         found = found.parent
     return found.stat().st_size, found.stat().st_mtime_ns
-
-
-# ---------------------------------------------------------------------------------------------- pairs
-
-def run_pairs(evaluation, benchmark):
-    """One benchmark -> its section of the result."""
-    options = evaluation.options
-    if benchmark.units:
-        shards = evaluation.shards(benchmark.units)
-        usable = set(shards.names)
-    else:
-        mentioned = {name for pair in benchmark.pairs for name in (pair.positive, pair.negative)}
-        benchmarks.complete_pairs(benchmark, mentioned & benchmark.present)  # too much is missing: say so before encoding
-        shards = evaluation.encode(sorted(mentioned & benchmark.present))
-        usable = set(shards.names)
-    shortest = 2 - all(lm.bos or options.eos for lm in evaluation.lms.values())  # units of which one is scored
-    usable -= {name for name, length in zip(shards.names, shards.lengths) if length < shortest}
-    pairs, missing, sentence = benchmarks.complete_pairs(benchmark, usable)
-    scores, lengths, notes = pair_scores.score(evaluation, pairs, shards)
-    notes = [*([sentence] if sentence else []), *notes, *filter(None, [evaluation.counts[1]])]
-    if missing and shards.meta["failures"]:
-        notes.append(f"why recordings could not be encoded: {shards.folder}/failures.csv")
-    if not evaluation.dist.is_main:
-        return None
-    if benchmark.row_order:
-        notes.append(pair_scores.row_order(benchmark, pairs, scores["model"], options.ties))
-    if benchmark.stems:
-        reports.write_submission(options.out, benchmark, pairs, scores["model"])
-    reports.write_scores(options.out, benchmark, pairs, scores, lengths)
-    voices, items = {pair.voice for pair in pairs} - {""}, {pair.item for pair in pairs}
-    ties = {system: int((a == b).sum()) for system, (a, b) in scores.items()}
-    notes.append("ties: " + ", ".join(f"{count} by {system}" for system, count in ties.items()))
-    title = [f"{benchmark.task}, {benchmark.name}: {len(pairs):,} pairs of {len(items):,} questions"]
-    title += [f"{len(voices)} voices"] * bool(voices) + [f"split {benchmark.split}"] * bool(benchmark.split)
-    return {"title": ", ".join(title), "notes": notes, "missing": missing, "ties": ties,
-            "rows": pair_scores.accuracy_rows(benchmark, pairs, scores, options)}
-
-
-# ---------------------------------------------------------------------------------------------- perplexity and generation
-
-def seconds_of(shards):
-    """Length of every document as audio, (D,); zeros for text."""
-    lines = (line for *_, path in shards.parts for line in Path(path).read_text().splitlines())
-    return np.array([json.loads(line)["seconds"] for line in lines])
-
-
-def run_perplexity(evaluation, folder):
-    """exp of the mean nats per unit; documents are what the bootstrap draws."""
-    options, shards = evaluation.options, evaluation.shards(folder)
-    documents = [shards.document(i)[0] for i in range(len(shards))]
-    found, seconds = evaluation.log_probabilities(documents), seconds_of(shards)
-    if not evaluation.dist.is_main:
-        return None
-    name, rows, scored = f"ppl {Path(folder).name}", [], {}
-    for system, values in found.items():
-        kept = np.array([len(part) > 0 for part in values])
-        nats = np.array([-part.sum() for part in values])[kept]
-        scored[system] = [(nats, np.array([len(part) for part in values], dtype=np.float64)[kept])]
-        mean = accuracy.estimate(scored[system], options.resamples, options.seed)
-        e = accuracy.Estimate(*(float(np.exp(value)) for value in (mean.value, mean.low, mean.high)), mean.n)
-        rows += [reports.row(name, "perplexity", system, "per unit", e), reports.row(name, "loss", system, "nats per unit", mean)]
-        if seconds.sum():
-            bits = accuracy.estimate([(nats / np.log(2), seconds[kept])], options.resamples, options.seed)
-            rows.append(reports.row(name, "bits of speech", system, "per second", bits))
-        if system == "versus" and evaluation.main.bos == evaluation.lms["versus"].bos:  # else they score different units
-            apart = accuracy.difference(scored["model"], scored["versus"], options.resamples, options.seed)
-            rows.append(reports.row(name, "loss", "model - versus", "nats per unit", apart))
-    notes = [*filter(None, [evaluation.counts[1]]), "bits per second count units, not how long each lasts"]
-    longer = sum(len(units) > evaluation.window for units in documents)
-    if longer:
-        notes.append(f"{longer} of {len(documents)} documents are longer than the window of {evaluation.window} units: scored by "
-                     f"a sliding window in steps of {options.stride or evaluation.window // 2}")
-    return {"title": f"perplexity, {folder}: {len(documents):,} documents, {int(shards.lengths.sum()):,} units, "
-                     f"{seconds.sum() / 3600:.2f} h", "notes": notes, "rows": rows}
-
-
-def run_generation(evaluation, folder):
-    """Continuations of held-out prompts, beside what really follows; and transcripts, if the user brings some."""
-    options, shards = evaluation.options, evaluation.shards(folder)
-    if not evaluation.dist.is_main:
-        return None
-    prompts = continuations.prompts_of(shards, options.prompts, options.prompt_seconds)
-    spoken = {system: continuations.continue_all(lm.model, lm.vocab, prompts, options) for system, lm in evaluation.lms.items()}
-    most = max(len(units) for units in spoken["model"])
-    spoken["held-out speech"] = [rest[:most] for _, _, rest in prompts]
-    name, rows, notes = f"generation {Path(folder).name}", [], []
-
-    def add(subset, system, numbers):
-        rows.extend({"benchmark": name, "subset": subset, "system": system, "measure": measure, "value": value, "low": None,
-                     "high": None, "n": numbers["sequences"], "p": None} for measure, value in numbers.items()
-                    if measure != "sequences")
-
-    for system, sequences in spoken.items():
-        add("units", system, continuations.describe(sequences))
-    lines = [json.dumps({"units": [int(unit) for unit in (*prompt, *more)], "file_name": f"{Path(source).stem}.wav"}) + "\n"
-             for (source, prompt, _), more in zip(prompts, spoken["model"])]
-    checkpoint.write_text(Path(options.out) / "continuations.jsonl", "".join(lines))
-    notes.append(f"prompts and continuations: {options.out}/continuations.jsonl, for python vocoder.py, a recogniser of yours, "
-                 "and --transcripts")
-    if options.transcripts:
-        texts = continuations.read_transcripts(options.transcripts)
-        add("words", "model", continuations.describe([continuations.words(text) for _, text, _, _ in texts]))
-        token, scored = "token of the file's own model", [(nats, tokens) for _, _, nats, tokens in texts]
-        if texts[0][2] is None:
-            token, scored = "byte", score_bytes(evaluation, [text for _, text, _, _ in texts])
-        add("words", "model", {"sequences": len(texts), f"GenPPL per {token}": continuations.generation_perplexity(scored)})
-    return {"title": f"generation: {len(prompts)} prompts of {len(prompts[0][1])} units ({options.prompt_seconds:g} s) from "
-                     f"{folder}, temperature {options.temperature:g}", "notes": notes, "rows": rows}
-
-
-def score_bytes(evaluation, texts):
-    """[(nats, bytes)] of each text by the text LM over bytes."""
-    name = evaluation.options.text_lm
-    model, vocab = twist.load_speech_lm(checkpoint.find("pocket", "lm") if name == "pocket" else name)
-    if (vocab.recipe or {}).get("kind") != "bytes":
-        raise ValueError(f"--text-lm={name} reads tokens of a tokenizer that is not here, only text LMs over bytes can be used; "
-                         "score the transcripts with it elsewhere and give log_probability and tokens in --transcripts")
-    rows = [vocab.encode(torch.tensor(list(text.encode())), bos=vocab.bos is not None) for text in texts]
-    alone = distributed.Dist(0, 1, torch.device("cpu"))
-    return [(float(values.sum()), len(values)) for values in log_probabilities(model, rows, alone, label="transcripts")]
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -352,21 +239,21 @@ def conventions_of(evaluation):
 
 def tasks_of(evaluation):
     """What is to be done, in order: functions that give a section each."""
-    options, held_out = evaluation.options, checkpoint.find("pocket", "units") / "val"
+    options, held_out = evaluation.options, find("pocket", "units") / "val"
     pocket, folder = options.data in (None, "pocket"), Path(options.data or "pocket")
     if options.task in ("ppl", "generation"):
-        run = run_perplexity if options.task == "ppl" else run_generation
+        run = perplexity.run if options.task == "ppl" else generation.run
         return [functools.partial(run, evaluation, held_out if pocket else folder)]
     found, shards = [], pocket or (folder / "meta.json").exists()
     if options.task == "all" and shards:
         folder = held_out if pocket else folder
-        found = [functools.partial(run, evaluation, folder) for run in (run_perplexity, run_generation)]
+        found = [functools.partial(run, evaluation, folder) for run in (perplexity.run, generation.run)]
     if pocket and options.task == "all" and not POCKET_BENCHMARKS.exists():
         return found
     if options.task != "all" or pocket or not shards:
         where = POCKET_BENCHMARKS if pocket else folder
-        found += [functools.partial(run_pairs, evaluation, benchmark)
-                  for benchmark in benchmarks.find(options.task, where, options.split, options.voices)]
+        found += [functools.partial(pairs.run, evaluation, benchmark)
+                  for benchmark in sets.find(options.task, where, options.split, options.voices)]
     return found
 
 

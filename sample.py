@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 import config
-import data
 import twist
-from audio import SAMPLE_RATE, read_wav, write_wav
-from hubert_units import deduplicate, load_unit_encoder
+from corpus.shards import check_recipe
+from hubert_units import load_unit_encoder, speech_to_units
 from model import generate
+from speech.audio import write_wav
 from vocoder import load_vocoder
 
 
@@ -50,23 +50,12 @@ class SampleConfig:
     device: str = "auto"  # auto | cpu | cuda
 
 
-def prepare_prompt(path, encoder, seconds):
-    """Units (T,) and runs (T,) of the first `seconds` of a recording."""
-    wav = read_wav(path)
-    if seconds:
-        wav = wav[: round(seconds * SAMPLE_RATE)]
-    try:
-        return deduplicate(encoder.encode(wav).cpu())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
     write: False where another process writes the same files: the model alone runs.
     """
-    units, runs = prepare_prompt(path, encoder, options.prompt_seconds)
+    units, runs = speech_to_units(path, encoder, options.prompt_seconds)
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -101,14 +90,14 @@ def load_voice(tokenizer, vocoder, vocab, kmeans=None, layer=None, pad=None):
     encoder = load_unit_encoder(tokenizer, kmeans, layer, pad=(recipe or {}).get("pad", 0) if pad is None else pad)
     spoken = load_vocoder(vocoder)
     if spoken.recipe:
-        data.check_recipe(spoken.recipe, encoder.recipe, f"--vocoder={vocoder}")
+        check_recipe(spoken.recipe, encoder.recipe, f"--vocoder={vocoder}")
     if recipe:
-        data.check_recipe(recipe, encoder.recipe, "the speech LM")
+        check_recipe(recipe, encoder.recipe, "the speech LM")
     return encoder, spoken
 
 
 def resynthesize(path, options, encoder, vocoder):
-    units, _ = prepare_prompt(path, encoder, 0)
+    units, _ = speech_to_units(path, encoder)
     file = Path(options.out) / f"{Path(path).stem}_resynth.wav"
     write_wav(file, vocoder(units, None, options.speaker, options.style).cpu())
     return [file], len(units)

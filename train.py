@@ -26,20 +26,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import config
 import cpu
-import data
-import distributed
 import kernels
-import logs
-import memory
-import optimizer as optimizers
 import sample
-import state
 import twist
-from loader import PACKINGS, UnitLoader, mixed
+from checkpoints import files
+from corpus.loader import PACKINGS, UnitLoader, mixed
+from corpus.shards import UnitShards, check_recipe
 from model import TransformerConfig
+from training import distributed, logs, memory, state
+from training import optimizer as optimizers
+from training.start import build, lay_out, open_start
+from training.step import compute_dtype, evaluate, update
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
 MOST_SPLIT_PIECES = 4  # forwards whose bfloat16 gradients are added up
@@ -125,23 +124,6 @@ def lr_at(step, options):
 
 # ------------------------------------------------------------------------------------------------ what is trained on what
 
-def open_start(options, recipe):
-    """The start that --init names: (TransformerConfig, UnitVocab, (name, tensor) pairs that are read or drawn one at a time)."""
-    vocab = twist.UnitVocab(recipe["num_units"], recipe=recipe)
-    if options.init == "cold":
-        model_config = dataclasses.replace(twist.load_lm_config(options.lm), vocab_size=vocab.size)
-        return model_config, vocab, twist.cold_tensors(model_config, options.seed)
-    if options.init in ("twist", "shuffled"):
-        lm_config, text = twist.open_text_lm(options.lm)
-        start = twist.warm_tensors if options.init == "twist" else twist.shuffled_tensors
-        return (dataclasses.replace(lm_config, vocab_size=vocab.size), vocab,
-                start(lm_config, text, vocab, options.seed, options.embedding))
-    model_config, tensors, vocab = twist.open_speech_lm(options.init)
-    if vocab.recipe is not None:
-        data.check_recipe(recipe, vocab.recipe, f"--data={options.data[0]}")
-    return model_config, vocab, tensors.items()
-
-
 def load_options(argv):
     """(options, whether to go on from a state). --init=resume starts from the options of the interrupted run."""
     options = config.load(TrainConfig, argv)
@@ -158,8 +140,8 @@ def load_options(argv):
 
 
 def shards_of(name, split):
-    folder = checkpoint.find(name, "units")
-    return data.UnitShards(folder / split if name == "pocket" else folder)
+    folder = files.find(name, "units")
+    return UnitShards(folder / split if name == "pocket" else folder)
 
 
 def open_data(options, vocab, train_shards, rows):
@@ -183,63 +165,7 @@ def split_batch(options, dist):
     return rows, micro
 
 
-# ------------------------------------------------------------------------------------------------ one update, one validation
-
-def forward(model, batch, dist):
-    """Mean loss over the targets of a batch."""
-    ids, targets, document_starts = (part if part is None else part.to(dist.device, non_blocking=True) for part in batch)
-    return model(ids, targets, document_starts=document_starts)
-
-
-def update(model, optimizer, batch, micro, options, dist):
-    """One update from this process's rows; returns (mean loss over all processes, gradient norm, was it applied?).
-
-    The loss is the mean over all targets of the step: a piece counts by its share of them, and gradients are averaged over
-    the processes, hence the factor of their number.
-    """
-    total, targets = torch.zeros((), device=dist.device), dist.sum(batch.count)
-    pieces = batch.split(micro)
-    for i, piece in enumerate(pieces):
-        distributed_context = distributed.sync_gradients(model, on=i + 1 == len(pieces))
-        with distributed_context, distributed.autocast(model, dist, compute_dtype(options, dist)):
-            loss = forward(model, piece, dist) * (piece.count * dist.world / targets)
-            loss.backward()
-        total += loss.detach()
-    norm = distributed.clip_gradients(model, options.clip)
-    mean_loss = dist.mean(total)
-    finite = math.isfinite(mean_loss) and math.isfinite(norm)
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return mean_loss, norm, finite
-
-
-@torch.no_grad()
-def evaluate(model, loader, options, dist):
-    """Mean loss over the first rows of the validation stream, in order: the same for every run. All ranks share the work.
-
-    All do the same number of forwards, because under FSDP each gathers weights from all; a row too many counts nothing.
-    """
-    model.eval()
-    rows = min(options.eval_rows or loader.windows, loader.windows)
-    total, targets = torch.zeros((), dtype=torch.float64, device=dist.device), 0
-    mine = list(range(dist.rank, rows, dist.world))
-    for i in range(0, -(-rows // dist.world), 16):
-        batch = loader.window(*(mine[i:i + 16] or [0]))
-        count = batch.count if mine[i:i + 16] else 0
-        with distributed.autocast(model, dist, compute_dtype(options, dist)):
-            total += forward(model, batch, dist).double() * count
-        targets += count
-    model.train()
-    total, targets = dist.sum(total, targets)
-    return total / targets
-
-
-def compute_dtype(options, dist):
-    """Of matrix products."""
-    on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
-    return torch.bfloat16 if on else torch.float32
-
+# ------------------------------------------------------------------------------------------------ what else a run does
 
 @torch.no_grad()
 def speak(voice, model, step, options, vocab, dist):
@@ -342,33 +268,6 @@ def train(model, optimizer, loader, val_loader, saver, log, voice, facts, option
     return step, val_loss, time.perf_counter() - started
 
 
-def rounded(model, tensors, low):
-    """(name, bfloat16 tensor) of float32 ones; this process's part of the bits that are lost goes to low[name]."""
-    for name, tensor in tensors:
-        high, bits = optimizers.low_bits(tensor.float())
-        low[name] = distributed.mine_of(bits, model.get_parameter(name))
-        yield name, high
-
-
-def lay_out(model_config, options, parallel, dist):
-    """The model, laid out over the processes, without memory."""
-    model = twist.empty(model_config).train()
-    for block in model.h:
-        block.recompute = options.recompute
-    compiled = options.compile == "blocks" or (options.compile == "auto" and dist.device.type == "cuda")
-    return distributed.lay_out(model.bfloat16() if options.optimizer == "split" else model, dist, parallel,
-                               compute_dtype(options, dist), options.shard_size, options.reshard, compiled)
-
-
-def build(model, tensors, options, parallel, dist):
-    """(model, optimizer), filled with (name, tensor) pairs; tensors None: a state will fill them."""
-    model, low = model.to_empty(device=dist.device), {}
-    if tensors is not None:
-        distributed.fill(model, rounded(model, tensors, low) if options.optimizer == "split" else tensors)
-    model = distributed.wrap(model, dist, parallel)
-    return model, optimizers.build(model, options, low)
-
-
 def run(options, resuming, dist):
     say = print if dist.is_main else lambda *_: None
     if options.threads:
@@ -383,7 +282,7 @@ def run(options, resuming, dist):
     val_shards = shards_of(options.val_data, "val")
     for shards, where in [*((shards, f"--data={name}") for shards, name in zip(train_shards, options.data)),
                           (val_shards, f"--val-data={options.val_data}")]:
-        data.check_recipe(shards.recipe, train_shards[0].recipe, where)
+        check_recipe(shards.recipe, train_shards[0].recipe, where)
     if resuming:
         found = state.read(out)
         model_config, vocab, tensors = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"]), None
@@ -421,7 +320,7 @@ def run(options, resuming, dist):
     else:
         saver.remove_all()  # of a run that --overwrite replaces
     if dist.is_main:
-        checkpoint.write_text(out / "config.toml", config.to_toml(dataclasses.replace(options, overwrite=False)))
+        files.write_text(out / "config.toml", config.to_toml(dataclasses.replace(options, overwrite=False)))
     log = logs.Log(out, facts.first, dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options))
     voice = sample.load_voice(options.tokenizer, options.vocoder, vocab) if options.sample_interval else None
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
 import config
-import pretrained
+from checkpoints import files, pretrained
 from model import Transformer, TransformerConfig
 
 LARGEST_UNIT_VOCAB = 2**15  # rows; a larger table is one of text
@@ -175,7 +174,7 @@ def report(lm, slm, embedding="fresh"):
 
 def open_text_lm(folder_or_name="pocket", dtype=torch.float32):
     """A text LM as any Hugging Face folder holds it -> (TransformerConfig, {name: tensor} that are read when asked for)."""
-    family, options, tensors = pretrained.open_lm(checkpoint.find_model(folder_or_name, "lm"), dtype)
+    family, options, tensors = pretrained.open_lm(files.find_model(folder_or_name, "lm"), dtype)
     return TransformerConfig(**options, family=family), tensors
 
 
@@ -187,7 +186,7 @@ def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
 
 def load_lm_config(folder_or_name="pocket"):
     """The architecture alone: TransformerConfig from a folder's config.json (the weights need not be there)."""
-    folder = checkpoint.find_model(folder_or_name, "lm")
+    folder = files.find_model(folder_or_name, "lm")
     family, options = pretrained.lm_options(pretrained.read_settings(folder), folder)
     return TransformerConfig(**options, family=family)
 
@@ -206,7 +205,7 @@ def save_tensors(model_config, tensors, vocab, folder, dtype=torch.float32):
     settings |= {"torch_dtype": str(dtype).removeprefix("torch."), "offset": vocab.offset, "num_units": vocab.num_units,
                  "bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad,
                  "tokenizer_recipe": vocab.recipe}
-    checkpoint.write_model(folder, settings, tensors)
+    files.write_model(folder, settings, tensors)
 
 
 def read_vocab(settings, where):
@@ -244,7 +243,7 @@ def read_vocab(settings, where):
 
 def open_speech_lm(folder_or_name="pocket", dtype=torch.float32):
     """Ours, Meta's TWIST or slamkit's -> (TransformerConfig, tensors read when asked for, UnitVocab)."""
-    folder = checkpoint.find_model(folder_or_name, "model")
+    folder = files.find_model(folder_or_name, "model")
     vocab = read_vocab(pretrained.read_settings(folder), folder)
     family, options, tensors = pretrained.open_lm(folder, dtype)
     return TransformerConfig(**options, family=family), tensors, vocab

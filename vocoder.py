@@ -28,11 +28,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import config
-import data
-from audio import SAMPLE_RATE, write_wav
-from pretrained import fold_weight_norm
+from checkpoints import files
+from checkpoints.pretrained import fold_weight_norm
+from corpus.shards import UnitShards, check_recipe
+from speech.audio import SAMPLE_RATE, write_wav
 
 SLOPE = 0.1  # leaky ReLU inside the generator
 LAST_SLOPE = 0.01  # leaky ReLU before the last convolution: the published models use the library's default there
@@ -277,14 +277,14 @@ def load_vocoder(folder_or_file_or_name="pocket"):
         the tokenizer whose units it speaks, or is None where the config does not say.
     Raises: ValueError naming tensors that are missing, unknown or of another shape; OSError if files are absent.
     """
-    path = checkpoint.find(str(folder_or_file_or_name), "vocoder")
+    path = files.find(str(folder_or_file_or_name), "vocoder")
     table_path = beside(path, "config.json")
-    table = checkpoint.read_json(table_path)
+    table = files.read_json(table_path)
     try:
         options = parse_config(table)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{table_path} is no vocoder config ({error}); {REMEDY}") from None
-    tensors = checkpoint.read_tensors(path)
+    tensors = files.read_tensors(path)
     tensors = tensors.get("generator", tensors)  # trainers keep the generator under this key
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} holds {str(list(tensors)[:3]):.80}, not the tensors of a generator; give its g_... file")
@@ -323,9 +323,9 @@ def read_units(path, recipe):
     """Yields (name, units, runs or None) from a shard folder or a jsonl file. recipe: the vocoder's, or None."""
     path = Path(path)
     if path.is_dir():
-        shards = data.UnitShards(path)
+        shards = UnitShards(path)
         if recipe:
-            data.check_recipe(shards.recipe, recipe, path)
+            check_recipe(shards.recipe, recipe, path)
         for i, name in enumerate(shards.names):
             yield (name, *shards.document(i))
         return

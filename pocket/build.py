@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import config
 import twist
+from checkpoints import files
 from pocket.speech import TRAIN_VOICES, Espeak
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def train(options, out, steps, *more):
 
 
 def text_lm(options):
-    checkpoint.write_json(BUILD / "text_lm_shape/config.json", TEXT_LM_SHAPE)
+    files.write_json(BUILD / "text_lm_shape/config.json", TEXT_LM_SHAPE)
     train(options, "text_lm_run", options.text_steps, "--init=cold", "--lm=build/text_lm_shape", "--data=build/text/train",
           "--val-data=build/text/val", "--peak-lr=2e-3", "--warmup=100", "--units-per-step=4096")
     store_half(BUILD / "text_lm_run/model", POCKET / "text_lm")
@@ -95,7 +95,7 @@ def hubert(options):
     run("-m", "pocket.train_hubert", f"--steps-1={options.hubert_steps}", f"--steps-2={options.hubert_steps * 7 // 6}",
         f"--dtype={options.dtype}", f"--threads={options.threads}")
     shutil.copytree(BUILD / "hubert", POCKET / "hubert.tmp", ignore=shutil.ignore_patterns("*.pt", "log.csv"))
-    checkpoint.replace_folder(POCKET / "hubert.tmp", POCKET / "hubert")
+    files.replace_folder(POCKET / "hubert.tmp", POCKET / "hubert")
 
 
 def units(options):
@@ -110,8 +110,8 @@ def vocoder(options):
 
 def prompt(options):
     """A spoken beginning of a story that nothing was trained on."""
-    from audio import write_wav
     from pocket.stories import story
+    from speech.audio import write_wav
     samples, _ = Espeak().say(" ".join(story(PROMPT).split(". ")[:2]) + ".", *TRAIN_VOICES[0])
     write_wav(POCKET / "prompt.wav", samples)
 

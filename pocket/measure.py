@@ -18,16 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import config
-import data
 import twist
-from audio import read_wav
-from hubert_units import deduplicate, load_unit_encoder
-from loader import UnitLoader
+from checkpoints import files
+from corpus.loader import UnitLoader
+from corpus.shards import UnitShards
+from hubert_units import load_unit_encoder
 from pocket.stories import pairs
 from pocket.text import encode
 from pocket.train_hubert import mel_filters
+from speech.audio import read_wav
+from speech.encoder import deduplicate
 from vocoder import load_vocoder
 
 KINDS = ("agreement", "pronoun", "word_order", "ending", "topic")
@@ -52,8 +53,8 @@ def log_likelihood(model, ids):
 
 
 def measure_text(options):
-    model, vocab = twist.load_speech_lm(checkpoint.KINDS["lm"])  # a text LM of bytes is stored with its vocabulary
-    loader = UnitLoader(data.UnitShards(options.text), vocab, 256, 1, 0)
+    model, vocab = twist.load_speech_lm(files.KINDS["lm"])  # a text LM of bytes is stored with its vocabulary
+    loader = UnitLoader(UnitShards(options.text), vocab, 256, 1, 0)
     with torch.inference_mode():
         windows = [loader.window(w) for w in range(min(loader.windows, 400))]
         losses = [model(window.ids, window.targets).item() for window in windows]
@@ -139,7 +140,7 @@ def main(argv=None):
     if options.what not in measures:
         raise ValueError(f"--what={options.what}: expected {' or '.join(measures)}")
     result = measures[options.what](options)
-    checkpoint.write_json(Path(options.out) / f"pocket_{options.what}.json", result)
+    files.write_json(Path(options.out) / f"pocket_{options.what}.json", result)
     print(json.dumps(result, indent=2))
 
 

@@ -11,8 +11,8 @@ Nothing is to be won by counting units: a question that would leave the right si
 (or the reverse), by more than a pair or two, is put aside. Of several non-words for a word, the one is taken that keeps this
 balance and that of phoneme bigrams best. Words and sentences are spoken by both voices, stories by one of them in turn.
 
-NAME/pairs.csv and NAME/units/ are what eval.py reads (see benchmarks.py); NAME/texts.csv says what was spoken, a row a question.
-A benchmark that exists is skipped: delete its pairs.csv to make it again.
+NAME/pairs.csv and NAME/units/ are what eval.py reads (see evaluation/sets.py); NAME/texts.csv says what was spoken, a row a
+question. A benchmark that exists is skipped: delete its pairs.csv to make it again.
 Needs `apt install espeak-ng wamerican`; the word list keeps words of English that the stories lack from passing as non-words.
 
     python -m pocket.pairs                                       # the bundled ones
@@ -35,14 +35,15 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
 import config
-import data
 import twist
-from audio import SAMPLE_RATE
-from hubert_units import deduplicate, load_unit_encoder
+from checkpoints import files
+from corpus.shards import check_recipe, write_shards
+from hubert_units import load_unit_encoder
 from pocket import stories
 from pocket.speech import HELD_OUT_VOICES, Espeak
+from speech.audio import SAMPLE_RATE
+from speech.encoder import deduplicate
 
 LONGEST_TEXT = 165  # characters of a story: most of longer ones do not fit the window
 ENGLISH = Path("/usr/share/dict/words")  # none of their sounds is a non-word
@@ -170,7 +171,7 @@ class Studio:
         self.encoder.hubert.pack()
         self.recipe = {**self.encoder.recipe, "dedup": True}
         model, vocab = twist.load_speech_lm()
-        data.check_recipe(self.recipe, vocab.recipe, "pocket/hubert")
+        check_recipe(self.recipe, vocab.recipe, "pocket/hubert")
         self.heard = functools.lru_cache(maxsize=32)(self.hear)  # a word is compared with several non-words
         self.most = model.config.block_size - 2  # units beside a beginning and an ending token
 
@@ -251,12 +252,12 @@ def table(columns, rows):
 def write(folder, recipe, made):
     """One benchmark. pairs.csv goes last: without it eval.py passes the folder by."""
     (folder / "pairs.csv").unlink(missing_ok=True)
-    data.write_shards(folder / "units", recipe, [(name, *document) for _, _, documents in made
-                                                 for name, document in documents.items()])
+    write_shards(folder / "units", recipe, [(name, *document) for _, _, documents in made
+                                            for name, document in documents.items()])
     texts = [{"item": question.item, "positive": question.right, "negative": question.wrong} for question, _, _ in made]
-    checkpoint.write_text(folder / "texts.csv", table(("item", "positive", "negative"), texts))
+    files.write_text(folder / "texts.csv", table(("item", "positive", "negative"), texts))
     columns = ("positive", "negative", "voice", "item", "type", "frequency", "positive_start", "negative_start")
-    checkpoint.write_text(folder / "pairs.csv", table(columns, [row for _, rows, _ in made for row in rows]))
+    files.write_text(folder / "pairs.csv", table(columns, [row for _, rows, _ in made for row in rows]))
 
 
 def main(argv=None):

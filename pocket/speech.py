@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 import config
-from audio import SAMPLE_RATE, resample
 from pocket.stories import story
+from speech.audio import SAMPLE_RATE, resample
 
 # (espeak voice, words per minute, pitch 0-99). The first is the voice of the vocoder.
 TRAIN_VOICES = (

@@ -24,12 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import config
-import pretrained
-from audio import SAMPLE_RATE
-from hubert import Hubert, HubertConfig
-from kmeans import fit_kmeans
+from checkpoints import files, pretrained
+from speech.audio import SAMPLE_RATE
+from speech.hubert import Hubert, HubertConfig
+from speech.kmeans import fit_kmeans
 
 SHAPE = HubertConfig(
     conv_dim=(32, 64, 96, 128, 128, 128, 192, 192), conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2),
@@ -295,10 +294,10 @@ def main(argv=None):
     centers, layer = layers[best][0], int(best.split()[-1])
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
     settings, tensors = pretrained.write_hubert(asdict(SHAPE), half)
-    checkpoint.write_tensors(out / "model.safetensors", tensors)
-    checkpoint.write_json(out / "config.json", settings)
-    checkpoint.write_tensors(out / "kmeans.safetensors", {"centers": centers}, {"layer": str(layer)})
-    checkpoint.write_json(out / "quality.json", {"layer": layer, "results": results})
+    files.write_tensors(out / "model.safetensors", tensors)
+    files.write_json(out / "config.json", settings)
+    files.write_tensors(out / "kmeans.safetensors", {"centers": centers}, {"layer": str(layer)})
+    files.write_json(out / "quality.json", {"layer": layer, "results": results})
     print(f"units: layer {layer}, K = {options.num_units}; wrote {out}")
 
 

@@ -30,10 +30,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import config
-import data
-from audio import SAMPLE_RATE, read_wav
+from checkpoints import files
+from corpus.shards import UnitShards
+from speech.audio import SAMPLE_RATE, read_wav
 from vocoder import SLOPE, DurationConfig, Vocoder, VocoderConfig
 
 # A HuBERT frame sees 80 samples more than its hop (720 at hop 640, 400 at hop 320), 40 on each side. So unit f stands
@@ -86,7 +86,7 @@ class Corpus:
     """
 
     def __init__(self, options, hop):
-        shards = data.UnitShards(options.units)
+        shards = UnitShards(options.units)
         self.hop, self.recipe = hop, shards.recipe
         if SAMPLE_RATE != hop * self.recipe["frame_rate"]:
             raise ValueError(f"--rates={options.rates} make {hop} samples a unit, but {options.units} holds "
@@ -245,10 +245,10 @@ class Run:
             tensors |= {f"{name}.weight.{key}": tensor for key, tensor in module.state_dict().items()}
             for i, moments in self.optimizers[name].state_dict()["state"].items():
                 tensors |= {f"{name}.moment.{i}.{key}": tensor for key, tensor in moments.items()}
-        checkpoint.write_tensors(self.path, tensors)  # one file: a kill between two could pair unlike halves
+        files.write_tensors(self.path, tensors)  # one file: a kill between two could pair unlike halves
 
     def load(self):
-        tensors = checkpoint.read_tensors(self.path)
+        tensors = files.read_tensors(self.path)
         step, skipped, self.seconds = tensors.pop("progress").tolist()
         self.step, self.skipped = int(step), int(skipped)
         for name, module in self.modules.items():
@@ -397,7 +397,7 @@ def network(options, num_units):
 def export(vocoder, recipe, options):
     dtype = torch.float16 if options.half else torch.float32
     tensors = {name: tensor.to(dtype) for name, tensor in vocoder.state_dict().items()}
-    checkpoint.write_model(options.out, {**dataclasses.asdict(vocoder.config), "tokenizer": recipe}, tensors)
+    files.write_model(options.out, {**dataclasses.asdict(vocoder.config), "tokenizer": recipe}, tensors)
 
 
 COLUMNS = ("step", "minutes", "spectral", "duration", "verdict", "features", "discrimination", "lr", "norm", "skipped",

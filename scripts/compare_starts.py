@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import config  # noqa: E402
+from checkpoints import files  # noqa: E402
 
 ARMS = ("twist", "shuffled", "cold")
 
@@ -82,7 +82,7 @@ def main(argv=None):
         shares = [steps_to(curves["twist", best["twist"], seed], finals[other][seed]) for seed in range(options.seeds)]
         summary[f"twist: steps to the final loss of {other}, as a share of its steps, by seed"] = [
             None if share is None else share / summary["steps"] for share in shares]
-    checkpoint.write_json(out / "summary.json", summary)
+    files.write_json(out / "summary.json", summary)
     print(json.dumps(summary, indent=2))
 
 

@@ -1,4 +1,4 @@
-"""One update of a large model in parts, on what memory this machine has: the plan of memory.py against what was held.
+"""One update of a large model in parts, on what memory this machine has: the plan of training/memory.py against what was held.
 
     random text LM of OPT-1.3B's width on disk --train.py, fsdp, 2 processes: read, warm start, one step, save, export-->
     most memory that each process held, beside the plan -> results/large_model.json
@@ -21,12 +21,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import config  # noqa: E402
-import memory  # noqa: E402
-import pretrained  # noqa: E402
 import twist  # noqa: E402
+from checkpoints import files, pretrained  # noqa: E402
 from model import TransformerConfig  # noqa: E402
+from training import memory  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def main(argv=None):
     fields = dataclasses.asdict(shape)
     settings, tensors = pretrained.write_lm(fields.pop("family"), fields,
                                             {name: tensor.bfloat16() for name, tensor in twist.cold_tensors(shape)})
-    checkpoint.write_model(work / "lm", settings, tensors)
+    files.write_model(work / "lm", settings, tensors)
     del tensors
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}", "train.py",
                f"--lm={work}/lm", f"--out={work}/run", "--steps=1", "--parallel=fsdp", f"--optimizer={options.optimizer}",
@@ -69,7 +68,7 @@ def main(argv=None):
               "planned_gb": round(plan.total / 1e9, 3), "held_gb": held, "held_before_anything_gb": round(float(bare.stdout), 3),
               "state_gb": round(saved / 1e9, 3),
               "seconds": round(time.perf_counter() - began)}
-    checkpoint.write_text(options.out, json.dumps(result, indent=2) + "\n")
+    files.write_text(options.out, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(work)
     print(json.dumps(result, indent=2))
 

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import config  # noqa: E402
+from checkpoints import files  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def main(argv=None):
                 if system == "model" or (init, seed) == ("twist", 0):  # baselines do not depend on the model
                     rows.append({"task": task, "system": init if system == "model" else system, "seed": seed,
                                  "value": value, "low": low, "high": high, "n": n})
-    checkpoint.write_json(options.out, {"command": "python scripts/pocket_table.py", "dtype": options.dtype, "rows": rows})
+    files.write_json(options.out, {"command": "python scripts/pocket_table.py", "dtype": options.dtype, "rows": rows})
     tasks, systems = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "system"))
     print(f"| | {' | '.join(tasks)} |\n|---|{'---|' * len(tasks)}")
     for system in systems:

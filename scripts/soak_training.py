@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import config  # noqa: E402
-import state  # noqa: E402
+from checkpoints import files  # noqa: E402
+from training import state  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ def main(argv=None):
         out, undisturbed = work / f"killed_{processes}", work / f"clean_{processes}"
         subprocess.run(command(processes, undisturbed, options), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         moments = killed_run(processes, out, options, rng)
-        clean, expected, found = checkpoint.read_tensors(undisturbed / "model"), losses(undisturbed), losses(out)
+        clean, expected, found = files.read_tensors(undisturbed / "model"), losses(undisturbed), losses(out)
         rows.append({"processes": processes, "kills": len(moments), "during_a_save": sum(saving for _, saving, _ in moments),
                      "of_all": sum(who == "all" for *_, who in moments), "moments": moments,
-                     "weights_differ_by": largest_difference(clean, checkpoint.read_tensors(out / "model")),
+                     "weights_differ_by": largest_difference(clean, files.read_tensors(out / "model")),
                      "losses_differ_by": max(abs(expected[step] - found[step]) for step in found),
                      "rows_missing": len(expected) - len(found)})
         print({key: value for key, value in rows[-1].items() if key != "moments"}, flush=True)
-    checkpoint.write_text(options.out, json.dumps({"command": "python scripts/soak_training.py", "steps": options.steps,
-                                                   "rows": rows}, indent=2) + "\n")
+    files.write_text(options.out, json.dumps({"command": "python scripts/soak_training.py", "steps": options.steps,
+                                              "rows": rows}, indent=2) + "\n")
     wrong = [row for row, tolerance in zip(rows, (0.0, 1e-6)) if row["weights_differ_by"] > tolerance or row["rows_missing"]]
     if wrong:
         raise ValueError(f"the killed runs differ from the clean one; see {options.out} and {work}")

@@ -25,8 +25,8 @@ import soundfile
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import config  # noqa: E402
+from checkpoints.files import write_json  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def main(argv=None):
               "finished_at_each_kill": done, "shard_files": len(shards), "shards_are_byte_identical": same,
               "failures_are_the_broken_files": failed == sorted(map(str, broken)), "documents": meta["files"],
               "seconds_of_the_interrupted_run": round(seconds)}
-    checkpoint.write_json(options.out, result)
+    write_json(options.out, result)
     print(json.dumps(result, indent=2))
     if not (same and result["failures_are_the_broken_files"] and meta["files"] == options.files - options.broken):
         raise ValueError(f"the soak failed; its files stay in {work}")

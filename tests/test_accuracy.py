@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import accuracy
+from evaluation import accuracy
 
 
 def one_stratum(values, questions=None):

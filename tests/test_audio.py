@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audio import SAMPLE_RATE, Resampler, duration, read_blocks, read_wav, resample, write_wav
+from speech.audio import SAMPLE_RATE, Resampler, duration, read_blocks, read_wav, resample, write_wav
 
 ROOT = Path(__file__).parent.parent
 USUAL = [8000, 11025, 22050, 24000, 44100, 48000]
@@ -193,7 +193,7 @@ def test_a_long_recording_needs_no_more_memory_than_a_short_one(tmp_path):
         for _ in range(60):
             file.write(np.zeros((480_000, 2), dtype=np.int16))
     soundfile.write(tmp_path / "short.flac", np.zeros((480_000, 2)), 48000)
-    program = ("import resource, sys; from audio import read_blocks\n"
+    program = ("import resource, sys; from speech.audio import read_blocks\n"
                "for name in sys.argv[1:]:\n"
                "    print(sum(len(block) for block in read_blocks(name)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path / "short.flac"), str(tmp_path / "long.flac")],

@@ -4,14 +4,14 @@ import dataclasses
 import pytest
 import torch
 
-import bench
-import bench_training
-import logs
 import train
-from bench_memory import SIZES
+from bench import training as bench_training
+from bench.__main__ import BenchConfig, main
+from bench.memory import SIZES
+from training import logs
 
 pytest.importorskip("transformers")
-OPTIONS = bench.BenchConfig(device="cpu", repeats=3)
+OPTIONS = BenchConfig(device="cpu", repeats=3)
 
 
 def tiny(name):
@@ -97,4 +97,4 @@ def test_the_recipe_of_the_largest_model_is_one_of_train():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="expected cpu, or cuda on a machine with a GPU"):
-        bench.main(["train", "--device=cuda", f"--out={tmp_path}"])
+        main(["train", "--device=cuda", f"--out={tmp_path}"])

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_memory
 import config
-import memory
 import train
 import twist
+from bench.memory import SIZES, spread_over
 from model import TransformerConfig
+from training import memory
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -32,7 +32,7 @@ NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "RDZV_ENDP
 OURS = {"OPT-125M": "facebook/opt-125m", "OPT-350M": "facebook/opt-350m", "OPT-1.3B": "facebook/opt-1.3b",
         "LLaMA-7B": "huggyllama/llama-7b", "LLaMA-13B": "huggyllama/llama-13b"}
 MEDIUM = dict(vocab_size=502, n_layer=24, n_head=16, n_kv_head=16, n_embd=1024, head_dim=64, n_inner=4096)
-SHAPES = {OURS[name]: shape for name, shape in bench_memory.SIZES.items()} | {
+SHAPES = {OURS[name]: shape for name, shape in SIZES.items()} | {
     "bigscience/bloom-560m": TransformerConfig(**MEDIUM, position="alibi", embed_norm=True, mlp="gelu_tanh", family="bloom"),
     "EleutherAI/pythia-410m": TransformerConfig(**MEDIUM, position="rope", rope_fraction=0.25, parallel_residual=True, mlp="gelu",
                                                 tie_embeddings=False, family="gpt_neox"),
@@ -118,7 +118,7 @@ def test_the_memory_in_the_heading_of_a_config_is_what_memory_py_plans(name):
     for gigabytes, processes, changes in figures:
         options = config.load(train.TrainConfig, [str(path), *changes.split()])
         shape = SHAPES[options.lm]
-        parallel, shard = bench_memory.spread_over(int(processes), memory.count([twist.empty(shape)]))
+        parallel, shard = spread_over(int(processes), memory.count([twist.empty(shape)]))
         rows = options.units_per_step // options.block_size // int(processes)
         micro = options.micro_batch or rows
         plan = memory.plan(shape, parallel=parallel, shard=shard, micro_rows=micro, pieces=rows // micro, dtype=torch.bfloat16,

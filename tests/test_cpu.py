@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 
 import cpu
-import likelihood
-from distributed import Dist
+from evaluation import likelihood
 from model import Transformer, TransformerConfig
+from training.distributed import Dist
 
 ONEDNN = pytest.mark.skipif(not cpu.AVAILABLE, reason="this PyTorch has no oneDNN operators")
 CONFIG = TransformerConfig(vocab_size=34, block_size=64, n_layer=2, n_head=3, n_kv_head=3, n_embd=48, embed_dim=48, n_inner=80,

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import distributed
-import state
 import twist
+from checkpoints import files
 from conftest import TINY
+from training import distributed, state
 
-ROOT = Path(checkpoint.__file__).parent
+ROOT = Path(__file__).parent.parent
 WAYS = {"2 x ddp": (2, "--parallel=ddp"), "2 x fsdp": (2, "--parallel=fsdp"),
         "4 x hsdp": (4, "--parallel=hsdp", "--shard-size=2")}
 
@@ -39,7 +38,7 @@ def column(folder, name="loss"):
 
 
 def weights(folder):
-    return checkpoint.read_tensors(folder / "model")
+    return files.read_tensors(folder / "model")
 
 
 def assert_same_run(folder, expected, tolerance=1e-5):
@@ -197,7 +196,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import distributed
+from training import distributed
 
 last, dist = Last(), distributed.setup("cpu")
 half = distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)

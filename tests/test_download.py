@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-import archive
-import download
+from checkpoints import archive, download
 
 ROOT = Path(__file__).parent.parent
 DATA = bytes(range(256)) * 1200  # 307,200 bytes: more than sockets hold back
@@ -605,7 +604,7 @@ def test_two_processes_at_once_download_once(server, tmp_path):
         answer(request)
 
     page.answer = slow
-    code = "import download; print('ready', flush=True); print(download.find('org/name', 'lm'))"
+    code = "from checkpoints import download; print('ready', flush=True); print(download.find('org/name', 'lm'))"
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"

@@ -14,17 +14,15 @@ import pytest
 import soundfile
 import torch
 
-import benchmarks
 import config
-import continuations
-import data
-import distributed
 import eval as evaluation_command
-import hubert_units
-import likelihood
-import published
+import hubert_units as hubert_units
 import twist
 from conftest import RECIPE, TINY
+from corpus.shards import write_shards
+from evaluation import generation, likelihood, published, sets
+from speech.encoder import BUDGET_SECONDS, deduplicate
+from training import distributed
 
 VOCAB = twist.UnitVocab(20, recipe=RECIPE)
 ALONE = distributed.Dist(0, 1, torch.device("cpu"))
@@ -139,14 +137,14 @@ def world(tmp_path, stub_encoder, models):
 def write_train(folder):
     rng = np.random.default_rng(0)
     documents = [(f"{i}.wav", units := rng.integers(0, 20, 40), np.ones_like(units), 2.0) for i in range(6)]
-    data.write_shards(folder / "train", RECIPE, documents)
+    write_shards(folder / "train", RECIPE, documents)
 
 
 # ---------------------------------------------------------------------------------------------- the reference, by hand
 
 def reference_score(model, number):
     """Mean nats per unit after <S>, one sequence at a time, in float64 from the logits on."""
-    units, _ = hubert_units.deduplicate(units_of(number))
+    units, _ = deduplicate(units_of(number))
     ids = torch.tensor([1, *(int(unit) + 2 for unit in units)])
     with torch.no_grad():
         p = model(ids[None, :-1])[0].double().log_softmax(-1)
@@ -310,7 +308,7 @@ def test_two_processes_print_and_write_what_one_does(tmp_path):
 
 def test_an_encoding_that_was_interrupted_goes_on(world, models, stub_encoder, monkeypatch):
     write_slm21(world / "slm21", questions=4)
-    monkeypatch.setitem(hubert_units.BUDGET_SECONDS, "cpu", 0.1)  # four recordings at a time
+    monkeypatch.setitem(BUDGET_SECONDS, "cpu", 0.1)  # four recordings at a time
     arguments = ["--task=swuggy", f"--data={world}/slm21", f"--model={models}/0"]
     encode = stub_encoder.encode_batch
 
@@ -333,7 +331,7 @@ def test_an_encoding_that_was_interrupted_goes_on(world, models, stub_encoder, m
 
 
 def found_in(root, task, **options):
-    return benchmarks.find(task, root, **options)
+    return sets.find(task, root, **options)
 
 
 def touch(path):
@@ -389,12 +387,12 @@ def test_storycloze_names_without_a_story_are_paired_by_integers_and_words(tmp_p
 
 
 def test_the_eight_parts_of_salmon_are_paired_by_index_and_alphabet(tmp_path):
-    for part in benchmarks.SALMON:
+    for part in sets.SALMON:
         for i in range(12):
             touch(tmp_path / f"salmon_benchmark/{part}/sample_{i}_a.wav")
             touch(tmp_path / f"salmon_benchmark/{part}/sample_{i}_b.wav")
     found = found_in(tmp_path, "salmon")
-    assert {Path(benchmark.name).name for benchmark in found} == set(benchmarks.SALMON)
+    assert {Path(benchmark.name).name for benchmark in found} == set(sets.SALMON)
     for benchmark in found:
         assert len(benchmark.pairs) == 12
         assert all(pair.positive.endswith("_a.wav") and pair.negative == pair.positive[:-5] + "b.wav" for pair in benchmark.pairs)
@@ -407,10 +405,10 @@ def write_pairs(folder, count=30, header=("positive", "negative", "voice", "type
         for voice in range(voices):
             for side in (0, 1):
                 number = 1000 * voice + 2 * i + (0 if i in twins else side)
-                units, runs = hubert_units.deduplicate(units_of(number))
+                units, runs = deduplicate(units_of(number))
                 documents.append((f"{i}{'pn'[side]}{voice}", units.numpy(), runs.numpy(), 1.0))
             rows.append((f"{i}p{voice}", f"{i}n{voice}", f"v{voice}", f"t{i % 3}", *extra(i)))
-    data.write_shards(folder / "units", RECIPE, documents)
+    write_shards(folder / "units", RECIPE, documents)
     write_table(folder / "pairs.csv", header, rows)
     return rows
 
@@ -488,8 +486,8 @@ def test_conventions_change_the_score_as_they_say(world, models):
         evaluate(world, "--task=pairs", f"--data={world}/a", f"--model={models}/0", *options)
         return float(read_table(world / "out/pairs_a_pairs.csv")[0]["model_positive"])
 
-    units = hubert_units.deduplicate(units_of(0))[0]
-    other = hubert_units.deduplicate(units_of(1))[0]
+    units = deduplicate(units_of(0))[0]
+    other = deduplicate(units_of(1))[0]
     ids = torch.tensor([1, *(units + 2).tolist(), 1])
     with torch.no_grad():
         p = model(ids[None, :-1])[0].log_softmax(-1)[torch.arange(len(units) + 1), ids[1:]].double()
@@ -507,7 +505,7 @@ def test_endings_begin_where_pairs_csv_says(world, models):
                 extra=lambda i: (0.08, 0.04))  # seconds; the recipe has 25 frames in each
     evaluate(world, "--task=pairs", f"--data={world}/a", f"--model={models}/0", "--score=ending", "--norm=sum")
     model, _ = twist.load_speech_lm(models / "0")
-    units, runs = hubert_units.deduplicate(units_of(0))
+    units, runs = deduplicate(units_of(0))
     ids = torch.tensor([1, *(units + 2).tolist()])
     with torch.no_grad():
         p = model(ids[None, :-1])[0].log_softmax(-1)[torch.arange(len(units)), ids[1:]].double()
@@ -528,7 +526,7 @@ def test_the_conventions_stand_in_every_output(world, models, capsys):
 def test_long_sequences_are_cut_off_and_reported_or_scored_by_a_window(world, models):
     rng = np.random.default_rng(1)
     long = [(name, rng.integers(0, 20, n), np.ones(n, dtype=int), 1.0) for name, n in (("p", 300), ("n", 90))]
-    data.write_shards(world / "a/units", RECIPE, long)
+    write_shards(world / "a/units", RECIPE, long)
     write_table(world / "a/pairs.csv", ("positive", "negative"), [("p", "n")])
     model, vocab = twist.load_speech_lm(models / "0")
 
@@ -558,7 +556,7 @@ def test_perplexity_is_that_of_transformers_for_the_same_weights(world, models):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(models / "0").eval()
     rng = np.random.default_rng(2)
     documents = [(f"{i}", rng.integers(0, 20, n), np.ones(n, dtype=int), n / 25) for i, n in enumerate((5, 60, 128, 3))]
-    data.write_shards(world / "val", RECIPE, documents)
+    write_shards(world / "val", RECIPE, documents)
     values, _ = evaluate(world, "--task=ppl", f"--data={world}/val", f"--model={models}/0")
     nats, units = 0.0, 0
     for _, row, _, _ in documents:
@@ -607,16 +605,16 @@ def test_generation_is_described_and_transcripts_are_scored(world, models):
 
 
 def test_auto_bleu_and_distinct_by_hand():
-    assert continuations.auto_bleu([1, 2, 1, 2, 3]) == 2 / 4
-    assert continuations.auto_bleu([1, 1, 1]) == 1 and continuations.auto_bleu([1]) is None
-    assert continuations.distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3 and continuations.distinct([[1]], 2) is None
+    assert generation.auto_bleu([1, 2, 1, 2, 3]) == 2 / 4
+    assert generation.auto_bleu([1, 1, 1]) == 1 and generation.auto_bleu([1]) is None
+    assert generation.distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3 and generation.distinct([[1]], 2) is None
 
 
 @pytest.mark.parametrize("text", ["a", "a\tb\tx\t3", "a\tb\t1\t3", "a\tb\t-1"])
 def test_transcripts_that_are_none_are_refused_by_line(tmp_path, text):
     (tmp_path / "x.tsv").write_text("ok\tfine\n" + text)
     with pytest.raises(ValueError, match="line 2"):
-        continuations.read_transcripts(tmp_path / "x.tsv")
+        generation.read_transcripts(tmp_path / "x.tsv")
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -20,14 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import audio
-import checkpoint
-import data
 import hubert_units
-import pretrained
-from audio import SAMPLE_RATE, read_wav
-from hubert import Hubert, HubertConfig, frames_of, load_hubert
-from hubert_units import deduplicate, load_unit_encoder
+from checkpoints import files, pretrained
+from corpus.extract import find_audio
+from corpus.shards import UnitShards, check_recipe
+from hubert_units import load_unit_encoder, speech_to_units
+from speech import audio
+from speech.audio import SAMPLE_RATE, read_wav
+from speech.encoder import UnitEncoder, deduplicate
+from speech.hubert import Hubert, HubertConfig, frames_of, load_hubert
+from speech.kmeans import fingerprint
 
 ROOT = Path(hubert_units.__file__).parent
 C, K, LAYERS = 16, 12, 3
@@ -63,12 +65,12 @@ def write_folder(folder, config=BASE, layer=2, centers=None, metadata=None):
     hubert = Hubert(config)
     perturb(hubert.state_dict())
     settings, tensors = pretrained.write_hubert(dataclasses.asdict(config), hubert.state_dict())
-    checkpoint.write_model(folder, settings, tensors)
+    files.write_model(folder, settings, tensors)
     if centers is None:
         features = hubert.eval()(noise(40_000)[None], layer)[0].detach()
         centers = features[:: len(features) // K][:K].clone()  # real frames, so that all units occur
     metadata = {"layer": str(layer)} if metadata is None else metadata
-    checkpoint.write_tensors(folder / "kmeans.safetensors", {"centers": centers}, metadata)
+    files.write_tensors(folder / "kmeans.safetensors", {"centers": centers}, metadata)
     return folder
 
 
@@ -125,7 +127,7 @@ def test_features_of_every_layer_equal_those_of_transformers(kind, change, tmp_p
         torch.testing.assert_close(hubert(wav[None]), states[-1], rtol=1e-4, atol=1e-5)
         assert (states[1] - states[2]).abs().max() > 0.1  # layers can be told apart
         for layer in range(1, 13):
-            encoder = hubert_units.UnitEncoder(hubert, torch.zeros(K, C), layer)
+            encoder = UnitEncoder(hubert, torch.zeros(K, C), layer)
             torch.testing.assert_close(encoder.features(wav), states[layer][0], rtol=1e-4, atol=1e-5)
 
 
@@ -141,7 +143,7 @@ def test_what_is_written_is_what_transformers_opens(kind, tmp_path):
     options, tensors = pretrained.read_hubert(tmp_path)
     assert HubertConfig(**options) == KINDS[kind][0]
     written = pretrained.write_hubert(options, tensors)[1]
-    for name, tensor in checkpoint.read_tensors(tmp_path).items():
+    for name, tensor in files.read_tensors(tmp_path).items():
         if "original1" in name:  # another direction vector of the same weight
             torch.testing.assert_close(written[name], tensor, rtol=1e-6, atol=1e-7)
         else:
@@ -210,7 +212,7 @@ def test_naive_padding_would_change_the_features(kind, folders):
 def test_a_normalised_waveform_is_normalised_over_its_own_samples(normalize):
     hubert = Hubert(dataclasses.replace(SLOW, normalize=normalize)).eval()
     perturb(hubert.state_dict())
-    encoder = hubert_units.UnitEncoder(hubert, torch.zeros(K, C), 2)
+    encoder = UnitEncoder(hubert, torch.zeros(K, C), 2)
     wavs = [2 + 3 * noise(length, length) for length in (9000, 16_000, 720)]
     for features, wav in zip(encoder.features_of(wavs), wavs):
         torch.testing.assert_close(features, encoder.features(wav), rtol=1e-5, atol=1e-5)
@@ -291,7 +293,7 @@ SECOND = SAMPLE_RATE
 
 
 def test_the_published_way_encodes_independent_pieces(folders, monkeypatch):
-    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"textless": (1, 0)})
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"textless": (1, 0)})
     encoder, wav = load_unit_encoder(folders["25hz"], chunking="textless"), noise(2 * SECOND + 719)
     pieces = [encoder.features(piece) for piece in wav.split(SECOND)[:2]]  # the rest is shorter than a frame
     torch.testing.assert_close(encoder.features(wav), torch.cat(pieces), rtol=1e-5, atol=1e-5)
@@ -305,14 +307,14 @@ def test_pieces_with_context_have_the_frames_of_the_whole_and_its_statistics(kin
     """Up to layer 0 nothing but the positional convolution looks around, and the context covers it: pieces equal the whole."""
     hubert = Hubert(dataclasses.replace(KINDS[kind][0], normalize=normalize)).eval()
     perturb(hubert.state_dict())
-    encoder = hubert_units.UnitEncoder(hubert, torch.randn(K, C, generator=torch.Generator().manual_seed(0)), 1)
+    encoder = UnitEncoder(hubert, torch.randn(K, C, generator=torch.Generator().manual_seed(0)), 1)
     for rows in range(hubert.config.n_layer):  # layers that do nothing but their norms: what is left is local
         hubert.layers[rows].out.weight.data.zero_()
     for length in (5 * SECOND, 5 * SECOND + 17, 6 * SECOND + 333, 9 * SECOND - 1):
         wav = 1 + noise(length, length) * torch.linspace(0.2, 2, length)  # statistics that differ from piece to piece
         with monkeypatch.context() as patch:
             whole, frames = encoder.features(wav), encoder.encode(wav)
-            patch.setattr(hubert_units, "CHUNKINGS", {"overlap": (1, 0.96)})
+            patch.setattr("speech.encoder.CHUNKINGS", {"overlap": (1, 0.96)})
             assert encoder.longest < length
             for budget in (1.0, 60.0):  # one piece a forward, or many
                 encoder.budget = budget
@@ -327,7 +329,7 @@ def test_attention_that_is_cut_off_changes_few_units(monkeypatch):
     encoder = load_unit_encoder("pocket")
     wav = torch.cat([audio.read_wav(ROOT / "pocket/prompt.wav")] * 4)
     whole = encoder.encode(wav)
-    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (5, 2)})
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"overlap": (5, 2)})
     pieces = encoder.encode(wav)
     assert len(pieces) == len(whole) and 0.9 < (pieces == whole).float().mean() < 1.0
 
@@ -342,11 +344,11 @@ def test_zeros_around_a_recording_give_slamkits_frames(folders, monkeypatch):
     assert encoder.recipe["pad"] == 40
     with pytest.raises(ValueError, match="639 samples are shorter than one frame \\(640 samples"):
         encoder.encode(noise(639))
-    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (1, 1)})
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"overlap": (1, 1)})
     wav = noise(5 * SECOND)
     assert torch.equal(encoder.encode_stream(lambda: wav.split(3000)), encoder.encode(wav))
     with pytest.raises(ValueError, match="another tokenizer \\(pad is 40, expected 0"):
-        data.check_recipe(encoder.recipe, load_unit_encoder(folders["25hz"]).recipe, "--data")
+        check_recipe(encoder.recipe, load_unit_encoder(folders["25hz"]).recipe, "--data")
 
 
 @pytest.mark.parametrize("kind, rate, frames", [("50hz", 25, 74), ("50hz", 100, 298), ("25hz", 12.5, 37), ("25hz", 50, 148)])
@@ -360,7 +362,7 @@ def test_other_frame_rates_are_made_from_the_nearest_native_one(kind, rate, fram
     else:  # each frame becomes two, a quarter of the way to its neighbours
         torch.testing.assert_close(features[2:-1:2], 0.75 * x[1:] + 0.25 * x[:-1])
         torch.testing.assert_close(features[1:-1:2], 0.75 * x[:-1] + 0.25 * x[1:])
-    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (1, 0.96)})
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"overlap": (1, 0.96)})
     assert len(encoder.features(noise(7 * SECOND + 5))) == len(load_unit_encoder(folders[kind]).features(
         noise(7 * SECOND + 5))) * rate // native.frame_rate
     with pytest.raises(ValueError, match="frame rate 30"):
@@ -581,7 +583,7 @@ def test_the_k_means_file_of_a_tokenizer_is_found_beside_it(folders, tmp_path):
 def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     with open(tmp_path / "km.bin", "wb") as file:
         save(value, file)
-    centers, said = checkpoint.read_kmeans(tmp_path / "km.bin")
+    centers, said = files.read_kmeans(tmp_path / "km.bin")
     assert torch.equal(centers, torch.ones(3, C)) and centers.dtype == torch.float32 and said == {}
 
 
@@ -590,7 +592,7 @@ def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
 def test_a_pickle_without_centres_says_so(value, tmp_path):
     (tmp_path / "km.bin").write_bytes(pickle.dumps(value))
     with pytest.raises(ValueError, match="no table of centres"):
-        checkpoint.read_kmeans(tmp_path / "km.bin")
+        files.read_kmeans(tmp_path / "km.bin")
 
 
 # ---------------------------------------------------------------------------------------------- units
@@ -617,7 +619,7 @@ def test_units_are_the_nearest_centres_by_brute_force_in_float64(folders):
     assert len(expected.unique()) >= K // 2  # many units occur
     centers = torch.randn(200, C, generator=torch.Generator().manual_seed(2))
     points = torch.randn(3000, C, generator=torch.Generator().manual_seed(3))
-    many = hubert_units.UnitEncoder(encoder.hubert, centers, 1)
+    many = UnitEncoder(encoder.hubert, centers, 1)
     assert torch.equal(many.quantize(points), torch.cdist(points.double(), centers.double()).argmin(1))
 
 
@@ -625,7 +627,7 @@ def test_ties_go_to_the_lowest_index(folders):
     hubert = load_unit_encoder(folders["50hz"]).hubert
     centers = torch.zeros(4, C)
     centers[1, 0] = centers[2, 0] = 2.0
-    encoder = hubert_units.UnitEncoder(hubert, centers, 1)
+    encoder = UnitEncoder(hubert, centers, 1)
     points = torch.zeros(3, C)
     points[:, 0] = torch.tensor([-1.0, 1.0, 5.0])  # nearest: 0 and 3; all four; 1 and 2
     assert encoder.quantize(points).tolist() == [0, 0, 1]
@@ -648,7 +650,7 @@ def test_the_layer_and_the_recipe_come_from_the_files(folders, tmp_path):
     encoder = load_unit_encoder(folders["25hz"])
     assert (encoder.layer, encoder.num_units, encoder.frame_rate) == (2, K, 25.0)
     assert encoder.recipe == {"kind": "hubert", "model": "25hz", "layer": 2, "num_units": K, "frame_rate": 25.0,
-                              "centers": data.fingerprint(encoder.centers), "pad": 0, "chunking": "overlap"}
+                              "centers": fingerprint(encoder.centers), "pad": 0, "chunking": "overlap"}
     save_file({"centers": torch.ones(4, C)}, tmp_path / "other.safetensors")
     other = load_unit_encoder(str(folders["25hz"]), kmeans=str(tmp_path / "other.safetensors"), layer=1)
     assert (other.layer, other.num_units) == (1, 4) and other.recipe["centers"] != encoder.recipe["centers"]
@@ -718,8 +720,8 @@ def test_a_folder_that_holds_no_hubert_is_named(folders, tmp_path):
     ({"num_hidden_layers": 2}, "unexpected"), ({"conv_pos_batch_norm": True}, "missing"), ({"intermediate_size": 25}, "shape")])
 def test_a_config_that_the_code_would_misread_is_refused(change, words, tmp_path):
     write_folder(tmp_path)
-    settings = {**checkpoint.read_json(tmp_path / "config.json"), **change}
-    checkpoint.write_json(tmp_path / "config.json", {key: value for key, value in settings.items() if value is not None})
+    settings = {**files.read_json(tmp_path / "config.json"), **change}
+    files.write_json(tmp_path / "config.json", {key: value for key, value in settings.items() if value is not None})
     with pytest.raises(ValueError, match=words):
         load_unit_encoder(tmp_path)
 
@@ -757,7 +759,7 @@ BAD = {"empty.wav": "as audio", "text.wav": "as audio", "silent.wav": "no sample
 
 
 def documents(folder):
-    shards = data.UnitShards(folder)
+    shards = UnitShards(folder)
     found = {name: tuple(part.tolist() for part in shards.document(i)) for i, name in enumerate(shards.names)}
     assert len(found) == len(shards)  # no recording twice
     return found
@@ -796,7 +798,7 @@ def test_without_deduplication_every_frame_is_a_unit(folders, tmp_path):
                        "--layer=1", "--device=cpu"])
     units, runs = documents(tmp_path / "units")[str(tmp_path / "a.wav")]
     assert len(units) == 24 and runs == [1] * 24
-    recipe = data.UnitShards(tmp_path / "units").recipe
+    recipe = UnitShards(tmp_path / "units").recipe
     assert (recipe["dedup"], recipe["layer"]) == (False, 1)
 
 
@@ -844,14 +846,14 @@ def test_k_means_is_fitted_to_the_features_of_many_recordings_and_used_from_its_
     assert "6 centres of" in printed and printed.count("left out") == len(BAD) and "layer 3, 25 Hz" in printed
     encoder = load_unit_encoder(folders["25hz"], kmeans=tmp_path / "km.safetensors")
     assert (encoder.layer, encoder.num_units, encoder.frame_rate) == (3, 6, 25.0)
-    good = [path for path in hubert_units.find_audio([tmp_path / "audio"]) if path.name not in BAD]
+    good = [path for path in find_audio([tmp_path / "audio"]) if path.name not in BAD]
     frames = torch.cat([encoder.features(read_wav(path)) for path in good])
     inertia = torch.cdist(frames, encoder.centers).square().min(1).values.mean().item()
     expected = cluster.KMeans(6, n_init=5, random_state=0).fit(frames.numpy()).inertia_ / len(frames)
     assert inertia < 1.08 * expected and f"{inertia:.2f}"[:3] in printed
     hubert_units.main([str(tmp_path / "audio"), f"--kmeans={tmp_path / 'km.safetensors'}", "--k=6", "--no-dedup",
                        f"--out={tmp_path / 'units'}", options[0], "--device=cpu"])
-    assert data.UnitShards(tmp_path / "units").recipe["num_units"] == 6
+    assert UnitShards(tmp_path / "units").recipe["num_units"] == 6
     with pytest.raises(ValueError, match="has 6 centres, not 7"):
         load_unit_encoder(folders["25hz"], kmeans=tmp_path / "km.safetensors", k=7)
     hubert_units.main([str(tmp_path / "audio"), "--fit=4", f"--out={tmp_path / 'slow'}", "--frame-rate=12.5", *options])
@@ -875,23 +877,41 @@ def test_a_finished_folder_is_not_encoded_again(folders, tmp_path, capsys, monke
     arguments = [str(tmp_path / "audio"), f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"]
     hubert_units.main(arguments)
     first = capsys.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr(hubert_units.UnitEncoder, "encode_batch", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(UnitEncoder, "encode_batch", lambda *_: pytest.fail("encoded again"))
     hubert_units.main(arguments)
     assert capsys.readouterr().out.split(";")[0] == first.split(";")[0]
 
 
 def test_a_long_recording_is_read_block_by_block(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (2, 1)})
-    monkeypatch.setattr(hubert_units, "HELD_SECONDS", 20)
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"overlap": (2, 1)})
+    monkeypatch.setattr("corpus.extract.HELD_SECONDS", 20)
     soundfile.write(tmp_path / "long.flac", noise(30 * 16_000).clamp(-1, 1).numpy(), 16_000)
-    monkeypatch.setattr(audio, "read_wav", lambda path: pytest.fail("held whole"))
+    monkeypatch.setattr("speech.audio.read_wav", lambda path: pytest.fail("held whole"))
     arguments = [f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"]
     hubert_units.main([str(tmp_path / "long.flac"), *arguments])
     monkeypatch.undo()
-    monkeypatch.setattr(hubert_units, "CHUNKINGS", {"overlap": (2, 1)})
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"overlap": (2, 1)})
     expected = deduplicate(load_unit_encoder(folders["25hz"]).encode(read_wav(tmp_path / "long.flac")))
     assert documents(tmp_path / "units")[str(tmp_path / "long.flac")] == tuple(part.tolist() for part in expected)
     assert json.loads((tmp_path / "units" / "meta.json").read_text())["hours"] == pytest.approx(30 / 3600)
+
+
+def test_the_way_of_one_recording_ends_at_the_units_of_the_command(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"overlap": (2, 1)})  # the last recording goes in pieces
+    for name, length in (("a", 9000), ("b", 31_000), ("c", 6 * SECOND)):
+        soundfile.write(tmp_path / f"{name}.wav", noise(length).clamp(-1, 1).numpy(), 16_000)
+    hubert_units.main([str(tmp_path), f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"])
+    encoder = load_unit_encoder(folders["25hz"])
+    encoder.hubert.pack()  # as the command does on a CPU
+    found = documents(tmp_path / "units")
+    for path, expected in found.items():
+        assert tuple(part.tolist() for part in speech_to_units(path, encoder)) == expected
+    assert len(found) == 3
+    units, runs = speech_to_units(tmp_path / "b.wav", encoder, seconds=1.0)
+    whole = deduplicate(encoder.encode(read_wav(tmp_path / "b.wav")[:SECOND]))
+    assert torch.equal(units, whole[0]) and torch.equal(runs, whole[1])
+    with pytest.raises(ValueError, match="a.wav: 160 samples are shorter than one frame"):
+        speech_to_units(tmp_path / "a.wav", encoder, seconds=0.01)
 
 
 def test_kills_and_broken_files_change_no_byte_of_the_shards(tmp_path):

@@ -8,14 +8,15 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
-import bench
 import kernels
-from kernels import bench as kernel_bench
-from kernels import timing
-from kernels.bench import Case, causal
+from bench import kernels as kernel_bench
+from bench import timing
+from bench.__main__ import BenchConfig, main
+from bench.kernels import Case, causal
+from checkpoints import files
 from kernels.checks import check_attention
 
-OPTIONS = bench.BenchConfig(device="cpu", repeats=1)
+OPTIONS = BenchConfig(device="cpu", repeats=1)
 TINY = (causal(1, 32, 2, 32), causal(1, 32, 4, 32, "grouped heads", 2), causal(1, 32, 2, 32, "ALiBi"),
         causal(1, 32, 2, 32, "documents"), Case("decode", 2, 1, 4, 2, 32, 48))
 each_case = pytest.mark.parametrize("case", TINY, ids=lambda case: case.kind)
@@ -131,18 +132,18 @@ def test_summary_has_geometric_means_and_every_lost_case():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("what", ["attention", "cross_entropy"])
 def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(what, tmp_path):
-    with pytest.raises(ValueError, match=f"bench.py {what} needs a CUDA GPU.*--device=cpu"):
-        bench.main([what, f"--out={tmp_path}"])
+    with pytest.raises(ValueError, match=f"python -m bench {what} needs a CUDA GPU.*--device=cpu"):
+        main([what, f"--out={tmp_path}"])
     with pytest.raises(ValueError, match="expected cuda or cpu"):
-        bench.main([what, "--device=tpu", f"--out={tmp_path}"])
+        main([what, "--device=tpu", f"--out={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_rehearsal_is_written_beside_the_figures_of_a_gpu(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernel_bench, "SMALL_LOSSES", ((8, 0, 20),))
-    bench.main(["cross_entropy", "--device=cpu", "--repeats=1", f"--out={tmp_path}"])
+    main(["cross_entropy", "--device=cpu", "--repeats=1", f"--out={tmp_path}"])
     assert [path.name for path in tmp_path.iterdir()] == ["cross_entropy_cpu.json"]
-    result = bench.checkpoint.read_json(tmp_path / "cross_entropy_cpu.json")
+    result = files.read_json(tmp_path / "cross_entropy_cpu.json")
     assert set(result) >= {"versions", "rows", "summary", "losing", "machine", "command"}
     titles = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] != " " and ": " in line]
     assert titles == ["versions", "rows", "summary", "losing"]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kmeans import fit_kmeans, nearest_centers, reservoir
+from speech.kmeans import fit_kmeans, nearest_centers, reservoir
 
 
 def clusters(count, per_cluster, width, spread, seed=0):
@@ -58,7 +58,7 @@ def test_mini_batches_are_nearly_as_good_as_scikit_learns(k):
 def test_dead_centres_are_seeded_again(monkeypatch):
     points, truth = clusters(6, 50, 4, 30.0)
     far = torch.cat([truth[:1]] + [torch.full((1, 4), 1e4 + i) for i in range(5)])  # five seeds that no point is near
-    monkeypatch.setattr("kmeans.seed_centers", lambda *_: far.clone())
+    monkeypatch.setattr("speech.kmeans.seed_centers", lambda *_: far.clone())
     for batch in (None, 64):
         centers, inertia = fit_kmeans(points, 6, torch.Generator().manual_seed(3), batch=batch)
         assert (centers < 1e3).all() and inertia < 400, inertia  # all six stand among the points

@@ -1,4 +1,4 @@
-"""The plan of the house: imports point down, commands need no test-only package, every file can be read alone."""
+"""The plan of the house: seven chapters at the door, rooms behind them, imports that point down, files that can be read alone."""
 import ast
 import functools
 import re
@@ -9,52 +9,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Who may import whom, from the bottom up: a chapter imports only what stands above it in this table and in its own row.
+DOOR = {"twist.py", "model.py", "hubert_units.py", "vocoder.py", "train.py", "sample.py", "eval.py",  # the chapters
+        "config.py", "conftest.py", "README.md", "GUIDE.md", "LICENSE", "pyproject.toml"}
+# Who may import whom, from the bottom up: a chapter or room imports only what stands above it in this table and in its own row.
 IMPORTS = {
     "config": (),
-    "audio": (),
-    "pickles": (),
-    "archive": (),
-    "download": ("archive",),
-    "families": (),
-    "checkpoint": ("pickles", "download"),
-    "journal": ("checkpoint",),  # the one writer of whole files
-    "unit_files": (),
-    "data": ("journal", "unit_files", "checkpoint", "config"),
-    "loader": ("data",),
     "kernels": (),
     "cpu": (),
-    "distributed": (),
-    "state": ("distributed", "checkpoint"),
-    "logs": (),
-    "optimizer": (),
-    "pretrained": ("checkpoint", "families"),
+    "checkpoints": (),
+    "speech": ("checkpoints", "cpu"),
+    "corpus": ("speech", "checkpoints", "config"),
     "model": ("kernels", "cpu"),
-    "hubert": ("pretrained", "audio", "cpu"),
-    "kmeans": (),
-    "hubert_units": ("hubert", "kmeans", "checkpoint", "download", "audio", "data", "distributed", "config"),
-    "vocoder": ("pretrained", "checkpoint", "audio", "data", "config"),
-    "twist": ("model", "pretrained", "checkpoint", "config"),
-    "memory": ("model", "twist"),
-    "sample": ("twist", "model", "hubert_units", "vocoder", "data", "audio", "config"),
-    "train": ("twist", "model", "data", "loader", "distributed", "state", "logs", "optimizer", "memory", "sample", "kernels",
-              "checkpoint", "config", "cpu"),
-    "benchmarks": (),
-    "accuracy": (),
-    "likelihood": ("cpu",),
-    "continuations": ("model",),
-    "published": (),
-    "reports": ("checkpoint",),
-    "pair_scores": ("benchmarks", "accuracy", "reports"),
-    "eval": ("pair_scores", "benchmarks", "accuracy", "likelihood", "continuations", "published", "reports", "twist",
-             "hubert_units", "data", "download", "distributed", "checkpoint", "config", "cpu"),
+    "twist": ("model", "checkpoints", "config"),
+    "training": ("twist", "model", "corpus", "checkpoints"),
+    "evaluation": ("model", "checkpoints", "cpu"),
+    "hubert_units": ("speech", "corpus", "checkpoints", "training", "config"),
+    "vocoder": ("speech", "corpus", "checkpoints", "config"),
+    "sample": ("twist", "model", "hubert_units", "vocoder", "speech", "corpus", "config"),
+    "train": ("twist", "model", "corpus", "training", "sample", "kernels", "checkpoints", "config", "cpu"),
+    "eval": ("evaluation", "twist", "hubert_units", "speech", "corpus", "training", "checkpoints", "config", "cpu"),
+    "scripts": ("twist", "model", "training", "checkpoints", "config"),
+    "pocket": ("twist", "hubert_units", "vocoder", "speech", "corpus", "checkpoints", "config"),
+    "bench": ("train", "twist", "model", "hubert_units", "speech", "corpus", "training", "evaluation", "kernels", "checkpoints",
+              "config", "cpu"),
 }
-IMPORTS["bench_memory"] = tuple(IMPORTS)
-IMPORTS["bench_scoring"] = tuple(IMPORTS)
-IMPORTS["bench_training"] = tuple(IMPORTS)
-IMPORTS["bench"] = tuple(IMPORTS)  # measures everything
+MOST_ROOMS, MOST_ARROWS = 22, 80
 TEST_ONLY = {"transformers", "sklearn", "joblib", "torchaudio", "fairseq", "pytest", "hypothesis", "scipy", "pandas"}
-OPTIONAL = {"matplotlib": ("scripts", "pocket"), "wandb": ("logs.py",)}  # extras: plots, a service
+OPTIONAL = {"matplotlib": ("scripts", "pocket"), "wandb": ("training",)}  # extras: plots, a service
 RUNTIME = {"torch", "numpy", "soundfile", "tqdm", "safetensors", "triton"}  # as in pyproject.toml
 
 
@@ -62,8 +43,13 @@ def relative(path):
     return str(path.relative_to(ROOT))
 
 
+def room_of(path):
+    """The chapter or room that a file stands in."""
+    return path.stem if path.parent == ROOT else path.relative_to(ROOT).parts[0]
+
+
 CHAPTERS = sorted(path for path in ROOT.glob("*.py") if path.name != "conftest.py")
-PARTS = sorted(path for folder in ("kernels", "pocket", "scripts") for path in (ROOT / folder).rglob("*.py"))
+PARTS = sorted(path for room in IMPORTS for path in (ROOT / room).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 each_file = pytest.mark.parametrize("path", CHAPTERS + PARTS, ids=relative)
 
@@ -73,49 +59,69 @@ def parse(path):
     return ast.parse(path.read_text(), str(path))
 
 
+@functools.cache
 def imported(path):
-    """First words of all imports in a file, those inside functions too."""
+    """Names of all modules that a file imports, those inside functions too; of `from a import b` both a and a.b."""
     found = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{relative(path)}:{node.lineno}: relative import"
-            found.add(node.module.partition(".")[0])
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-def test_the_checks_see_the_chapters():
-    assert set(IMPORTS) - {"kernels"} <= {path.stem for path in CHAPTERS}
-    assert {path.stem for path in CHAPTERS} <= set(IMPORTS)  # a new chapter needs its place in the table
-    assert {"checkpoint", "torch", "re"} <= imported(ROOT / "pretrained.py")  # and they see imports of both kinds
-    assert {"kernels", "dataclasses"} <= imported(ROOT / "model.py")
+def rooms_imported(path):
+    return {name.partition(".")[0] for name in imported(path)} & set(IMPORTS) - {room_of(path)}
 
 
-@pytest.mark.parametrize("path", CHAPTERS + sorted((ROOT / "kernels").glob("*.py")), ids=relative)
-def test_imports_between_chapters_point_down(path):
-    name = path.stem if path.parent == ROOT else "kernels"
-    found = (imported(path) & set(IMPORTS)) - ({"kernels"} if name == "kernels" else set())
-    assert found <= set(IMPORTS[name]), f"{relative(path)} imports {sorted(found - set(IMPORTS[name]))}"
+def test_the_door_holds_the_chapters_and_nothing_else():
+    assert {path.name for path in ROOT.iterdir() if path.is_file() and not path.name.startswith(".")} <= DOOR
+    assert {path.stem for path in CHAPTERS} | {path.parent.name for path in ROOT.glob("*/*.py")} == {*IMPORTS, "tests"}
 
 
-def test_the_table_of_imports_has_no_circle():
+def test_the_checks_see_imports_of_both_kinds():
+    assert {"checkpoints.files", "torch", "re"} <= imported(ROOT / "checkpoints/pretrained.py")
+    assert rooms_imported(ROOT / "model.py") == {"kernels", "cpu"}
+
+
+@each_file
+def test_imports_point_down(path):
+    found = rooms_imported(path)
+    assert found <= set(IMPORTS[room_of(path)]), f"{relative(path)} imports {sorted(found - set(IMPORTS[room_of(path)]))}"
+
+
+def test_the_table_of_imports_has_no_circle_and_no_idle_arrow():
     order = list(IMPORTS)
     for name, below in IMPORTS.items():
         assert all(order.index(other) < order.index(name) for other in below), name
+    used = {name: {other for path in CHAPTERS + PARTS if room_of(path) == name for other in rooms_imported(path)}
+            for name in IMPORTS}
+    assert used == {name: set(below) for name, below in IMPORTS.items()}
+    assert len(IMPORTS) <= MOST_ROOMS and sum(map(len, IMPORTS.values())) <= MOST_ARROWS
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=relative)
-def test_a_chapter_needs_neither_the_pocket_factory_nor_the_tests(path):
-    assert not imported(path) & {"pocket", "tests", "conftest", "scripts"}
+def test_files_do_not_import_each_other_in_a_circle():
+    modules = {relative(path)[:-3].replace("/", ".").removesuffix(".__init__"): path for path in CHAPTERS + PARTS}
+    left = {name: imported(path) & set(modules) - {name} for name, path in modules.items()}
+    while free := [name for name, below in left.items() if not below & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"a circle among {sorted(left)}"
+
+
+@pytest.mark.parametrize("path", [path for path in CHAPTERS + PARTS if room_of(path) not in ("bench", "pocket", "scripts")],
+                         ids=relative)
+def test_neither_the_pocket_factory_nor_the_tests_are_needed(path):
+    assert not {name.partition(".")[0] for name in imported(path)} & {"pocket", "tests", "conftest", "scripts", "bench"}
 
 
 @each_file
 def test_only_declared_packages_are_imported(path):
-    ours = set(IMPORTS) | {"pocket", "scripts"}
-    foreign = imported(path) - set(sys.stdlib_module_names) - ours
+    foreign = {name.partition(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - set(IMPORTS)
     optional = {package for package, folders in OPTIONAL.items() if path.relative_to(ROOT).parts[0] in folders}
-    if not path.stem.startswith("bench"):  # they time the peers where they are installed
+    if room_of(path) != "bench":  # they time the peers where they are installed
         assert not foreign & TEST_ONLY, f"{relative(path)} imports {sorted(foreign & TEST_ONLY)}, which are for tests"
         assert foreign <= RUNTIME | optional, f"{relative(path)} imports {sorted(foreign - RUNTIME - optional)}"
 

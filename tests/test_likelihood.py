@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import distributed
-import likelihood
 import twist
 from conftest import RECIPE, TINY
+from corpus.shards import UnitShards, write_shards
+from evaluation import likelihood
+from training import distributed
 
 ALONE = distributed.Dist(0, 1, torch.device("cpu"))
 VOCAB = twist.UnitVocab(20, recipe=RECIPE)
@@ -89,9 +89,9 @@ def test_two_processes_share_the_work_and_both_have_all_of_it(folder):
 def test_unigram_and_bigram_are_counted_within_documents(tmp_path, eos):
     rng = np.random.default_rng(0)
     documents = [list(rng.integers(0, 20, n)) for n in (30, 1, 0, 12)]
-    data.write_shards(tmp_path, RECIPE, [(str(i), np.array(d, dtype=int), np.ones(len(d), dtype=int), 1.0)
-                                         for i, d in enumerate(documents)])
-    counts = likelihood.UnitCounts(data.UnitShards(tmp_path), 20, eos)
+    write_shards(tmp_path, RECIPE, [(str(i), np.array(d, dtype=int), np.ones(len(d), dtype=int), 1.0)
+                                    for i, d in enumerate(documents)])
+    counts = likelihood.UnitCounts(UnitShards(tmp_path), 20, eos)
     single, double = Counter(), Counter()
     for document in filter(None, documents):
         symbols = ["<", *document, *[">"] * eos]
@@ -113,7 +113,7 @@ def test_unigram_and_bigram_are_counted_within_documents(tmp_path, eos):
 
 def test_counting_in_pieces_is_counting_the_whole(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
-    data.write_shards(tmp_path, RECIPE, [(str(i), d := rng.integers(0, 20, 50), np.ones_like(d), 1.0) for i in range(5)])
-    whole = likelihood.UnitCounts(data.UnitShards(tmp_path), 20).bigram
+    write_shards(tmp_path, RECIPE, [(str(i), d := rng.integers(0, 20, 50), np.ones_like(d), 1.0) for i in range(5)])
+    whole = likelihood.UnitCounts(UnitShards(tmp_path), 20).bigram
     monkeypatch.setattr(likelihood, "PIECE", 7)
-    np.testing.assert_array_equal(likelihood.UnitCounts(data.UnitShards(tmp_path), 20).bigram, whole)
+    np.testing.assert_array_equal(likelihood.UnitCounts(UnitShards(tmp_path), 20).bigram, whole)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import data
-from loader import ROUND, Batch, Mixture, UnitLoader, subset
+from corpus.loader import ROUND, Batch, Mixture, UnitLoader, subset
+from corpus.shards import ShardWriter, UnitShards, merge_meta
 from twist import UnitVocab
 
 RECIPE = {"kind": "hubert", "num_units": 10, "layer": 3, "centers": "abc", "frame_rate": 25.0}
@@ -22,12 +22,12 @@ FILES = ([7, 0, 31, 1], [], [0, 0], [1, 64, 0, 12, 1, 1], [0])  # units of the d
 def write(folder, files, recipe=RECIPE):
     """UnitShards of these documents, given as lists of lists of units, one outer list a file."""
     for shard, documents in enumerate(files):
-        writer = data.ShardWriter(folder, recipe, shard)
+        writer = ShardWriter(folder, recipe, shard)
         for units in documents:
             writer.add(np.array(units, dtype=np.int64), np.ones(len(units), np.int64), "x", 1.0)
         writer.close()
-    data.merge_meta(folder, len(files))
-    return data.UnitShards(folder)
+    merge_meta(folder, len(files))
+    return UnitShards(folder)
 
 
 def in_memory(files):
@@ -144,7 +144,7 @@ def mixed(tmp_path, files, batch, **options):
     loaders = []
     for i, (part, number) in enumerate(((files, 0), (drawn([[40, 3, 9]], 1), 1), (drawn([[90], [33, 0, 2]], 2), 2))):
         folder = tmp_path / f"corpus{i}"
-        loaders.append(UnitLoader(data.UnitShards(folder) if folder.exists() else write(folder, part), WITH, 4, batch,
+        loaders.append(UnitLoader(UnitShards(folder) if folder.exists() else write(folder, part), WITH, 4, batch,
                                   seed=number, **options))
     return Mixture(loaders, [5, 3, 2], batch)
 

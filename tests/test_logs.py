@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import logs
 import twist
 from model import TransformerConfig
+from training import logs
 
 
 def rows(folder):

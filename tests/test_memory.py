@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import bench_memory
-import memory
-import optimizer as optimizers
+from bench.memory import SIZES, most_rows, plans
 from model import Transformer, TransformerConfig
+from training import memory
+from training import optimizer as optimizers
 
 ROWS, T = 8, 64
 OPT = TransformerConfig(vocab_size=102, block_size=T, n_head=4, n_kv_head=4, n_embd=64, head_dim=16, n_inner=256)
@@ -152,7 +152,7 @@ def test_less_is_kept_the_more_is_computed_again_and_rows_add_up():
 
 
 def test_seven_billion_parameters_are_planned_without_memory_for_them():
-    config = bench_memory.SIZES["LLaMA-7B"]
+    config = SIZES["LLaMA-7B"]
     arguments = dict(micro_rows=8, block_size=1024, dtype=torch.bfloat16, recompute="selective")
     alone = memory.plan(config, parallel="none", shard=1, optimizer="split", **arguments)
     eight = memory.plan(config, parallel="fsdp", shard=8, optimizer="adamw", **arguments)
@@ -172,8 +172,8 @@ def test_the_table_shows_every_way_of_recomputing_and_marks_the_chosen_one():
 
 
 def test_the_most_rows_that_fit_are_found():
-    of, spread = bench_memory.plans("OPT-125M", 8, "adamw", "none")
+    of, spread = plans("OPT-125M", 8, "adamw", "none")
     assert spread == "ddp"
-    rows = bench_memory.most_rows(of, 24e9)
+    rows = most_rows(of, 24e9)
     assert of(rows).total <= 24e9 < of(rows + 1).total
-    assert bench_memory.most_rows(of, 1e9) == 0
+    assert most_rows(of, 1e9) == 0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import optimizer as optimizers
-from optimizer import build, join, local, low_bits, master_weights
+from training import optimizer as optimizers
+from training.optimizer import build, join, local, low_bits, master_weights
 
 
 def options(kind, peak_lr=1e-2):

@@ -30,8 +30,8 @@ import numpy as np
 import pytest
 import torch
 
-import pickles
-from pickles import Inert, load, plain
+from checkpoints import pickles
+from checkpoints.pickles import Inert, load, plain
 
 
 def zip_form(value, path):

@@ -16,19 +16,18 @@ import soundfile
 import torch
 from test_hubert_units import BASE, SLOW, fairseq_names, noise, perturb
 
-import checkpoint
-import download
-import hubert
 import hubert_units
-import pretrained
 import sample
 import train
 import twist
-from audio import read_wav, write_wav
+from checkpoints import download, pretrained
+from checkpoints.files import read_json, read_tensors, write_json, write_model, write_tensors
 from model import TransformerConfig
+from speech import hubert
+from speech.audio import read_wav, write_wav
 from vocoder import DurationConfig, Vocoder, VocoderConfig, load_vocoder
 
-ROOT = Path(checkpoint.__file__).parent
+ROOT = Path(__file__).parent.parent
 PROMPT = ROOT / "pocket/prompt.wav"
 GOLDEN = [  # frame units of the bundled prompt, in order of time
     40, 29, 66, 14, 54, 55, 17, 95, 53, 79, 15, 9, 28, 53, 55, 61, 53, 11, 29, 18, 18, 78, 27, 63, 93, 11, 23, 23, 22, 44,
@@ -113,9 +112,9 @@ def test_a_bad_prompt_among_good_ones_costs_only_itself(tmp_path):
     (["--top-p=2"], "top_p"), (["--num-samples=0"], "--num-samples")])
 def test_models_and_options_that_cannot_work_are_explained(arguments, words, tmp_path):
     (tmp_path / "empty").mkdir()
-    plain = checkpoint.read_json(ROOT / "pocket/text_lm/config.json")
-    checkpoint.write_model(tmp_path / "text", {key: value for key, value in plain.items() if key != "offset"},
-                           checkpoint.read_tensors(ROOT / "pocket/text_lm"))
+    plain = read_json(ROOT / "pocket/text_lm/config.json")
+    write_model(tmp_path / "text", {key: value for key, value in plain.items() if key != "offset"},
+                read_tensors(ROOT / "pocket/text_lm"))
     arguments = [argument.format(empty=tmp_path / "empty", text=tmp_path / "text") for argument in arguments]
     result = launch("sample.py", PROMPT, f"--out={tmp_path}/out", *arguments)
     assert result.returncode == 2 and words in result.stderr, result.stderr
@@ -123,12 +122,12 @@ def test_models_and_options_that_cannot_work_are_explained(arguments, words, tmp
 
 
 def test_parts_of_different_tokenizers_do_not_mix(tmp_path):
-    centers = checkpoint.read_tensors(ROOT / "pocket/hubert/kmeans.safetensors")["centers"]
+    centers = read_tensors(ROOT / "pocket/hubert/kmeans.safetensors")["centers"]
     other = tmp_path / "hubert"
     other.mkdir()
     for name in ("config.json", "model.safetensors"):
         (other / name).symlink_to(ROOT / "pocket/hubert" / name)
-    checkpoint.write_tensors(other / "kmeans.safetensors", {"centers": centers.flip(0)}, {"layer": "2"})
+    write_tensors(other / "kmeans.safetensors", {"centers": centers.flip(0)}, {"layer": "2"})
     with pytest.raises(ValueError, match="another tokenizer"):
         sample.main([str(PROMPT), f"--tokenizer={other}", f"--out={tmp_path}"])
 
@@ -203,27 +202,27 @@ def publish_language_models(root):
     meta, slam = twist.UnitVocab(UNITS, 3, None, None, None), twist.UnitVocab(UNITS)
     folder = root / "zip" / "TWIST-350M"
     twist.save_speech_lm(twist.cold_start(TWIST_SHAPE, meta), meta, folder)
-    settings = checkpoint.read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     for key in ("num_units", "tokenizer_recipe"):
         del settings[key]
-    checkpoint.write_json(folder / "config.json", {**settings, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1})
-    torch.save({name: tensor.half() for name, tensor in checkpoint.read_tensors(folder).items()}, folder / "pytorch_model.bin")
+    write_json(folder / "config.json", {**settings, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1})
+    torch.save({name: tensor.half() for name, tensor in read_tensors(folder).items()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     (root / "textless_nlp/twist/lms").mkdir(parents=True)
     shutil.make_archive(root / "textless_nlp/twist/lms/TWIST-350M", "zip", root / "zip")
 
     folder = root / "slprl/slam/resolve/main"
     twist.save_speech_lm(twist.cold_start(SLAM_SHAPE, slam), slam, folder)
-    inner = checkpoint.read_json(folder / "config.json")
-    checkpoint.write_json(folder / "config.json", {"model_type": "speech_language_model", "vocab_size": UNITS + 2,
-                                                   "base_config": {**inner, "vocab_size": 151936}})
-    checkpoint.write_tensors(folder / "model.safetensors",
-                             {f"lm.{name}": tensor for name, tensor in checkpoint.read_tensors(folder).items()})
+    inner = read_json(folder / "config.json")
+    write_json(folder / "config.json", {"model_type": "speech_language_model", "vocab_size": UNITS + 2,
+                                        "base_config": {**inner, "vocab_size": 151936}})
+    write_tensors(folder / "model.safetensors",
+                  {f"lm.{name}": tensor for name, tensor in read_tensors(folder).items()})
 
     folder = root / "facebook/opt-125m/resolve/main"
     opt = dataclasses.replace(TWIST_SHAPE, norm_order="pre", embed_dim=32)
     twist.save_speech_lm(twist.cold_start(opt, twist.UnitVocab(300)), twist.UnitVocab(300), folder)
-    torch.save({name.removeprefix("model."): tensor.half() for name, tensor in checkpoint.read_tensors(folder).items()},
+    torch.save({name.removeprefix("model."): tensor.half() for name, tensor in read_tensors(folder).items()},
                folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
@@ -290,7 +289,7 @@ def test_a_tokenizer_in_hugging_face_form_takes_a_published_k_means(published, t
     network = hubert.Hubert(dataclasses.replace(BASE, n_layer=12))
     perturb(network.state_dict())
     settings, tensors = pretrained.write_hubert(dataclasses.asdict(network.config), network.state_dict())
-    checkpoint.write_model(tmp_path / "hubert", settings, tensors)
+    write_model(tmp_path / "hubert", settings, tensors)
     encoder = hubert_units.load_unit_encoder(tmp_path / "hubert", kmeans="mhubert-base-25hz-kmeans-500")
     assert (encoder.layer, encoder.num_units) == (11, UNITS)
     with pytest.raises(FileNotFoundError, match="--kmeans, or one of mhubert-base-25hz-kmeans-500"):

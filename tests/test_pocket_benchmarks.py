@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import benchmarks
-import checkpoint
-import data
 import twist
+from checkpoints import files
+from corpus.shards import UnitShards, check_recipe
+from evaluation import sets
 
-FOLDER = checkpoint.POCKET / "benchmarks"
+FOLDER = files.POCKET / "benchmarks"
 NAMES = {"swuggy": "mini-swuggy", "sblimp": "mini-sblimp", "sstorycloze": "mini-sstorycloze",
          "tstorycloze": "mini-tstorycloze"}
 each = pytest.mark.parametrize("task", NAMES)
@@ -24,10 +24,10 @@ STORIES = ("sstorycloze", "tstorycloze")
 
 def opened(task):
     """The benchmark, its documents {name: (units, runs)}, and its texts {item: (right, wrong)}."""
-    found, = benchmarks.find(task, FOLDER)
+    found, = sets.find(task, FOLDER)
     with open(FOLDER / NAMES[task] / "texts.csv", newline="") as file:
         texts = {row["item"]: (row["positive"], row["negative"]) for row in csv.DictReader(file)}
-    return found, {name: document for name, *document in data.UnitShards(found.units)}, texts
+    return found, {name: document for name, *document in UnitShards(found.units)}, texts
 
 
 def sounds(phonemes):
@@ -46,7 +46,7 @@ def test_the_bundled_benchmark_opens_and_every_name_is_in_its_shards(task):
 @each
 def test_both_sides_are_of_one_held_out_voice_and_a_question_is_asked_once_in_each(task):
     found, _, _ = opened(task)
-    heard = {line.partition("_train")[2] for line in data.UnitShards(checkpoint.find("pocket", "units") / "train").names}
+    heard = {line.partition("_train")[2] for line in UnitShards(files.find("pocket", "units") / "train").names}
     assert {voice.partition(".")[0] for voice in heard} == {str(i) for i in range(10)}  # the voices that were trained on
     voices = defaultdict(list)
     for pair in found.pairs:
@@ -62,8 +62,8 @@ def test_both_sides_are_of_one_held_out_voice_and_a_question_is_asked_once_in_ea
 def test_everything_fits_the_window_of_the_bundled_model_and_has_its_recipe(task):
     found, documents, _ = opened(task)
     model, vocab = twist.load_speech_lm()
-    recipe = data.UnitShards(found.units).recipe
-    data.check_recipe(recipe, vocab.recipe, found.units)
+    recipe = UnitShards(found.units).recipe
+    check_recipe(recipe, vocab.recipe, found.units)
     assert {key: recipe[key] for key in vocab.recipe} == vocab.recipe
     for name, (units, runs) in documents.items():
         assert len(vocab.encode(units, bos=True, eos=True)) <= model.config.block_size, name
@@ -109,7 +109,7 @@ def test_no_non_word_is_in_the_vocabulary_of_the_stories_or_a_word_of_english():
 
 def test_the_words_have_frequencies_and_the_sentences_have_their_types():
     found, _, _ = opened("swuggy")
-    assert all(pair.labels["frequency"] in benchmarks.BANDS for pair in found.pairs)
+    assert all(pair.labels["frequency"] in sets.BANDS for pair in found.pairs)
     assert len({pair.labels["frequency"] for pair in found.pairs}) >= 3
     found, _, _ = opened("sblimp")
     counts = Counter(pair.labels["type"] for pair in found.pairs)
@@ -144,7 +144,7 @@ def test_the_factory_makes_the_same_bytes_again(tmp_path):
     first, again = written(tmp_path / "a"), written(tmp_path / "b")
     assert first == again and {path.parts[0] for path in first} == set(NAMES.values())
     for task, name in NAMES.items():
-        found, = benchmarks.find(task, tmp_path / "a")
+        found, = sets.find(task, tmp_path / "a")
         assert len({pair.item for pair in found.pairs}) == 2, name
     with open(tmp_path / "a/mini-swuggy/texts.csv") as file, open(FOLDER / "mini-swuggy/texts.csv") as bundled:
         assert {row["item"] for row in csv.DictReader(file)} <= {row["item"] for row in csv.DictReader(bundled)}

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import pretrained
+from checkpoints import files, pretrained
 from twist import load_lm_config, load_text_lm
 
 transformers = pytest.importorskip("transformers")
@@ -377,8 +376,8 @@ def test_reading_and_writing_gives_their_tensors_and_a_config_that_transformers_
     for name, tensor in tensors.items():
         unread = 2 if name.endswith("embed_positions.weight") else 0  # rows that no position uses
         assert written[name].shape == tensor.shape and torch.equal(written[name][unread:], tensor[unread:]), name
-    checkpoint.write_model(tmp_path / "ours", settings, written)
-    assert pretrained.lm_options(checkpoint.read_json(tmp_path / "ours" / "config.json")) == (family, options)
+    files.write_model(tmp_path / "ours", settings, written)
+    assert pretrained.lm_options(files.read_json(tmp_path / "ours" / "config.json")) == (family, options)
     model, ids, expected = oracle(case)
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True,
                                                                       attn_implementation="eager")
@@ -401,7 +400,7 @@ def test_the_loss_and_every_gradient_equal_those_of_transformers(case, tmp_path)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    family, options = pretrained.lm_options(checkpoint.read_json(tmp_path / "config.json"))
+    family, options = pretrained.lm_options(files.read_json(tmp_path / "config.json"))
     _, found = pretrained.write_lm(family, options, gradients)
     names = dict(theirs.named_parameters())
     largest = max(parameter.grad.abs().max().item() for parameter in names.values())
@@ -435,7 +434,7 @@ def test_tensors_are_read_when_asked_for_and_shards_one_at_a_time(tmp_path, monk
     for shard in set(weight_map.values()):
         save_file({name: tensors[name] for name in names if weight_map[name] == shard}, tmp_path / shard)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    opened = checkpoint.open_tensors(tmp_path)
+    opened = files.open_tensors(tmp_path)
     assert sorted(opened) == names and len(opened) == len(names)
     (tmp_path / "shard1.safetensors").unlink()
     assert torch.equal(opened[names[0]], tensors[names[0]])  # in shard 0

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import data
 import train
 import twist
+from checkpoints import files
 from conftest import TINY
-from loader import UnitLoader
+from corpus.loader import UnitLoader
+from corpus.shards import UnitShards
 
 ROOT = Path(train.__file__).parent
 
@@ -29,7 +29,7 @@ def rows(folder):
 
 
 def weights(folder):
-    return checkpoint.read_tensors(Path(folder) / "model")
+    return files.read_tensors(Path(folder) / "model")
 
 
 def launch(arguments, **options):
@@ -110,7 +110,7 @@ def test_transformers_opens_the_trained_folder_with_the_same_logits(train_argume
 def test_packed_documents_train_as_documents_alone_would(train_arguments, tmp_path):
     """The first loss is the mean over the units of each piece of a document by itself."""
     train.main(["--init=cold", *train_arguments, "--packing=documents", "--steps=1"])
-    vocab, shards = twist.UnitVocab(20), data.UnitShards(train_arguments[1].partition("=")[2])
+    vocab, shards = twist.UnitVocab(20), UnitShards(train_arguments[1].partition("=")[2])
     batch = UnitLoader(shards, vocab, 32, 4, 0, packing="documents").rows(0, 0, 4)
     model = twist.cold_start(twist.load_lm_config(train_arguments[0].partition("=")[2]), vocab, 0)
     total = 0.0
@@ -125,7 +125,7 @@ def test_packed_documents_train_as_documents_alone_would(train_arguments, tmp_pa
 def test_documents_without_a_token_between_them_train_to_the_same_step_in_any_pieces(tiny_world, tmp_path):
     """Then rows have different numbers of targets, and a mean of means would not be the mean."""
     vocab = twist.UnitVocab(20, bos=None)
-    batch = UnitLoader(data.UnitShards(tiny_world / "train"), vocab, 32, 8, 0, packing="documents").rows(0, 0, 8)
+    batch = UnitLoader(UnitShards(tiny_world / "train"), vocab, 32, 8, 0, packing="documents").rows(0, 0, 8)
     assert len(set((batch.targets != -100).sum(1).tolist())) > 1
     results, alone = [], train.distributed.Dist(0, 1, torch.device("cpu"))
     for micro in (8, 4, 1):
@@ -205,7 +205,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(train_argume
 
 def test_validation_is_the_same_for_any_number_of_rows_per_forward(tiny_world):
     vocab = twist.UnitVocab(20)
-    loader = UnitLoader(data.UnitShards(tiny_world / "val"), vocab, 8, 1, 0)
+    loader = UnitLoader(UnitShards(tiny_world / "val"), vocab, 8, 1, 0)
     model = twist.cold_start(twist.load_lm_config(tiny_world / "text_lm"), vocab)
     options = train.TrainConfig(eval_rows=0, dtype="float32")
     dist = train.distributed.Dist(0, 1, torch.device("cpu"))

@@ -6,9 +6,8 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
-import pretrained
 import twist
+from checkpoints import files, pretrained
 from model import Transformer, TransformerConfig
 from twist import UnitVocab, cold_start, load_speech_lm, save_speech_lm, shuffled_start, warm_start
 
@@ -289,16 +288,16 @@ def test_transformers_opens_the_folder_and_gives_the_same_logits(lm, vocab, tmp_
 
 def test_a_checkpoint_that_says_only_its_offset_has_all_other_rows_as_units(tmp_path):
     save_speech_lm(cold_start(OPT, META), META, tmp_path / "model")
-    settings = checkpoint.read_json(tmp_path / "model" / "config.json")
+    settings = files.read_json(tmp_path / "model" / "config.json")
     for key in ("num_units", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_recipe"):
         del settings[key]
-    checkpoint.write_json(tmp_path / "model" / "config.json", settings)
+    files.write_json(tmp_path / "model" / "config.json", settings)
     assert load_speech_lm(tmp_path / "model")[1] == META
 
 
 def rewrite_config(folder, **change):
-    settings = {**checkpoint.read_json(folder / "config.json"), **change}
-    checkpoint.write_json(folder / "config.json", {key: value for key, value in settings.items() if value != "absent"})
+    settings = {**files.read_json(folder / "config.json"), **change}
+    files.write_json(folder / "config.json", {key: value for key, value in settings.items() if value != "absent"})
 
 
 @pytest.mark.parametrize("declared, expected", [
@@ -327,14 +326,14 @@ def test_metas_zip_opens_as_it_was_published(tmp_path):
 
 def wrap_as_slamkit(folder, rows, **base):
     """Rewrite a saved model as slamkit's UnitLM: `lm.` before every name, the text LM's config one level down."""
-    settings = {**checkpoint.read_json(folder / "config.json"), **base}
+    settings = {**files.read_json(folder / "config.json"), **base}
     for key in ("offset", "num_units", "tokenizer_recipe"):
         settings.pop(key, None)
     outer = {"model_type": "speech_language_model", "architectures": ["UnitLM"], "base_model_name": "Qwen/Qwen2.5-0.5B",
              "vocab_size": rows, "twist_init": True, "base_config": settings}
-    checkpoint.write_json(folder / "config.json", outer)
-    tensors = checkpoint.read_tensors(folder)
-    checkpoint.write_tensors(folder / "model.safetensors", {f"lm.{name}": tensor for name, tensor in tensors.items()})
+    files.write_json(folder / "config.json", outer)
+    tensors = files.read_tensors(folder)
+    files.write_tensors(folder / "model.safetensors", {f"lm.{name}": tensor for name, tensor in tensors.items()})
 
 
 @pytest.mark.parametrize("shape, inner_rows", [(QWEN, 151936), (QWEN, 32), (OPT, 50272)], ids=["qwen", "qwen-resized", "opt"])
@@ -347,7 +346,7 @@ def test_slamkits_wrapper_opens_with_its_own_ids_and_the_inner_rope_theta(shape,
     assert found == UnitVocab(30, offset=2, bos=1, eos=1, pad=0) and again.config == slm.config
     assert_bit_equal(values(again), values(slm))
     if shape is QWEN:  # slam was trained with 10,000, not with the 1,000,000 of its text LM
-        wrap = checkpoint.read_json(tmp_path / "model" / "config.json")
+        wrap = files.read_json(tmp_path / "model" / "config.json")
         assert wrap["base_config"]["rope_theta"] == again.config.rope_theta == 500.0
     assert twist.load_text_lm(tmp_path / "model").config == slm.config
 
@@ -376,7 +375,7 @@ def test_a_model_of_text_and_units_together_is_refused(tmp_path):
     wrap_as_slamkit(tmp_path / "model", 152_000)
     with pytest.raises(ValueError, match="text and units together"):
         load_speech_lm(tmp_path / "model")
-    checkpoint.write_json(tmp_path / "model" / "config.json", {"model_type": "speech_language_model", "vocab_size": 32})
+    files.write_json(tmp_path / "model" / "config.json", {"model_type": "speech_language_model", "vocab_size": 32})
     with pytest.raises(ValueError, match="lacks base_config"):
         load_speech_lm(tmp_path / "model")
 
@@ -386,7 +385,7 @@ def test_a_text_lm_is_no_speech_lm(tmp_path):
     save_speech_lm(slm, UnitVocab(30), tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "config.json").read_text())
     del settings["offset"]
-    checkpoint.write_json(tmp_path / "model" / "config.json", settings)
+    files.write_json(tmp_path / "model" / "config.json", settings)
     with pytest.raises(ValueError, match="no speech LM.*--init=twist"):
         load_speech_lm(tmp_path / "model")
     assert_bit_equal(values(twist.load_text_lm(tmp_path / "model")), values(slm))  # as a text LM it opens

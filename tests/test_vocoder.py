@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-import checkpoint
-import data
 import vocoder
-from audio import SAMPLE_RATE
-from pretrained import fold_weight_norm
+from checkpoints import files
+from checkpoints.pretrained import fold_weight_norm
+from corpus.shards import ShardWriter, merge_meta
+from speech.audio import SAMPLE_RATE
 from vocoder import DurationConfig, Vocoder, VocoderConfig, load_vocoder, parse_config
 
 K, HOP = 20, 40
@@ -54,7 +54,7 @@ def network(config=CONFIG, predictor_bias=1.0):
 def write_folder(folder, tensors=None, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(table(**changes)))
-    checkpoint.write_tensors(folder / "model.safetensors", network().state_dict() if tensors is None else tensors)
+    files.write_tensors(folder / "model.safetensors", network().state_dict() if tensors is None else tensors)
     return folder
 
 
@@ -435,10 +435,10 @@ def test_the_command_writes_wavs_named_after_the_recordings(folder, tmp_path, ca
 def test_the_command_speaks_a_shard_folder_of_its_own_tokenizer_only(tmp_path):
     folder = write_folder(tmp_path / "vocoder", tokenizer=RECIPE)
     for name, recipe in (("same", RECIPE), ("other", {**RECIPE, "centers": "xyz"})):
-        writer = data.ShardWriter(tmp_path / name, recipe)
+        writer = ShardWriter(tmp_path / name, recipe)
         writer.add([1, 2, 3], [2, 2, 5], "a/recording.wav", 1.0)
         writer.close()
-        data.merge_meta(tmp_path / name)
+        merge_meta(tmp_path / name)
     vocoder.main([str(tmp_path / "same"), f"--vocoder={folder}", f"--out={tmp_path / 'wavs'}", "--use-durations"])
     assert [path.name for path in (tmp_path / "wavs").iterdir()] == ["recording.wav"]
     assert len(soundfile.read(tmp_path / "wavs" / "recording.wav")[0]) == 9 * HOP

@@ -1,0 +1,86 @@
+"""Ours beside the peers: what an operation costs, as ratios -> a table on screen and results/NAME.json.
+
+    python -m bench memory                    # what training fits on which GPU, and the plan beside a measured run
+    python -m bench opening                   # peak memory of opening a sharded checkpoint of 2 GiB
+    python -m bench units                     # speech -> units, in times real time, beside transformers' HubertModel
+    python -m bench hubert                    # what the parts of our HuBERT cost on a CPU, and their alternatives
+    python -m bench long                      # peak memory of encoding recordings of two minutes and of an hour
+    python -m bench chunking long.wav         # units of long recordings in pieces against those of the whole
+    python -m bench loader                    # batches for training, beside a reader of JSON lines
+    python -m bench train                     # training steps, beside transformers' model in a plain loop
+    python -m bench attention                 # our kernels beside PyTorch's, cuDNN's and FlexAttention; needs a CUDA GPU
+    python -m bench cross_entropy             # our loss, fused with the head and alone, beside eager and compiled; needs a GPU
+    python -m bench cpu                       # matrix products by oneDNN beside F.linear's, at the shapes of linear layers
+    python -m bench eval                      # pairs that eval.py scores in a second, beside a loop over single sequences
+
+What each measures, and how, stands at the head of its file: memory.py, opening.py, units.py (hubert, long and chunking too),
+loader.py, training.py, kernels.py (attention, cross_entropy), products.py (cpu), scoring.py (eval).
+"""
+import os
+import platform
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import config
+from bench.kernels import bench_attention, bench_cross_entropy
+from bench.loader import bench_loader
+from bench.memory import bench_memory
+from bench.opening import bench_opening
+from bench.products import bench_cpu
+from bench.scoring import bench_eval
+from bench.training import bench_train
+from bench.units import bench_chunking, bench_hubert, bench_long, bench_units
+from checkpoints import files
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    what: tuple[str, ...] = ()  # which benchmark, and for chunking recordings
+    out: str = "results"  # folder for the JSON file
+    gib: float = 2.0  # opening: size of the model in float32
+    shards: int = 4  # opening: files it is divided into
+    repeats: int = 5  # units, hubert, loader, train: times each way is measured; attention, cross_entropy: at least 20 on a GPU
+    device: str | None = None  # cpu | cuda, of units and train (none: cpu), attention and cross_entropy (none: cuda)
+    compile: bool = False  # train: also compiled steps on a CPU
+
+
+BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cpu": bench_cpu, "cross_entropy": bench_cross_entropy,
+              "eval": bench_eval, "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory,
+              "opening": bench_opening, "train": bench_train, "units": bench_units}
+ALSO = {"scoring": "eval"}  # second names
+OF_GPUS = ("attention", "cross_entropy")  # measured on one; on a CPU they are only rehearsed
+
+
+def machine():
+    """What the numbers were measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
+        if os.path.exists("/proc/cpuinfo") else [platform.processor()]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def main(argv=None):
+    options = config.load(BenchConfig, argv, positional="what")
+    what = ALSO.get(options.what[0], options.what[0]) if options.what else None
+    if what not in BENCHMARKS or (len(options.what) > 1 and what != "chunking"):
+        raise ValueError(f"expected one of {', '.join(BENCHMARKS)}, got {' '.join(options.what) or 'nothing'}")
+    options = replace(options, device=options.device or ("cuda" if what in OF_GPUS else "cpu"))
+    tables = BENCHMARKS[what](options)
+    tables = tables if isinstance(tables, dict) else {"rows": tables}
+    settings = {key: value for key, value in asdict(options).items() if key not in ("what", "out")}
+    result = {"command": " ".join(["python -m bench", *(Path(word).name for word in options.what)]), "options": settings,
+              "machine": machine(), "torch": torch.__version__, **tables}
+    rehearsal = "_cpu" if what in OF_GPUS and options.device == "cpu" else ""  # beside the figures of a GPU, not over them
+    files.write_json(Path(options.out) / f"{what}{rehearsal}.json", result)
+    for name, rows in tables.items():
+        print(f"{name}: {len(rows)}")
+        widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in (rows[0] if rows else ())}
+        for row in ({key: key for key in widths}, *rows) if rows else ():
+            print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))
+
+
+if __name__ == "__main__":
+    config.command(main)

@@ -1,0 +1,293 @@
+"""Weights on disk -> {their name: tensor}, safely; names -> files.
+
+    folder (config.json + *.safetensors | *.bin [+ index.json]) --open_tensors--> {name: tensor}, names untouched
+    fairseq .pt   --read_fairseq--> its settings, {name: tensor}
+    k-means .bin  --read_kmeans-->  centres (K, C), layer
+
+No foreign pickle is executed: pickles.py reads them all. Everything that this project writes is safetensors and JSON, under
+a temporary name first, so a file that exists is whole.
+"""
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from checkpoints import download, pickles
+
+POCKET = Path(__file__).parent.parent / "pocket"
+KINDS = {  # what an option asks for -> where the pocket world keeps it
+    "lm": POCKET / "text_lm", "model": POCKET / "speech_lm", "tokenizer": POCKET / "hubert",
+    "kmeans": POCKET / "hubert/kmeans.safetensors", "vocoder": POCKET / "vocoder", "units": POCKET / "units",
+}
+SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
+
+
+def find(name, kind):
+    """A local folder or file, `pocket`, or a known name (downloaded once, see download.py) -> Path.
+
+    Args: kind: lm, model, tokenizer, kmeans, vocoder or units; what the option that names it is called.
+    Raises: FileNotFoundError if there is nothing here and nothing can be fetched.
+    """
+    if name == "pocket" and kind in KINDS:
+        path = KINDS[kind]
+        if not path.exists():
+            raise FileNotFoundError(f"--{kind}=pocket: no folder {path}; clone the repository again")
+        return path
+    path = Path(name)
+    if path.exists():
+        return download.find_zip(path) if path.suffix == ".zip" else path
+    missing = f"--{kind}={name}: no such file or folder ({path})"
+    if kind == "units" or path.is_absolute():
+        raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`")
+    try:
+        return download.find(name, kind)
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(f"{missing}; {error}") from None
+
+
+def find_model(name, kind):
+    """As find, for a model: the folder that holds config.json. An archive may have been unpacked with one folder around it."""
+    folder = find(str(name), kind)
+    nested = [] if (folder / "config.json").exists() else list(folder.glob("*/config.json"))
+    return nested[0].parent if len(nested) == 1 else folder
+
+
+def read_json(path):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; a model folder holds config.json and its weights")
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again")
+    return value
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content, temporary=None):
+    """Bytes -> file, atomically: they are on the disk under a temporary name before the file has its own."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary or path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Tensors(Mapping):
+    """{name: tensor} of weight files, dtypes as stored; a tensor is read when it is asked for, so memory holds what is used."""
+
+    def __init__(self, files):
+        self.files = files  # {name of a tensor: its file}
+        self.pickle = None, {}  # the .bin file that was opened last, and its tensors
+
+    def __getitem__(self, name):
+        path = self.files[name]
+        if path.suffix == ".safetensors":
+            with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
+                return file.get_tensor(name)
+        if self.pickle[0] != path:
+            self.pickle = path, read_file(path)
+        return self.pickle[1][name]
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
+
+
+def open_tensors(path):
+    """All tensors of a weight file or model folder, unread: Tensors.
+
+    In a folder the order of preference is model.safetensors, its index, pytorch_model.bin, its index.
+    Raises: FileNotFoundError naming what was looked for; ValueError for a truncated or foreign file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return open_tensors(path / name)
+            if (path / f"{name}.index.json").is_file():
+                return open_tensors(path / f"{name}.index.json")
+        raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin (or their .index.json) in {path}")
+    if path.name.endswith(".index.json"):
+        return open_sharded(path)
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            return Tensors(dict.fromkeys(file.keys(), path))
+    tensors = read_file(path)
+    opened = Tensors(dict.fromkeys(tensors, path))
+    opened.pickle = path, tensors
+    return opened
+
+
+def open_sharded(index):
+    """The shards named by `weight_map`; every tensor must be where the index says, and nothing may be missing."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; copy the file again")
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or shard in ("", ".."):
+            raise ValueError(f"{index} points outside its folder ({shard!r}); refusing to follow it")
+        found = open_tensors(index.parent / shard)
+        missing = sorted(name for name, place in weight_map.items() if place == shard and name not in found.files)
+        if missing:
+            raise ValueError(f"{index} promises {len(missing)} tensors that {shard} lacks, e.g. {missing[0]}; copy both again")
+    return Tensors({name: index.parent / shard for name, shard in weight_map.items()})
+
+
+def open_safetensors(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy it again") from None
+
+
+def read_tensors(path):
+    """As open_tensors, with every tensor read: {name: tensor}."""
+    return dict(open_tensors(path))
+
+
+def read_file(path):
+    """One weight file, by its ending safetensors or a pickle of tensors -> {name: tensor}.
+
+    A pickle may also hold other entries (a trainer's step, settings), as long as they are plain data.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
+    tensors = pickles.load(path)
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError(f"{path} holds a {type(tensors).__name__} of no tensors, expected a dictionary of tensors")
+    foreign = [name for name, value in tensors.items() if isinstance(value, pickles.Inert) or not isinstance(name, str)]
+    if foreign:
+        raise ValueError(f"{path} holds things that are no tensors ({str(foreign[0]):.60}); convert it to safetensors")
+    return tensors
+
+
+def read_fairseq(path):
+    """A fairseq checkpoint -> (its settings as one flat dictionary, {name: tensor} of the network).
+
+    The settings stand in `args` (a Namespace) in files before fairseq 0.11, in `cfg` (sections of dictionaries, Namespaces or
+    omegaconf containers) after; stripped copies have neither.
+    """
+    value = pickles.plain(pickles.load(path))
+    tensors = value.get("model") if isinstance(value, dict) else None
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} is no fairseq checkpoint: it has no `model` that is a dictionary of tensors; give the .pt file "
+                         "of a HuBERT, or a Hugging Face folder")
+    cfg = value.get("cfg") or {}
+    sections = [value.get("args"), *(cfg.get(part) for part in ("task", "model"))] if isinstance(cfg, dict) else []
+    return {key: setting for section in sections if isinstance(section, dict) for key, setting in section.items()}, tensors
+
+
+def read_kmeans(path):
+    """A k-means file -> centres (K, C) float32, and what the file says of them, as text by name: layer, frame_rate, model.
+
+    Either our safetensors (`centers`, the rest in its header), or a pickle or joblib dump of a scikit-learn KMeans or
+    MiniBatchKMeans, of a dictionary with the centres, or of the array alone, which say nothing.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors = read_file(path)
+        if "centers" not in tensors:
+            raise ValueError(f"{path} has no tensor `centers`, only {sorted(tensors)[:3]}")
+        return tensors["centers"].float(), read_metadata(path)
+    value = pickles.load(path)
+    state = value.state if isinstance(value, pickles.Inert) else value
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("cluster_centers_", "cluster_centers", "centers") if key in state), None)
+    if isinstance(state, np.ndarray) and state.dtype.kind in "fiu":
+        state = torch.from_numpy(state.astype(np.float32))  # of either byte order
+    if not isinstance(state, torch.Tensor) or state.ndim != 2:
+        raise ValueError(f"{path} holds no table of centres (K, C); give the joblib dump of a KMeans, or a safetensors file "
+                         "with the tensor `centers`")
+    return state.float(), {}
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} as one safetensors file, atomically. Shared storage is written once a name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
+    os.replace(temporary, path)
+
+
+def read_metadata(path):
+    """The string table in a safetensors header."""
+    with open_safetensors(Path(path)) as file:
+        return file.metadata() or {}
+
+
+def write_model(folder, config, tensors, shard_bytes=SHARD_BYTES):
+    """Write a Hugging Face style folder: config.json + model.safetensors, in several files with an index if large.
+
+    The folder is built under a temporary name and swapped in, so a reader sees the old model or the new one.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(temporary / "model.safetensors", shards[0])
+    else:
+        weight_map = {}
+        for i, shard in enumerate(shards, start=1):
+            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            write_tensors(temporary / name, shard)
+            weight_map.update(dict.fromkeys(shard, name))
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(temporary / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(temporary / "config.json", config)
+    replace_folder(temporary, folder)
+
+
+def replace_folder(temporary, folder):
+    """Move a finished folder into place; the one it replaces is set aside first, and removed last."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)

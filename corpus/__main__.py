@@ -1,0 +1,93 @@
+"""Unit files of other projects -> unit shards, and back; what is in a folder of shards.
+
+    .jsonl, or .tsv and .km --foreign.read--> documents --shards.write_shards--> folder --foreign.write_jsonl--> .jsonl
+
+    python -m corpus units/mine                       # what is in a folder: hours, frequencies, entropy, run lengths
+    python -m corpus units/mine --jsonl=mine.jsonl    # the same as slamkit's JSON lines; --jsonl alone prints them
+    python -m corpus features.jsonl --out=units/x --num-units=500 --frame-rate=25 --layer=11 --centers=0123456789abcdef
+    python -m corpus train.tsv train.km --out=units/x --like=units/mine --dedup      # fairseq; the recipe of another folder
+"""
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import config
+from corpus import foreign, inspector
+from corpus.shards import UnitShards, write_shards
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    paths: tuple[str, ...] = ()  # a shard folder to look into; or what to import: one .jsonl file, or a .tsv and its .km
+    jsonl: str | None = None  # export the folder to this file of JSON lines; without a value, or -, to the terminal
+    out: str | None = None  # import: folder for the shards
+    like: str | None = None  # import: shard folder whose recipe the units share, instead of the five options below
+    num_units: int | None = None  # import: K, size of the k-means table
+    frame_rate: float | None = None  # import: frames per second of speech
+    model: str | None = None  # import: name of the model that the units come from
+    layer: int | None = None  # import: its layer
+    centers: str | None = None  # import: fingerprint of the k-means centres, as `python -m corpus FOLDER` shows it
+    dedup: bool = False  # import: collapse runs of equal units (their run lengths are added up)
+
+
+def imported_recipe(options):
+    """The recipe that the options of an import describe, less `dedup`."""
+    described = {key: getattr(options, key) for key in ("model", "layer", "num_units", "frame_rate", "centers")}
+    if options.like:
+        extra = [key for key, value in described.items() if value is not None]
+        if extra:
+            raise ValueError(f"--like={options.like} says it all; leave out --{extra[0].replace('_', '-')}")
+        described = UnitShards(options.like).recipe
+    if not (described.get("num_units") or 0) > 0 or not (described.get("frame_rate") or 0) > 0:
+        raise ValueError("an import needs --num-units and --frame-rate, both above 0, or --like=FOLDER with the same recipe")
+    return {"kind": "hubert", **described}
+
+
+def import_units(options):
+    """The files in options.paths -> shards in options.out; returns the meta."""
+    for path in options.paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file at {path}; check the path")
+    recipe = imported_recipe(options)
+
+    def documents():
+        rows = foreign.read(options.paths, recipe["num_units"], recipe["frame_rate"])
+        for name, units, runs, seconds in tqdm(rows, desc="importing", unit="file", disable=None):
+            yield name, *(foreign.collapse(units, runs) if options.dedup else (units, runs)), seconds
+
+    # The recipe tells the truth about the units, whatever the file's format suggests.
+    repeats = any((units[1:] == units[:-1]).any() for _, units, _, _ in documents())
+    return write_shards(options.out, {**recipe, "dedup": not repeats}, documents())
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    options = config.load(CorpusConfig, ["--jsonl=-" if word == "--jsonl" else word for word in argv], positional="paths")
+    suffixes = sorted(Path(path).suffix for path in options.paths if not Path(path).is_dir())
+    if suffixes in ([".jsonl"], [".km", ".tsv"]) and len(options.paths) == len(suffixes):
+        if not options.out or options.jsonl:
+            raise ValueError("an import needs --out=FOLDER, and no --jsonl")
+        meta = import_units(options)
+        print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units in {options.out}")
+    elif len(options.paths) != 1:
+        raise ValueError("give one shard folder to look into, or one .jsonl file or a .tsv and its .km to import (--help)")
+    elif options.out:
+        raise ValueError(f"--out is for an import of .jsonl, or .tsv and .km; {options.paths[0]} is neither")
+    elif options.jsonl == "-":
+        foreign.write_jsonl(UnitShards(options.paths[0]), sys.stdout)
+    elif options.jsonl:
+        shards, path = UnitShards(options.paths[0]), Path(options.jsonl)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w") as file:
+            foreign.write_jsonl(shards, file)
+        os.replace(temporary, path)
+    else:
+        print(inspector.inspect(options.paths[0]))
+
+
+if __name__ == "__main__":
+    config.command(main)

@@ -1,0 +1,152 @@
+"""Folders of recordings -> unit shards: on one process or many, interrupted at any moment, broken files listed and left out.
+
+    files --find_audio, divided over the processes--> decoded ahead, groups of like length --UnitEncoder--> frame units
+          --deduplicate--> journal of each process (journal.py) --assemble, one process--> shards, failures.csv (shards.py)
+
+`python hubert_units.py FOLDER --out=units/mine` is the command. Shapes: S samples, F frames, T units.
+"""
+import collections
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from corpus.journal import Journal
+from corpus.shards import assemble, complete
+from speech import audio
+from speech.audio import SAMPLE_RATE
+from speech.encoder import deduplicate
+from speech.kmeans import reservoir
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64"}
+WINDOW = 2000  # files whose lengths are looked at together, to find recordings of like length
+AHEAD = 4  # groups of recordings that are decoded while one is encoded
+HELD_SECONDS = 600  # longer recordings are not held in memory, but read twice, block by block, while they are encoded
+
+
+def find_audio(paths):
+    """Files as given, folders searched recursively; sorted, so that every process sees the same order."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += [file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no audio file or folder at {path}; check the path")
+    if not files:
+        raise ValueError(f"no audio found in {', '.join(map(str, paths)) or 'nothing'}; "
+                         "give files or folders: python hubert_units.py recordings/ --out=units/mine")
+    return sorted(set(files))
+
+
+def tried(function, *arguments):
+    """function(*arguments), or the error that says what is wrong with a file."""
+    try:
+        return function(*arguments)
+    except (ValueError, OSError) as error:
+        return error
+
+
+def decoded(files, encoder, pool):
+    """Groups of (file, samples or error), neighbours being of like length; decoding runs ahead of whoever takes them.
+
+    Recordings that are too long to be held are not decoded: None in place of their samples.
+    """
+    queue, most = collections.deque(), encoder.budget
+    for begin in range(0, len(files), WINDOW):
+        window = files[begin:begin + WINDOW]
+        lengths = {file: 0.0 if isinstance(seconds, Exception) else seconds  # what is wrong shows when it is read
+                   for file, seconds in zip(window, pool.map(lambda file: tried(audio.duration, file), window))}
+        group, total = [], 0.0
+        for file in sorted(window, key=lambda file: (lengths[file], file)):
+            if lengths[file] > HELD_SECONDS:
+                queue.append([(file, None)])
+                continue
+            if group and total + lengths[file] > most:
+                queue.append(group)
+                group, total = [], 0.0
+            group.append((file, pool.submit(tried, audio.read_wav, file)))
+            total += lengths[file]
+            while len(queue) > AHEAD:
+                yield [(name, future and future.result()) for name, future in queue.popleft()]
+        queue.append(group)
+    while queue:
+        yield [(name, future and future.result()) for name, future in queue.popleft()]
+
+
+def encode_long(file, encoder):
+    """Frame units and seconds of a recording that is read block by block."""
+    samples = 0
+
+    def blocks():
+        nonlocal samples
+        samples = 0
+        for block in audio.read_blocks(file):
+            samples += len(block)
+            yield block
+
+    return encoder.encode_stream(blocks), samples / SAMPLE_RATE
+
+
+def encode_group(group, encoder):
+    """[(file, samples, error or None)] -> [(file, frame units and seconds, or error)]."""
+    results = [(file, wav if isinstance(wav, Exception) else
+                tried(encode_long, file, encoder) if wav is None else tried(encoder.checked, wav)) for file, wav in group]
+    good = [(i, wav) for i, ((_, result), (_, wav)) in enumerate(zip(results, group)) if isinstance(result, torch.Tensor)]
+    for (i, wav), frames in zip(good, encoder.encode_batch([wav for _, wav in good])):
+        results[i] = results[i][0], (frames, len(wav) / SAMPLE_RATE)
+    return results
+
+
+def encode_files(files, encoder, options, dist):
+    """The command: every process journals what it finishes; when all have, one joins the journals to shards."""
+    recipe, names = {**encoder.recipe, "dedup": options.dedup}, [str(file) for file in files]
+    meta = complete(options.out, recipe, names)
+    if meta:
+        return meta
+    journal = Journal(options.out, recipe, dist.rank)
+    mine = [file for file in names[dist.rank::dist.world] if file not in journal.finished]
+    hours, failures, began = 0.0, 0, time.perf_counter()
+    bar = tqdm(total=len(names[dist.rank::dist.world]), initial=len(names[dist.rank::dist.world]) - len(mine), desc="encoding",
+               unit="file", disable=None if dist.is_main else True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        for group in decoded(mine, encoder, pool):
+            for file, result in encode_group(group, encoder):
+                if isinstance(result, Exception):
+                    journal.fail(file, str(result))
+                    failures += 1
+                else:
+                    frames, seconds = result[0].cpu(), result[1]
+                    units, runs = deduplicate(frames) if options.dedup else (frames, torch.ones_like(frames))
+                    journal.add(file, units.numpy(), runs.numpy(), seconds)
+                    hours += seconds / 3600
+            journal.flush()
+            bar.update(len(group))
+            speed = hours * 3600 / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{hours:.2f} h, {speed:.0f} x real time, {failures} failed")
+    bar.close()
+    journal.close()
+    dist.barrier()
+    return assemble(options.out, recipe, names) if dist.is_main else None
+
+
+def sample_features(files, encoder, size, generator):
+    """A random sample (N, C) of the frames of all files, at most `size`, and how many frames there were. On one process.
+
+    Raises: ValueError if no file gives features.
+    """
+    sample, seen = None, 0
+    for file in tqdm(files, desc="features", unit="file", disable=None):
+        wav = tried(audio.read_wav, file)
+        features = wav if isinstance(wav, Exception) else tried(encoder.features, wav)
+        if isinstance(features, Exception):
+            tqdm.write(f"left out: {features}")
+            continue
+        sample = reservoir(sample, features.cpu(), seen, size, generator)
+        seen += len(features)
+    if sample is None:
+        raise ValueError(f"none of the {len(files)} files gave features; see above")
+    return sample, seen

@@ -1,0 +1,87 @@
+"""What a folder of units looks like in numbers: hours, frequencies, entropy, run lengths.
+
+    UnitShards --count, piece by piece--> how often each unit and each run length occurs --describe--> text
+
+`python hubert_units.py --inspect=FOLDER` and `python -m corpus FOLDER` print it. Shapes: T units per document, K units in all.
+"""
+import itertools
+import math
+
+import numpy as np
+
+from corpus.shards import UnitShards
+
+PIECE = 2**22  # units counted at a time: a folder may hold more than the memory
+RANGES = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, None))  # run lengths that are grouped, in frames
+
+
+def count(streams):
+    """How often each uint16 value occurs in memory-mapped arrays: (65536,) int64."""
+    total = np.zeros(2**16, dtype=np.int64)
+    for values in streams:
+        for begin in range(0, len(values), PIECE):
+            total += np.bincount(values[begin:begin + PIECE], minlength=2**16)
+    return total
+
+
+def quantile(counts, q):
+    """Smallest value that at least the share q of all values does not exceed; counts as count() returns them."""
+    return int(np.searchsorted(np.cumsum(counts), q * counts.sum()))
+
+
+def measure(shards):
+    """The numbers of describe() as a dictionary. shards: UnitShards.
+
+    counts: (K,), how often each unit occurs; runs: (65536,), how often each run length does.
+    """
+    counts, runs = count(part[0] for part in shards.parts), count(part[1] for part in shards.parts)
+    units, frames = int(counts.sum()), int(runs @ np.arange(len(runs)))
+    K = max(shards.recipe.get("num_units") or 0, int(counts.nonzero()[0][-1]) + 1)
+    share = counts[counts > 0] / units
+    entropy = float(-(share * np.log2(share)).sum())
+    seconds = shards.meta["hours"] * 3600
+    per_second = units / seconds if seconds else math.nan  # text has no length in seconds
+    ranges = {(low, high): int(runs[low:high and high + 1].sum()) for low, high in RANGES}
+    return {
+        "seconds": seconds, "documents": len(shards), "failures": shards.meta["failures"], "units": units,
+        "units_per_second": per_second, "document_mean": float(shards.lengths.mean()),
+        "document_median": float(np.median(shards.lengths)), "document_longest": int(shards.lengths.max()),
+        "counts": counts[:K], "never": int((counts[:K] == 0).sum()), "entropy": entropy, "perplexity": 2**entropy,
+        "bits_per_second": entropy * per_second, "frames": frames, "run_mean": frames / units, "run_median": quantile(runs, 0.5),
+        "run_95": quantile(runs, 0.95), "run_max": int(runs.nonzero()[0][-1]), "runs": runs, "run_ranges": ranges}
+
+
+def table(title, rows, whole, longest):
+    """Lines `label  share  bar`; rows: (label, number), whole: the number that is 100 %, longest: the one of a full bar."""
+    return ["", title, *(f"{label:>8} {100 * number / whole:6.2f} %  {'#' * round(50 * number / longest)}".rstrip()
+                         for label, number in rows)]
+
+
+def describe(shards):
+    """What is in a shard folder, as text. shards: UnitShards."""
+    m = measure(shards)
+    counts, K, units, seconds = m["counts"], len(m["counts"]), m["units"], m["seconds"]
+    used = np.argsort(-counts, kind="stable")[:K - m["never"]]  # the most frequent first
+    longest = next(itertools.islice(shards.each_name(), int(shards.lengths.argmax()), None))
+    name, first, _ = next(iter(shards))
+    recipe = ", ".join(f"{key} {value}" for key, value in shards.recipe.items())
+    lines = [f"{shards.folder}: {recipe}", "",
+             f"speech     {seconds / 3600:,.3f} hours in {m['documents']:,} documents; {m['failures']:,} recordings failed",
+             f"units      {units:,}" + (f" ({m['units_per_second']:.2f} per second of speech)" if seconds else ""),
+             f"documents  mean {m['document_mean']:,.1f} units, median {m['document_median']:,.1f}, "
+             f"longest {m['document_longest']:,} ({longest})",
+             f"unigram    {m['entropy']:.3f} bits a unit, perplexity {m['perplexity']:.1f} of {K} units, {m['never']} never used"
+             + (f"; {m['bits_per_second']:.1f} bits per second of speech" if seconds else ""),
+             f"runs       mean {m['run_mean']:.2f} frames, median {m['run_median']}, 95 % at most {m['run_95']}, "
+             f"longest {m['run_max']}"]
+    labels = {(low, high): f"{low}" if low == high else f"{low}-{high}" if high else f"{low}+" for low, high in RANGES}
+    lines += table("  frames  share of the runs", [(labels[ends], n) for ends, n in m["run_ranges"].items()], units, units)
+    for title, some in (("most", used[:10]), ("least", used[::-1][:10])):
+        lines += table(f"    unit  share, the {title} frequent", [(unit, counts[unit]) for unit in some], units, counts.max())
+    text = "\n".join([*lines, "", f"first units of {name}: {' '.join(map(str, first[:20]))}"])
+    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
+
+
+def inspect(folder):
+    """What is in a shard folder, as text: hours, frequencies, entropy, run lengths."""
+    return describe(UnitShards(folder))

@@ -1,0 +1,249 @@
+"""Unit shards: the on-disk format, its writer and reader. Batches are made of them in loader.py.
+
+    folder/00000.units.bin    uint16, the units of all documents in a row (raw: no vocabulary offset, no special tokens)
+           00000.runs.bin     uint16, how many frames each unit lasted (for the vocoder and the inspector; the LM ignores it)
+           00000.offsets.bin  int64, document i is units[offsets[i]:offsets[i + 1]]
+           00000.files.jsonl  one JSON a document: file_name, seconds
+           meta.json          the recipe that made the units, totals; written last: without it no shard counts
+           failures.csv       recordings that could not be encoded, and why
+           work/              what an unfinished extraction has done so far, see journal.py
+
+A folder holds as many shards as it needs. `python -m corpus FOLDER` says what is in one. Shapes: T units per document.
+"""
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from checkpoints.files import write_bytes
+from corpus import journal
+from corpus.journal import as_uint16, read_json, refuse_other_recipe
+
+FORMAT = 1  # version of the layout above
+SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 6,000 hours at 12 units a second
+
+
+def fingerprint_names(names):
+    """First 16 hex digits of the SHA-256 of file names, each as JSON on a line of its own: does a folder hold exactly these?"""
+    total = hashlib.sha256()
+    for name in names:
+        total.update(json.dumps(str(name)).encode() + b"\n")
+    return total.hexdigest()[:16]
+
+
+class ShardWriter:
+    """Writes one shard. Nothing appears under its final name before close()."""
+
+    SUFFIXES = ("units.bin", "runs.bin", "files.jsonl", "offsets.bin")
+
+    def __init__(self, folder, recipe, shard=0):
+        self.folder, self.recipe, self.shard = Path(folder), recipe, f"{shard:05d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        meta = read_json(self.folder / "meta.json") or {}
+        refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
+        self.streams = []
+        self.discard()  # what a killed process left
+        self.units, self.runs, self.files = self.streams = [open(self._temporary(suffix), "wb") for suffix in self.SUFFIXES[:3]]
+        self.offsets, self.seconds, self.part = [0], 0.0, None
+
+    def _temporary(self, suffix):
+        return self.folder / f"{self.shard}.{suffix}.tmp"
+
+    def add(self, units, runs, name, seconds):
+        """One document. units (T,) in [0, 65535]; runs (T,) frames; seconds: its length as audio."""
+        units, runs = as_uint16(name, units, runs)
+        self.units.write(units.tobytes())
+        self.runs.write(runs.tobytes())
+        self.files.write(json.dumps({"file_name": name, "seconds": round(seconds, 4)}).encode() + b"\n")
+        self.offsets.append(self.offsets[-1] + len(units))
+        self.seconds += seconds
+
+    def finish(self):
+        """Everything on the disk, still under temporary names."""
+        self.streams.append(open(self._temporary("offsets.bin"), "wb"))
+        self.streams[-1].write(np.asarray(self.offsets, dtype="<i8").tobytes())
+        for file in self.streams:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self.part = {"recipe": self.recipe, "files": len(self.offsets) - 1, "units": self.offsets[-1], "seconds": self.seconds}
+        self.offsets = None
+
+    def publish(self, failures=()):
+        """Final names for a finished shard. A meta.json of older shards goes first: it must never describe a mixture."""
+        (self.folder / "meta.json").unlink(missing_ok=True)
+        for suffix in self.SUFFIXES:
+            os.replace(self._temporary(suffix), self.folder / f"{self.shard}.{suffix}")
+        part = json.dumps({**self.part, "failures": list(failures)}).encode()
+        write_bytes(self.folder / f"{self.shard}.part.json", part)
+
+    def close(self, failures=()):
+        """Give the shard its final name. failures: (file, reason) pairs, kept as failures.csv lines."""
+        self.finish()
+        self.publish(failures)
+
+    def discard(self):
+        """Close and remove what is not published; nothing happens after close()."""
+        for file in self.streams:
+            with suppress(OSError):  # the disk may be full, and what cannot be written is removed anyway
+                file.close()
+        for suffix in self.SUFFIXES:
+            self._temporary(suffix).unlink(missing_ok=True)
+
+
+def merge_meta(folder, shards=1, names=None):
+    """Join the parts of all `shards` shards into meta.json and failures.csv; returns the meta.
+
+    Shards with higher numbers, which an earlier run left, are removed: their documents stand in the new ones.
+    names: the file names that were asked for, good and failed; their fingerprint tells a later start that all is done.
+    """
+    folder = Path(folder)
+    for path in folder.glob("[0-9]" * 5 + ".*"):
+        if int(path.name[:5]) >= shards:
+            path.unlink()
+    parts = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.part.json"))}
+    failures = [failure for part in parts.values() for failure in part["failures"]]
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("file", "reason"), *failures])
+    write_bytes(folder / "failures.csv", table.getvalue().encode("utf-8", "surrogateescape"))
+    meta = {"format": FORMAT, "recipe": next(iter(parts.values()))["recipe"],
+            "files": sum(part["files"] for part in parts.values()),
+            "units": sum(part["units"] for part in parts.values()),
+            "hours": sum(part["seconds"] for part in parts.values()) / 3600, "failures": len(failures)}
+    if names is not None:
+        meta["names"] = fingerprint_names(names)
+    write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
+    for path in parts:
+        path.unlink()
+    return meta
+
+
+def write_shards(folder, recipe, documents, failures=(), names=None):
+    """A whole folder from its documents, by one process; returns the meta. What the folder held is replaced at the end.
+
+    Args:
+        documents: iterable of (name, units (T,), runs (T,), seconds), written in this order.
+        failures, names: as in ShardWriter.close and merge_meta.
+    """
+    writers = [ShardWriter(folder, recipe)]
+    try:
+        for name, units, runs, seconds in documents:
+            filled = writers[-1].offsets[-1]
+            if filled and filled + len(units) > SHARD_UNITS:
+                writers[-1].finish()
+                writers.append(ShardWriter(folder, recipe, len(writers)))
+            writers[-1].add(units, runs, name, seconds)
+        writers[-1].finish()
+        for writer in writers:
+            writer.publish(failures if writer is writers[-1] else ())
+    finally:
+        for writer in writers:
+            writer.discard()
+    return merge_meta(folder, len(writers), names)
+
+
+# ---------------------------------------------------------------------------------------------- interrupted work
+
+def assemble(folder, recipe, names):
+    """Journals -> shards, by one process, after all have closed theirs; returns the meta.
+
+    The bytes depend on the documents and the order of `names` alone. Interrupted at any point, it is simply called again:
+    the journals go last, and until then no meta.json vouches for the new shards.
+
+    Args: names: every recording that was asked for, each once. What the journals hold beyond them is dropped.
+    Raises: ValueError if some are neither encoded nor failed; OSError, in a sentence, if the disk is full.
+    """
+    folder, names = Path(folder), [str(name) for name in names]
+    documents, failures = journal.collect(folder, recipe, names)
+    with journal.full_disk_explained(folder):
+        meta = write_shards(folder, recipe, tqdm(documents, desc="assembling", unit="file", disable=None), failures, names)
+    journal.remove(folder)
+    return meta
+
+
+def complete(folder, recipe, names):
+    """The meta if the folder holds exactly these recordings, encoded by this recipe; None if there is something to do."""
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json")
+    if meta is None or (folder / "work").exists() or meta.get("format") != FORMAT:
+        return None
+    if meta["recipe"] != json.loads(json.dumps(recipe)) or meta.get("names") != fingerprint_names(names):
+        return None
+    shutil.rmtree(folder / "work.done", ignore_errors=True)  # left by a kill at the very end
+    return meta if sum(path.stat().st_size for path in folder.glob("*.units.bin")) == 2 * meta["units"] else None
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+class UnitShards:
+    """All documents of a shard folder, memory-mapped."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        self.folder, self.meta = folder, read_json(folder / "meta.json")
+        if self.meta is None:
+            remedy = ("its work/ is of an extraction that was interrupted: start the same command again"
+                      if (folder / "work").is_dir() else "make them with python hubert_units.py AUDIO... --out=FOLDER")
+            raise FileNotFoundError(f"no meta.json in {folder}, so it holds no unit shards; {remedy}")
+        if self.meta.get("format") != FORMAT:
+            raise ValueError(f"{folder} is written in format {self.meta.get('format')}, this code reads {FORMAT}; "
+                             "encode the audio again")
+        self.recipe, self.parts = self.meta["recipe"], []
+        for path in sorted(folder.glob("*.offsets.bin")):
+            prefix = str(path)[: -len("offsets.bin")]
+            offsets = np.fromfile(path, dtype="<i8")
+            size = os.path.getsize(prefix + "units.bin") // 2
+            if offsets[-1] != size:
+                raise ValueError(f"{prefix}units.bin holds {size} units, its offsets promise {offsets[-1]}; copy it again")
+            units, runs = (np.memmap(prefix + f"{name}.bin", dtype="<u2", mode="r") if size else np.zeros(0, "<u2")
+                           for name in ("units", "runs"))
+            self.parts.append((units, runs, offsets, prefix + "files.jsonl"))
+        lengths = [np.diff(offsets) for _, _, offsets, _ in self.parts]
+        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)  # units of each document
+        self.firsts = np.cumsum([0] + [len(part) for part in lengths])  # index of each shard's first document
+        if self.lengths.sum() == 0:
+            raise ValueError(f"{folder} holds no units; see its failures.csv")
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def document(self, i):
+        """units (T,), runs (T,) int64 of document i."""
+        part = int(np.searchsorted(self.firsts, i, side="right")) - 1
+        units, runs, offsets, _ = self.parts[part]
+        rows = slice(*offsets[i - self.firsts[part]:][:2])
+        return units[rows].astype(np.int64), runs[rows].astype(np.int64)
+
+    def each_name(self):
+        """Yields file_name of every document."""
+        for *_, files in self.parts:
+            with open(files) as lines:
+                for line in lines:
+                    yield json.loads(line)["file_name"]
+
+    @property
+    def names(self):
+        """file_name of every document, as a list."""
+        return list(self.each_name())
+
+    def __iter__(self):
+        """Yields (name, units (T,), runs (T,)) of every document."""
+        for i, name in enumerate(self.each_name()):
+            yield name, *self.document(i)
+
+
+def check_recipe(recipe, expected, where):
+    """Units of different tokenizers must never mix: every number would be meaningless, without any error."""
+    absent = {"pad": 0}  # zeros put around each recording; recipes from before that option say nothing
+    for key in ("kind", "num_units", "layer", "centers", "frame_rate", "pad"):
+        found, wanted = recipe.get(key, absent.get(key)), expected.get(key, absent.get(key))
+        if found != wanted:
+            raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); "
+                             "encode the audio with the matching --tokenizer")

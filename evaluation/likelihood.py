@@ -1,0 +1,127 @@
+"""How likely a sequence of units is: log p of every unit given those before it, by a language model or by counting.
+
+    ids (n,) -> log p(ids[i + 1] | ids[0 .. i]) for i = 0 .. n - 2, in nats
+
+Sequences are sorted by length and share a forward pass up to a budget of tokens, padded on the right: a causal model does not
+see what comes after, so each gets what it gets alone, up to the rounding of float32. Equal sequences are scored once, so they
+tie whatever the rounding. A sequence longer than the model's window is scored in overlapping windows: the first scores all its
+units, each later one only what the window before it did not reach, so that those have at least window - stride units of context.
+
+The n-gram models are what a language model must beat. p(b | a) = (count(a b) + k) / (count(a) + k V) with k = 0.1.
+
+Shapes: B sequences of a batch, T tokens, V vocabulary, K units.
+"""
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cpu
+
+BUDGET = {"cpu": 2048, "cuda": 65_536}  # tokens of one forward pass, padding included
+SMOOTHING = 0.1  # k: the count that every n-gram gets for nothing
+PIECE = 2**22  # units that are counted at a time
+
+
+# ---------------------------------------------------------------------------------------------- the language model
+
+def windows(length, window, stride):
+    """Yields (begin, end, first) for ids of `length`: inputs are ids[begin:end], scored targets those from ids[first] on."""
+    targets = length - 1
+    begin, first, end = 0, 1, min(window, targets)
+    while True:
+        yield begin, end, first
+        if end == targets:
+            return
+        first, end = end + 1, min(end + stride, targets)
+        begin = end - window
+
+
+def batches(lengths, budget):
+    """Indices sorted by length, divided so that rows x longest stays within the budget."""
+    found, order = [], sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    for i in order:
+        if found and (len(found[-1]) + 1) * lengths[i] <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+@torch.inference_mode()
+def target_log_probabilities(model, ids, targets):
+    """ids, targets (B, T) int64 -> (B, T) float32; the softmax in float32."""
+    logits = model(ids).float()  # (B, T, V)
+    return logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def log_probabilities(model, rows, dist, stride=None, budget=None, label="scoring"):
+    """Score sequences of any length; the processes of `dist` share the work and all get the result.
+
+    Args: model: Transformer. rows: list of (n,) int64 tensors. stride: step of the window, default half of it.
+        budget: tokens of one forward pass.
+    Returns: list of (n - 1,) float64 arrays, nats; empty for fewer than 2 ids.
+    """
+    different = {}  # ids as bytes: the sequence's number and itself
+    places = [different.setdefault(row.numpy().tobytes(), (len(different), row))[0] for row in rows]
+    rows = [row for _, row in different.values()]
+    window, device = model.config.block_size, model.wte.weight.device
+    stride = min(stride or max(1, window // 2), window)
+    ends = np.cumsum([0] + [max(0, len(row) - 1) for row in rows])
+    flat = np.zeros(ends[-1])
+    pieces = [(i, *piece) for i, row in enumerate(rows) if len(row) > 1 for piece in windows(len(row), window, stride)]
+    groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET[device.type])
+    bar = tqdm(total=len(pieces), desc=label, unit="sequence", disable=None if dist.is_main else True)
+    with cpu.packed(model), bar:
+        for group in groups[dist.rank::dist.world]:
+            some = [pieces[i] for i in group]
+            longest = max(end - begin for _, begin, end, _ in some)
+            both = torch.zeros(len(some), longest + 1, dtype=torch.int64)
+            for row, (i, begin, end, _) in zip(both, some):
+                row[:end - begin + 1] = rows[i][begin:end + 1]
+            both = both.to(device)
+            found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
+            for values, (i, begin, end, first) in zip(found, some):
+                flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
+            bar.update(len(some) * dist.world)
+    scored = np.split(dist.sum_array(flat), ends[1:-1])
+    return [scored[i] for i in places]
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+class UnitCounts:
+    """Unigram and bigram frequencies of the units in a shard folder.
+
+    Row K counts what documents begin with; with `eos`, column K counts what they end with.
+
+    Args: shards: UnitShards. num_units: K. eos: whether the end of a document is predicted too.
+    """
+
+    def __init__(self, shards, num_units, eos=False):
+        K = self.num_units = num_units
+        counts = np.zeros((K + 1) * (K + 1))
+        for units, _, offsets, _ in shards.parts:
+            starts = offsets[:-1][np.diff(offsets) > 0]
+            for begin in range(0, len(units), PIECE):
+                piece = units[begin:begin + PIECE + 1].astype(np.int64)
+                counts += np.bincount(piece[:-1] * (K + 1) + piece[1:], minlength=len(counts))
+            firsts, lasts = units[starts].astype(np.int64), units[starts[1:] - 1].astype(np.int64)
+            counts -= np.bincount(lasts * (K + 1) + firsts[1:], minlength=len(counts))  # no pair of two documents
+            counts += np.bincount(K * (K + 1) + firsts, minlength=len(counts))
+            if eos:
+                lasts = units[offsets[1:][np.diff(offsets) > 0] - 1].astype(np.int64)
+                counts += np.bincount(lasts * (K + 1) + K, minlength=len(counts))
+        counts = counts.reshape(K + 1, K + 1)[:, :K + eos]
+        unigram = counts.sum(0) + SMOOTHING
+        self.unigram = np.log(unigram / unigram.sum())  # (K [+ 1],)
+        bigram = counts + SMOOTHING
+        self.bigram = np.log(bigram / bigram.sum(1, keepdims=True))  # (K + 1, K [+ 1])
+
+    def log_probabilities(self, units, order, bos, eos):
+        """Units (T,) -> nats of the same targets that a language model scores: without `bos` the first unit is none."""
+        units = np.asarray(units, dtype=np.int64)
+        targets = np.append(units, self.num_units) if eos else units
+        if order == 1:
+            return self.unigram[targets[0 if bos else 1:]]
+        before = np.concatenate([[self.num_units], units])[:len(targets)]
+        return self.bigram[before, targets][0 if bos else 1:]

@@ -1,0 +1,106 @@
+"""Results of an evaluation -> tables on screen, result.json, result.csv, scores of every pair, ZeroSpeech submission files.
+
+A result is a list of rows, each a dictionary: benchmark, subset, system, measure, value, low, high, n, p. `low` and `high` are
+the ends of the 95 % interval, n the questions or documents behind it, p that of the paired test (in rows `model - versus`).
+
+The submission files are what the official scorers of sLM21 take, `lexical/dev.txt` and so on, a stem and a score in each line.
+Their other parts describe a system and are the user's to write: `zrc submission:init sLM21 FOLDER` makes them.
+"""
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+
+from checkpoints import files
+
+FIELDS = ("benchmark", "subset", "system", "measure", "value", "low", "high", "n", "p")
+SUBMISSION = {"swuggy": "lexical", "sblimp": "syntactic"}
+MOST_ROWS = 20  # of one label (type, voice, ...) on screen; the files have all
+
+
+def row(benchmark, subset, system, measure, estimate, scale=1.0):
+    """An accuracy.Estimate as a row of the result."""
+    values = {key: value * scale for key, value in asdict(estimate).items() if key in ("value", "low", "high")}
+    return {"benchmark": benchmark, "subset": subset, "system": system, "measure": measure, **values,
+            "n": estimate.n, "p": estimate.p}
+
+
+def cell(found):
+    if found is None:
+        return ""
+    if found["value"] is None:
+        return "n/a"
+    digits = 4 if found["measure"].startswith("nats") else 3 if abs(found["value"]) < 2 and found["measure"] != "%" else 2
+    text = f"{found['value']:.{digits}f}"
+    if found["low"] is not None:
+        text += f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return text + (f" p={found['p']:.4f}" if found["p"] is not None else "")
+
+
+def table(rows):
+    """Rows of one benchmark -> text: a line a subset, a column a system."""
+    systems = list(dict.fromkeys(each["system"] for each in rows))
+    lines, places = [["subset", "measure", "n", *systems]], {}
+    counts = {}
+    for each in rows:
+        label = each["subset"].partition(" = ")[0] if " = " in each["subset"] else None
+        counts.setdefault(label, set()).add(each["subset"])
+    hidden = {label for label, names in counts.items() if label and len(names) > MOST_ROWS}
+    for each in rows:
+        if each["subset"].partition(" = ")[0] in hidden:
+            continue
+        key = each["subset"], each["measure"]
+        if key not in places:
+            places[key] = len(lines)
+            lines.append([each["subset"], each["measure"], f"{each['n']:,}", *[""] * len(systems)])
+        lines[places[key]][3 + systems.index(each["system"])] = cell(each)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  " + "  ".join(f"{value:<{width}}" for value, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join(text + [f"  ({label}: {len(counts[label])} rows in result.csv)" for label in sorted(hidden)])
+
+
+def text_of(sections, conventions, systems):
+    """The whole result as text. sections: [{"title", "notes", "rows"}]."""
+    lines = [f"{name}: {what}" for name, what in systems.items()] + [f"convention: {line}" for line in conventions]
+    for section in sections:
+        lines += ["", section["title"], *(f"  note: {note}" for note in section["notes"]), table(section["rows"])]
+    return "\n".join(lines)
+
+
+def csv_text(header, rows):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([header, *rows])
+    return out.getvalue()
+
+
+def write(out, sections, conventions, systems, options):
+    """result.json and result.csv in the folder `out`."""
+    files.write_json(Path(out) / "result.json", {"options": asdict(options), "conventions": conventions, "systems": systems,
+                                                 "sections": sections})
+    rows = [[each[name] for name in FIELDS] for section in sections for each in section["rows"]]
+    files.write_text(Path(out) / "result.csv", csv_text(FIELDS, rows))
+
+
+def file_name(benchmark):
+    return f"{benchmark.task}_{benchmark.name}".replace("/", "_").replace(" ", "_")
+
+
+def write_scores(out, benchmark, pairs, scores, lengths):
+    """pairs of one benchmark with the scores of every system: scores {system: (positive (N,), negative (N,))}."""
+    systems = list(scores)
+    header = ["positive", "negative", "item", "voice", "positive_units", "negative_units",
+              *(f"{system}_{side}" for system in systems for side in ("positive", "negative"))]
+    rows = [[pair.positive, pair.negative, pair.item, pair.voice, lengths[pair.positive], lengths[pair.negative],
+             *(repr(float(side[i])) for system in systems for side in scores[system])] for i, pair in enumerate(pairs)]
+    files.write_text(Path(out) / f"{file_name(benchmark)}_pairs.csv", csv_text(header, rows))
+
+
+def write_submission(out, benchmark, pairs, scores):
+    """submission/lexical/dev.txt or its like: `stem score` for every recording of the pairs, in the order of gold.csv."""
+    by_path = {}
+    for pair, positive, negative in zip(pairs, *scores):
+        by_path[pair.positive], by_path[pair.negative] = positive, negative
+    lines = [f"{stem} {float(by_path[path])!r}\n" for path, stem in benchmark.stems.items() if path in by_path]
+    folder = Path(out) / "submission" / SUBMISSION[benchmark.task]
+    files.write_text(folder / f"{benchmark.split or 'dev'}.txt", "".join(lines))

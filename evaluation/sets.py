@@ -1,0 +1,432 @@
+"""Evaluation sets as they unzip -> lists of pairs. Folders and zip archives are read in place; nothing is re-laid or unpacked.
+
+    lexical/SPLIT/gold.csv, *.wav       sWUGGY of sLM21    filename,id,voice,frequency,word,phones,length,correct
+    syntactic/SPLIT/gold.csv, *.wav     sBLIMP of sLM21    filename,id,voice,type,subtype,transcription,correct
+    sSC/, tSC/  N_STORY_correct.wav, N+1_STORY_incorrect.wav    Spoken StoryCloze; ms_sSC/SPEAKER/ of slamkit is a voice each
+    swuggy_inter/, swuggy_oov/, sblimp/ slamkit's: the integer before _ or + counts, 2i is the positive of 2i + 1
+    bg_alignment/, ... (eight parts)    SALMon             *_INDEX_*.wav, of each index the first name is the positive
+    NAME/pairs.csv, NAME/units/         ours               positive,negative,voice,type and more columns, see below
+
+pairs.csv: `positive` and `negative` name documents of the unit shards in units/ (UnitShards), or, where there is no units/,
+recordings relative to the folder. All other columns are optional. `voice`. `item`: rows with the same are one question asked in
+several voices (default: each row is a question). `positive_start`, `negative_start`: seconds at which the ending begins, for
+--score=ending. Every further column (type, frequency, condition, ...) labels the pair for a breakdown; `frequency` as a whole
+number becomes a band. The task is the beginning of the folder's name: swuggy, sblimp, sstorycloze, tstorycloze; else pairs.
+
+Sources: sLM21, Nguyen et al. 2020 (arXiv 2011.11588); Spoken StoryCloze, TWIST (arXiv 2305.13009); SALMon, Maimon et al. 2024.
+"""
+import csv
+import io
+import os
+import re
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon", "pairs")
+SALMON = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender_consistency", "rir_consistency",
+          "sentiment_alignment", "sentiment_consistency", "speaker_consistency")
+GOLD = {  # the archive's folder and the columns that are needed of its gold.csv, by task; further columns do no harm
+    "swuggy": ("lexical", ("filename", "id", "voice", "frequency", "correct")),
+    "sblimp": ("syntactic", ("filename", "id", "voice", "type", "subtype", "correct"))}
+BANDS = ("out of vocabulary", "1-5", "6-20", "21-100", ">100")  # of how often LibriSpeech has a word
+STORIES = {"sstorycloze": r"(^|[^a-z])s[-_]?(sc|storycloze)($|[^a-z])",  # what their folders are called
+           "tstorycloze": r"(^|[^a-z])t[-_]?(sc|storycloze)($|[^a-z])"}
+WITHOUT_GOLD = ("{folder} has recordings but no gold.csv, so nothing says which are pairs: this is the archive of the 2021 "
+                "challenge (zerospeech2021-dataset.zip). Get sLM21-dataset, which has it (zrc datasets:pull sLM21-dataset), or "
+                "put its gold.csv there")
+MOST_MISSING = 0.01  # of the pairs; more is an incomplete copy
+
+
+@dataclass(frozen=True)
+class Pair:
+    positive: str  # path of the recording, possibly into a zip, or name of the document
+    negative: str
+    item: str  # the question; recordings of it in several voices are averaged before questions are
+    voice: str = ""
+    labels: dict = field(default_factory=dict)  # what it can be broken down by: type, frequency, ...
+    starts: tuple = (None, None)  # seconds at which the endings begin, where the benchmark says so
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    task: str  # one of TASKS
+    name: str  # where it was found, e.g. lexical/dev
+    split: str  # dev, test, or empty
+    pairs: tuple
+    units: str | None = None  # folder of unit shards that holds the documents; None: recordings
+    row_order: tuple = ()  # sBLIMP: (positive, negative) as the official scorer pairs them, by the order of the rows
+    stems: dict = field(default_factory=dict)  # {path: stem} of every recording that a ZeroSpeech submission lists
+    present: frozenset = frozenset()  # the recordings that exist
+
+
+# ---------------------------------------------------------------------------------------------- what is on the disk
+
+def scan(root):
+    """{folder: {file name: path}} of everything below root; a zip counts as a folder of its name. Paths are text."""
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"--data={root}: no such file or folder; give the folder or zip of an evaluation set")
+    folders, zips = defaultdict(dict), []
+    if root.is_file():
+        zips = [root]
+    for folder, names, files in os.walk(root, followlinks=True):
+        names[:] = sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+        for name in files:
+            if name.lower().endswith(".zip"):
+                zips.append(Path(folder, name))
+            elif not name.startswith("."):
+                folders[Path(folder)][name] = os.path.join(folder, name)
+    for archive in sorted(zips):
+        try:
+            with zipfile.ZipFile(archive) as file:
+                members = [name for name in file.namelist() if not name.startswith("__MACOSX") and not name.endswith("/")]
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{archive} is no zip archive, or damaged ({error}); copy it again") from None
+        for member in members:
+            path = archive / member
+            if not path.name.startswith("."):
+                folders[path.parent][path.name] = str(path)
+    return dict(folders)
+
+
+def read_rows(path, needed):
+    """A table with a header, inside a zip too -> list of dictionaries. Raises ValueError that names the columns it lacks."""
+    archive = next((folder for folder in Path(path).parents if folder.suffix.lower() == ".zip" and folder.is_file()), None)
+    if archive:
+        with zipfile.ZipFile(archive) as file:
+            content = file.read(Path(path).relative_to(archive).as_posix())
+    else:
+        content = Path(path).read_bytes()
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table of comma-separated values in UTF-8 ({error}); copy it again") from None
+    header = [name.strip() for name in rows[0]] if rows else []
+    lacking = [name for name in needed if name not in header]
+    if lacking:
+        raise ValueError(f"{path} has the columns {', '.join(header) or 'of an empty file'}, and not {', '.join(lacking)}; "
+                         f"expected at least {','.join(needed)}")
+    for number, row in enumerate(rows[1:], start=2):
+        if row and len(row) != len(header):
+            raise ValueError(f"{path}, line {number}: {len(row)} values for {len(header)} columns; copy the file again")
+    return [dict(zip(header, row)) for row in rows[1:] if row]
+
+
+def display(folder, root):
+    """How a result calls a folder: its path from --data on, which itself gives its last name."""
+    inside = Path(folder).relative_to(root).as_posix()
+    return Path(root).resolve().name + ("" if inside == "." else f"/{inside}")
+
+
+def wavs_of(files):
+    return {name: path for name, path in files.items() if name.lower().endswith((".wav", ".flac"))}
+
+
+# ---------------------------------------------------------------------------------------------- sLM21
+
+def band(frequency):
+    """How often LibriSpeech has a word -> its band, with the ends that the names say.
+
+    The official scorer counts 5, 20 and 100 to the next band, whatever the names say.
+    """
+    return BANDS[sum(frequency > last for last in (0, 5, 20, 100))]
+
+
+def frequency_labels(text, where):
+    """The `frequency` column -> labels; an empty one says nothing."""
+    try:
+        frequency = float(text) if text.strip() else None  # a table once handled by pandas says 3.0
+    except ValueError:
+        raise ValueError(f"{where}: frequency {text!r}; expected a whole number or nothing") from None
+    if frequency is None or frequency != frequency:
+        return {}
+    return {"vocabulary": "in vocabulary" if frequency > 0 else "out of vocabulary", "frequency": band(frequency)}
+
+
+def read_gold(task, folder, files, name, split):
+    """One folder of sLM21. A word and its non-word are joined by (voice, id), sentences by (type, subtype, voice, id)."""
+    kind, needed = GOLD[task]
+    where = Path(folder, "gold.csv")
+    rows = read_rows(files["gold.csv"], needed)
+    keys = ("id",) if task == "swuggy" else ("type", "subtype", "id")
+    sides, stems = {"1": {}, "0": {}}, {}
+    for row in rows:
+        stem = row["filename"].removesuffix(".wav")
+        row["path"] = files.get(f"{stem}.wav") or str(Path(folder, f"{stem}.wav"))
+        stems[row["path"]] = stem
+        row["item"] = "/".join(row[key] for key in keys)
+        side, key = row["correct"].strip().removesuffix(".0"), (row["item"], row["voice"])
+        if side not in sides:
+            raise ValueError(f"{where}: {stem} has correct={row['correct']!r}; expected 1 or 0")
+        if key in sides[side]:
+            raise ValueError(f"{where}: {stem} and {sides[side][key]['filename']} both have correct={side} for {row['item']} in "
+                             f"voice {row['voice']}; expected one of each")
+        sides[side][key] = row
+    right, wrong = sides["1"], sides["0"]
+    refuse_unpaired(right, wrong, where)
+    pairs = []
+    for key, row in right.items():
+        other = wrong[key]
+        labels = (frequency_labels(row["frequency"] or other["frequency"], f"{where}, {row['filename']}") if task == "swuggy"
+                  else {"type": row["type"], "subtype": row["subtype"]})
+        pairs.append(Pair(row["path"], other["path"], row["item"], row["voice"], labels))
+    in_rows = [[row for row in rows if row["correct"].strip().startswith(side)] for side in "10"]
+    order = tuple((a["path"], b["path"]) for a, b in zip(*in_rows)) if task == "sblimp" else ()
+    return Benchmark(task, name, split, tuple(pairs), row_order=order, stems=stems)
+
+
+def refuse_unpaired(right, wrong, where):
+    """Raise ValueError for (item, voice) keys without a partner, and say so where the partner speaks in another voice."""
+    for ones, others, mine, theirs in ((right, wrong, "right", "wrong"), (wrong, right, "wrong", "right")):
+        alone = next((key for key in ones if key not in others), None)
+        if alone is not None:
+            voices = sorted(voice for item, voice in others if item == alone[0])
+            raise ValueError(f"{where}: {alone[0]} has its {mine} one in voice {alone[1]}, "
+                             + (f"its {theirs} one only in {', '.join(voices)}; a pair must be of one voice" if voices else
+                                f"and no {theirs} one at all; copy the file again"))
+
+
+def find_gold(task, folders, root, split, required):
+    """All folders of sLM21 for a task. root itself may be lexical/dev. required: explain what is wrong instead of passing by."""
+    kind, found, others = GOLD[task][0], [], set()
+    for folder, files in folders.items():
+        parts = folder.resolve().parts
+        official = parts[-2:-1] == (kind,)
+        if not official and (folder != Path(root) or "gold.csv" not in files or not is_gold_of(task, files["gold.csv"])):
+            continue
+        if official and parts[-1] != split:
+            others.add(parts[-1])
+            continue
+        if "gold.csv" in files:
+            found.append(read_gold(task, folder, files, display(folder, root) if folder != Path(root) else "/".join(parts[-2:]),
+                                   split if official else ""))
+        elif wavs_of(files):
+            raise ValueError(WITHOUT_GOLD.format(folder=folder))
+    if required and not found and others:
+        raise ValueError(f"--split={split}: {root} has {kind}/{', '.join(sorted(others))} only")
+    return found
+
+
+def is_gold_of(task, path):
+    return all(name in row for name in GOLD[task][1] for row in read_rows(path, ("filename",))[:1])
+
+
+# ---------------------------------------------------------------------------------------------- pairs by the names of files
+
+def numbered_pairs(wavs, mark):
+    """Names that begin with an integer and `mark` -> [(positive, negative)], names; one that lacks its partner stands with None.
+
+    2i and 2i + 1 belong together, or 2i - 1 and 2i where only that leaves none alone. Returns None if a name has no integer.
+    """
+    numbers = {}
+    for name in wavs:
+        number = name.partition(mark)[0]
+        if mark not in name or not (number.isascii() and number.isdigit()) or int(number) in numbers:
+            return None
+        numbers[int(number)] = name
+
+    def paired(first):
+        return [(numbers.get(n), numbers.get(n + 1)) for n in sorted({n - (n - first) % 2 for n in numbers})]
+
+    even, odd = paired(0), paired(1)
+    return odd if any(None in pair for pair in even) and not any(None in pair for pair in odd) else even
+
+
+def story_pairs(wavs):
+    """Names that end in _correct and _incorrect -> {story: (positive, negative)}; None where one is absent.
+
+    The story is what stands between a leading integer and that ending. Names that do not say it are paired by their integers.
+    """
+    stories = defaultdict(dict)
+    for name in wavs:
+        match = re.fullmatch(r"(?:\d+_)?(.+)_(correct|incorrect)", Path(name).stem)
+        if match is None or match[2] in stories[match[1]]:
+            break
+        stories[match[1]][match[2]] = name
+    else:
+        if any(len(sides) == 2 for sides in stories.values()):
+            return {story: (sides.get("correct"), sides.get("incorrect")) for story, sides in stories.items()}
+    numbered = numbered_pairs(wavs, "_")
+    if numbered is None:
+        return None
+    turned = [(b, a) if (a or "").rpartition("_")[2].startswith("incorrect") else (a, b) for a, b in numbered]
+    return {str(i): pair for i, pair in enumerate(turned)}
+
+
+def salmon_pairs(wavs):
+    """Names whose second field between _ is the sample: of each, the first in the alphabet is the positive."""
+    samples = defaultdict(list)
+    for name in sorted(wavs):
+        fields = Path(name).stem.split("_")
+        if len(fields) < 2:
+            return None
+        samples[fields[1]].append(name)
+    if any(len(names) > 2 for names in samples.values()):
+        return None
+    return {sample: tuple([*names, None][:2]) for sample, names in samples.items()}
+
+
+def absent(folder, name, other):
+    """A path for a recording that should stand beside `other`, for the message."""
+    return str(Path(folder, name)) if name else str(Path(folder, f"partner_of_{other}"))
+
+
+def by_names(task, name, places, pairing, label=None, voices=False):
+    """A Benchmark of folders whose file names say the pairs.
+
+    places: [(folder, part, {file name: path})]. pairing: names -> {item: (positive, negative)} or None.
+    label: what `part`, the folder inside of the benchmark, is called in a breakdown. voices: the parts are voices.
+    """
+    pairs = []
+    for folder, part, wavs in places:
+        found = pairing(wavs)
+        if found is None:
+            raise ValueError(f"{folder}: the names do not say which recordings are pairs, e.g. {sorted(wavs)[0]}; see the head "
+                             "of evaluation/sets.py for the layouts, or write a pairs.csv")
+        for item, (a, b) in found.items():
+            pairs.append(Pair(absent(folder, a, b), absent(folder, b, a), item if voices else f"{part}/{item}",
+                              part if voices else "", {label: part} if label and part else {}))
+    return Benchmark(task, name, "", tuple(pairs))
+
+
+def find_named(task, folders, root):
+    """Benchmarks whose folder's name says what they are, and the recordings' names the pairs."""
+    groups, official = defaultdict(list), {kind for kind, _ in GOLD.values()}
+    for folder, files in folders.items():
+        wavs, around = wavs_of(files), [folder, *folder.parents]
+        around = around[:around.index(Path(root)) + 1]  # the folder itself and those around it, up to --data
+        tables = any(table in folders.get(place, ()) for place in around for table in ("gold.csv", "pairs.csv"))
+        if not wavs or tables or folder.parent.name in official:
+            continue
+        named = ((place, known) for place in around for known in TASKS
+                 if names_task(known, re.sub(r"\.zip$", "", place.resolve().name, flags=re.IGNORECASE)))
+        place, known = next(named, (None, None))  # the innermost folder with a telling name decides
+        if known == task:
+            groups[place].append((folder, "" if folder == place else folder.relative_to(place).as_posix(), wavs))
+    found = []
+    for place, places in groups.items():
+        name = display(place, root)
+        if task in STORIES:
+            found.append(by_names(task, name, places, story_pairs, voices=True))
+        elif task == "salmon":
+            found.append(by_names(task, name, places, salmon_pairs))
+        else:
+            mark, label = ("_", "folder") if task == "swuggy" else ("+", "type")
+            found.append(by_names(task, name, places, lambda wavs, mark=mark: dict(map(
+                lambda pair: (str(pair[0] or pair[1]), pair), numbered_pairs(wavs, mark) or ())) or None, label))
+    return found
+
+
+def names_task(task, words):
+    """Whether a folder's name says that it holds this task."""
+    words = words.casefold()
+    if words.startswith("cross_"):  # text and speech mixed: not for models of speech alone
+        return False
+    if task in STORIES:
+        return re.search(STORIES[task], words) is not None
+    return words in SALMON if task == "salmon" else words.startswith(task) if task in GOLD else False
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+def read_pairs(task, folder, files, name):
+    """A folder with pairs.csv."""
+    where, units = Path(folder, "pairs.csv"), Path(folder, "units")
+    units = str(units) if (units / "meta.json").is_file() else None
+    pairs = []
+    for number, row in enumerate(read_rows(files["pairs.csv"], ("positive", "negative")), start=2):
+        sides = [row.pop(side) if units else str(Path(folder, row.pop(side))) for side in ("positive", "negative")]
+        try:
+            starts = tuple(float(text) if text else None for text in (row.pop(f"{side}_start", "") for side in
+                                                                      ("positive", "negative")))
+        except ValueError:
+            raise ValueError(f"{where}, line {number}: expected seconds in positive_start and negative_start") from None
+        voice, item = row.pop("voice", ""), row.pop("item", "") or str(number)
+        frequency = frequency_labels(row["frequency"], f"{where}, line {number}") if row.get("frequency", "").isdecimal() else {}
+        pairs.append(Pair(*sides, item, voice, {key: value for key, value in {**row, **frequency}.items() if value}, starts))
+    return Benchmark(task, name, "", tuple(pairs), units=units)
+
+
+def find_pairs(task, folders, root):
+    found = []
+    for folder, files in folders.items():
+        if "pairs.csv" in files:
+            words = folder.resolve().name.casefold().replace("-", "").replace("_", "")
+            own = next((known for known in TASKS if words.removeprefix("mini").startswith(known)), "pairs")
+            if own == task or (task == "pairs" and folder == Path(root)):
+                found.append(read_pairs(task, folder, files, display(folder, root)))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- the way in
+
+def find(task, root, split="dev", voices=()):
+    """All benchmarks of a task below a folder or zip, or of every task where task is `all`.
+
+    Raises: FileNotFoundError for no such folder; ValueError if there is none, one is empty, or its files contradict themselves.
+    """
+    folders, found = {Path(folder): files for folder, files in scan(root).items()}, []
+    for each in TASKS if task == "all" else (task,):
+        if each in GOLD:
+            found += find_gold(each, folders, root, split, required=task != "all")
+        found += find_named(each, folders, root) + find_pairs(each, folders, root)
+    if not found and task in STORIES:  # the folder's name does not say which, but the user does
+        places = [(folder, "" if folder == Path(root) else display(folder, root), wavs_of(files))
+                  for folder, files in folders.items() if any(re.search(r"_(in)?correct\.", name) for name in files)]
+        others = [name for name in STORIES if name != task and names_task(name, str(root))]
+        if places and not others:
+            found = [by_names(task, Path(root).resolve().name, places, story_pairs, voices=True)]
+    if not found:
+        seen = ", ".join(sorted({display(folder, root) for folder in folders})[:6]) or "nothing"
+        raise ValueError(f"--task={task}: no such evaluation set in {root} (found {seen}); the head of evaluation/sets.py "
+                         "shows the layouts")
+    for benchmark in found:
+        if not benchmark.pairs:
+            raise ValueError(f"{benchmark.name} in {root} is empty: it lists no pairs; copy it again")
+    paths = frozenset(path for files in folders.values() for path in files.values())
+    found = [replace(benchmark, present=paths) for benchmark in found]
+    return [only_voices(benchmark, voices) for benchmark in found] if voices else found
+
+
+def only_voices(benchmark, voices):
+    known = {pair.voice for pair in benchmark.pairs}
+    unknown = [voice for voice in voices if voice not in known]
+    if unknown:
+        raise ValueError(f"--voices: {benchmark.name} has no voice {unknown[0]}, only "
+                         f"{', '.join(sorted(known - {''})) or 'recordings of voices without a name'}")
+    pairs = tuple(pair for pair in benchmark.pairs if pair.voice in voices)
+    kept = {path for pair in pairs for path in (pair.positive, pair.negative)}
+    return replace(benchmark, pairs=pairs, stems={path: stem for path, stem in benchmark.stems.items() if path in kept},
+                   row_order=tuple(pair for pair in benchmark.row_order if pair[0] in kept and pair[1] in kept))
+
+
+def complete_pairs(benchmark, usable):
+    """The pairs of which both recordings are usable, and a sentence about the others.
+
+    Args: usable: set of paths or names.
+    Returns: pairs; names of what is missing; sentence, empty if nothing is.
+    Raises: ValueError if more than 1 % of the pairs would be left out.
+    """
+    pairs = [pair for pair in benchmark.pairs if pair.positive in usable and pair.negative in usable]
+    missing = sorted({name for pair in benchmark.pairs for name in (pair.positive, pair.negative)} - usable)
+    left_out, total = len(benchmark.pairs) - len(pairs), len(benchmark.pairs)
+    if not left_out:
+        return pairs, missing, ""
+    named = ", ".join([*missing[:3], *["..."] * (len(missing) > 3)])
+    sentence = (f"{len(missing)} recordings are missing or cannot be encoded ({named}): {left_out} of {total} pairs left out "
+                f"({left_out / total:.2%})")
+    if left_out > MOST_MISSING * total:
+        raise ValueError(f"{benchmark.name}: {sentence}, more than {MOST_MISSING:.0%}; copy the evaluation set again")
+    return pairs, missing, sentence
+
+
+def label_values(pairs):
+    """{label: its values, in order} of those labels that divide the pairs: voice, and what `labels` holds."""
+    values = defaultdict(set)
+    for pair in pairs:
+        for key, value in {"voice": pair.voice, **pair.labels}.items():
+            values[key].add(value)
+    rank = {name: i for i, name in enumerate(BANDS)}
+    return {key: sorted(found, key=lambda value: (rank.get(value, 0), value)) for key, found in values.items() if len(found) > 1}

@@ -1,0 +1,276 @@
+"""Speech -> frame units, exactly: one recording, a ragged batch, or hours that are never held whole.
+
+    wavs (S_i,) --like lengths together--> Hubert --> features (F_i, C) --nearest centre--> frame units (F_i,)
+    frame units (F,) --deduplicate--> units (T,), runs (T,)
+
+A recording has the same units alone and in a batch: the group norm takes its statistics over each recording's own samples
+(hubert.py), and a frame that rounding could push to another centre is decided alone. A long recording goes in pieces.
+
+Source: HuBERT, Hsu et al. 2021 (arXiv 2106.07447) section III. Shapes: B batch, S samples, F frames, C width, K centres, T units.
+"""
+import itertools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from speech.audio import SAMPLE_RATE
+from speech.hubert import Moments, frames_of
+from speech.kmeans import fingerprint
+
+CHUNKINGS = {"overlap": (60, 5), "textless": (100, 0)}  # seconds of a piece of a long recording, of context on each side
+BUDGET_SECONDS = {"cpu": 60, "cuda": 960}  # audio in one forward, padding included
+LEAST_FILL = 0.9  # recordings share a forward if the shortest is at least this share of the longest
+ROUNDING = 5e-6  # of features in a batch against alone, relative to their norm; python -m bench units met 1e-6 at most
+
+
+def deduplicate(frame_units):
+    """Collapse runs: (F,) -> units (T,), runs (T,), both int64. [5 5 5 2 2 5] -> [5 2 5], [3 2 1]."""
+    frame_units = torch.as_tensor(frame_units)
+    if frame_units.numel() == 0:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return empty, empty.clone()
+    return torch.unique_consecutive(frame_units, return_counts=True)
+
+
+class UnitEncoder(nn.Module):
+    """HuBERT up to one layer, and k-means: samples -> frame units.
+
+    A long recording is encoded in pieces of 60 s that see 5 s more on both sides, which are then discarded. The statistics of
+    the group norm are those of the whole recording, so pieces differ from the whole only in how far attention sees.
+    chunking="textless" does as the published pipeline: independent pieces of 100 s, each normalised by itself.
+
+    Args:
+        hubert: Hubert. centers: (K, C). layer: 1 is the first. name: of the model, for the recipe.
+        frame_rate: Hz; the network's own (default), half of it (neighbouring features averaged) or twice it (interpolated).
+        pad: zeros put before and after each recording, samples; slamkit's models were trained with 40.
+    Attributes: num_units (K), frame_rate (Hz), recipe (what identifies the units; stored beside every shard), budget (seconds
+        of audio in one forward).
+    """
+
+    def __init__(self, hubert, centers, layer, name="hubert", frame_rate=None, pad=0, chunking="overlap"):
+        super().__init__()
+        if not 1 <= layer <= hubert.config.n_layer:
+            raise ValueError(f"layer {layer}: this HuBERT has layers 1 to {hubert.config.n_layer}")
+        if centers.ndim != 2 or centers.shape[1] != hubert.config.n_embd:
+            raise ValueError(f"k-means centres of shape {tuple(centers.shape)} do not fit features of width "
+                             f"{hubert.config.n_embd}; k-means and HuBERT belong to different models")
+        native = SAMPLE_RATE / hubert.hop
+        self.frame_rate = float(frame_rate or native)
+        if self.frame_rate not in (native / 2, native, native * 2):
+            raise ValueError(f"frame rate {frame_rate} Hz: this HuBERT gives {native:g} Hz, from which {native / 2:g} and "
+                             f"{native * 2:g} can be made; take a HuBERT of another rate for others")
+        if chunking not in CHUNKINGS or pad < 0:
+            raise ValueError(f"chunking {chunking!r}, pad {pad}: expected {' or '.join(CHUNKINGS)}, and at least 0 samples")
+        self.hubert, self.layer, self.pad, self.chunking, self.native_rate = hubert, layer, pad, chunking, native
+        self.register_buffer("centers", centers.float())
+        self.num_units, self.budget = len(centers), BUDGET_SECONDS["cpu"]
+        self.seconds = [0.0, 0.0]  # of audio encoded so far: without and with the padding of batches
+        self.recipe = {"kind": "hubert", "model": name, "layer": layer, "num_units": self.num_units,
+                       "frame_rate": self.frame_rate, "centers": fingerprint(centers.float()),
+                       "pad": pad, "chunking": chunking}
+
+    # ---- what callers use
+
+    def encode(self, wav):
+        """(S,) float32 at 16 kHz -> (F,) int64 frame units (repeats not yet removed). Raises ValueError below one frame."""
+        return self.encode_batch([wav])[0]
+
+    @torch.inference_mode()
+    def encode_batch(self, wavs):
+        """List of (S_i,) -> list of (F_i,) frame units, each what its recording gives alone.
+
+        Recordings of like length share a forward. That changes features by float32 rounding; a recording with a frame so close
+        to the middle between two centres that rounding could decide is encoded again, alone.
+        """
+        wavs, results = [self.checked(wav) for wav in wavs], [None] * len(wavs)
+        short = [i for i, wav in enumerate(wavs) if len(wav) <= self.longest]
+        for batch in self.batches([len(wavs[i]) for i in short]):
+            batch = [short[i] for i in batch]
+            for i, units in zip(batch, self.units_of([wavs[i] for i in batch])):
+                results[i] = units
+        for i, wav in enumerate(wavs):
+            if results[i] is None:
+                results[i] = torch.cat(list(self.pieces(lambda wav=wav: [wav], self.units_of)))
+        return results
+
+    @torch.inference_mode()
+    def encode_stream(self, blocks):
+        """A recording of any length that is never held whole -> (F,) int64. blocks() gives its samples, block after block.
+
+        They are asked for twice: the statistics of the group norm are those of the whole recording.
+        """
+        return torch.cat(list(self.pieces(self.padded(blocks), self.units_of)))
+
+    @torch.inference_mode()
+    def features(self, wav):
+        """(S,) float32 at 16 kHz -> (F, C) float32. Raises ValueError below one receptive field."""
+        wav = self.checked(wav)
+        if len(wav) <= self.longest:
+            return self.features_of([wav])[0]
+        return torch.cat(list(self.pieces(lambda: [wav], self.features_of)))
+
+    # ---- recordings that fit into one forward
+
+    @property
+    def longest(self):
+        """Samples up to which a recording is encoded whole."""
+        piece, context = CHUNKINGS[self.chunking]
+        return int((piece + 2 * context) * SAMPLE_RATE)
+
+    @property
+    def shortest(self):
+        """Samples of one frame; at half the network's rate a frame is the mean of two."""
+        return self.hubert.receptive_field + (self.hubert.hop if self.frame_rate < self.native_rate else 0)
+
+    def checked(self, wav):
+        """The samples as a float32 tensor on the encoder's device, with zeros around them if the recipe says so."""
+        wav = torch.as_tensor(wav, dtype=torch.float32, device=self.centers.device)
+        if wav.ndim != 1:
+            raise ValueError(f"expected one mono recording of shape (S,), got {tuple(wav.shape)}")
+        if len(wav) + 2 * self.pad < self.shortest:
+            raise ValueError(f"{len(wav)} samples are shorter than one frame ({self.shortest - 2 * self.pad} samples, "
+                             f"{1000 * (self.shortest - 2 * self.pad) / SAMPLE_RATE:.0f} ms at 16 kHz); give a longer recording")
+        return F.pad(wav, (self.pad, self.pad)) if self.pad else wav
+
+    def batches(self, lengths):
+        """Lists of indices that share a forward: of like length, and together within the budget."""
+        groups = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            longest = lengths[groups[-1][0]] if groups else 0
+            fits = (len(groups[-1]) + 1) * longest <= self.budget * SAMPLE_RATE if groups else False
+            if fits and lengths[i] >= LEAST_FILL * longest:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def features_of(self, wavs, moments=None, kept=slice(None)):
+        """Features at the frame rate of recordings of any length: list of (F_i, C), cut to `kept`."""
+        lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
+        self.seconds[0] += int(lengths.sum()) / SAMPLE_RATE
+        self.seconds[1] += len(wavs) * int(lengths.max()) / SAMPLE_RATE
+        ragged = bool((lengths != lengths[0]).any())
+        try:
+            x = self.hubert(nn.utils.rnn.pad_sequence(wavs, batch_first=True), self.layer, lengths if ragged else None,
+                            moments=moments and Moments(*(part.expand(len(wavs), *part.shape[1:]) for part in moments)))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            x = None  # go on outside of the handler, where the failed forward's tensors are gone
+        if x is not None:
+            return [self.at_rate(row[:self.hubert.num_frames(len(wav))])[kept] for row, wav in zip(x, wavs)]
+        if len(wavs) == 1:
+            raise ValueError(f"not enough memory for {len(wavs[0]) / SAMPLE_RATE:.0f} s of audio in one forward; "
+                             "use a machine with more, or close other programs")
+        self.budget = len(wavs) // 2 * int(lengths.max()) / SAMPLE_RATE
+        tqdm.write(f"out of memory: at most {self.budget:.0f} s of audio in one forward from here on")
+        half = len(wavs) // 2
+        return self.features_of(wavs[:half], moments, kept) + self.features_of(wavs[half:], moments, kept)
+
+    def at_rate(self, x):
+        """(F, C) at the network's rate -> the encoder's: the mean of neighbours, or linear interpolation between them."""
+        if self.frame_rate < self.native_rate:
+            return x[:len(x) // 2 * 2].view(-1, 2, x.shape[1]).mean(1)
+        if self.frame_rate > self.native_rate:
+            return F.interpolate(x.T[None], scale_factor=2, mode="linear", align_corners=False)[0].T
+        return x
+
+    def units_of(self, wavs, moments=None, kept=slice(None)):
+        """As features_of: list of (F_i,) units, each what its recording gives in a forward of its own."""
+        results = []
+        for wav, x in zip(wavs, self.features_of(wavs, moments, kept)):
+            if len(wavs) > 1 and not self.sure(x):
+                x = self.features_of([wav], moments, kept)[0]
+            results.append(self.quantize(x))
+        return results
+
+    def scores(self, features):
+        """(F, C) -> (F, K): the squared distance to each centre, less the feature's own square. float32 throughout."""
+        return self.centers.square().sum(1) - 2 * features.float() @ self.centers.T
+
+    def quantize(self, features):
+        """(F, C) -> (F,) int64, the nearest centre; ties go to the lowest index."""
+        return self.scores(features).argmin(1)
+
+    def sure(self, features):
+        """Whether no frame is so nearly half-way between two centres that rounding of its features could decide."""
+        if self.num_units == 1:
+            return True
+        two = self.scores(features).topk(2, largest=False)
+        apart = (self.centers[two.indices[:, 0]] - self.centers[two.indices[:, 1]]).norm(dim=1)
+        return bool((two.values[:, 1] - two.values[:, 0] > 2 * ROUNDING * features.norm(dim=1) * apart).all())
+
+    # ---- long recordings
+
+    def padded(self, blocks):
+        """blocks() on the encoder's device, with zeros around the recording if the recipe says so."""
+        silence = [torch.zeros(self.pad)] if self.pad else []
+        return lambda: (block.to(self.centers.device) for block in itertools.chain(silence, blocks(), silence))
+
+    def pieces(self, blocks, compute):
+        """compute (features_of or units_of) of a long recording, piece after piece; blocks() gives its padded samples."""
+        piece, context = (int(seconds * self.native_rate) for seconds in CHUNKINGS[self.chunking])  # frames
+        moments, mean, spread, total = None, 0.0, 1.0, None
+        if self.chunking == "overlap":
+            piece, context = piece // 2 * 2, context // 2 * 2  # neighbours that are averaged lie in one piece
+            moments, mean, spread, samples = self.statistics(blocks)
+            total = self.hubert.num_frames(samples)
+        ranges = self.frame_ranges(piece, context, total)
+        group, group_kept = [], None
+        for wav, kept in self.cut(blocks(), ranges, overlap=total is not None):
+            full = group and (len(group) + 1) * len(wav) > self.budget * SAMPLE_RATE
+            if group and (full or len(wav) != len(group[0]) or kept != group_kept):
+                yield from compute(group, moments, group_kept)
+                group = []
+            group, group_kept = [*group, (wav - mean) / spread if self.hubert.config.normalize and moments else wav], kept
+        if group:
+            yield from compute(group, moments, group_kept)
+
+    def frame_ranges(self, piece, context, total):
+        """(first, last, slice to keep) of each piece in frames of the network; the slice in frames at the encoder's rate."""
+        factor = self.frame_rate / self.native_rate
+        for begin in itertools.count(0, piece):
+            if total is not None and begin >= total:
+                return
+            first, end = max(0, begin - context), begin + piece
+            last = end + context if total is None else min(total, end + context)
+            yield first, last, slice(int((begin - first) * factor), int((end - first) * factor))
+
+    def cut(self, blocks, ranges, overlap):
+        """(samples, slice) of each range, from blocks that are read once; the last may be short. Memory holds one piece."""
+        hop, field = self.hubert.hop, self.hubert.receptive_field
+        blocks, held, start = iter(blocks), torch.zeros(0, device=self.centers.device), 0  # start: position of held[0]
+        for first, last, kept in ranges:
+            begin, end = first * hop, (last - 1) * hop + field if overlap else last * hop
+            while start + len(held) < end and (block := next(blocks, None)) is not None:
+                held = torch.cat([held, block])
+            held, start = held[begin - start:], begin
+            wav = held[:end - begin]
+            if len(wav) < self.shortest:
+                return
+            yield wav, kept
+
+    def statistics(self, blocks):
+        """One pass over a recording: Moments for the group norm, mean and deviation of the waveform, number of samples."""
+        kernel, stride = self.hubert.config.conv_kernel[0], self.hubert.config.conv_stride[0]
+        rest, moments, samples, total, squares = torch.zeros(0, device=self.centers.device), None, 0, 0.0, 0.0
+        for block in blocks():
+            samples, total, squares = samples + len(block), total + block.double().sum(), squares + block.double().square().sum()
+            rest = torch.cat([rest, block])  # windows that begin in one block may end in the next
+            if windows := frames_of(len(rest), kernel, stride):
+                part = self.hubert.moments(rest[None])
+                moments, rest = part if moments is None else moments.plus(part), rest[windows * stride:]
+        if samples < self.shortest:
+            raise ValueError(f"{samples} samples are shorter than one frame ({self.shortest} samples); give a longer recording")
+        mean, spread = 0.0, 1.0
+        if self.hubert.config.normalize:  # windows of (wav - mean) / spread, from those of wav
+            mean = total / samples
+            spread = torch.sqrt(squares / samples - mean.square() + 1e-5)
+            first = moments.first - moments.count[:, None] * mean
+            second = (moments.second - mean * (moments.first[:, :, None] + moments.first[:, None, :])
+                      + moments.count[:, None, None] * mean.square())
+            moments = Moments(moments.count, first / spread, second / spread.square())
+            mean, spread = mean.float(), spread.float()
+        return moments, mean, spread, samples
