@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 import tracemalloc
 from collections import Counter
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from corpus import inspector, journal
+from corpus import shards as shards_module
 from corpus.__main__ import main
 from corpus.inspector import inspect
 from corpus.journal import Journal
@@ -222,43 +224,71 @@ def test_a_flipped_bit_anywhere_in_a_journal_is_noticed_and_that_recording_done_
             assert contents(folder) == clean
 
 
-def work_slowly(folder, rank, world, recipe):
-    one = Journal(folder, recipe, rank)
+SECONDS = 60  # that anything here may take
+
+
+def work_until_killed(folder, rank, world, told):
+    """What a process of an extraction does, saying so; when it has nothing left to do, it waits for the kill."""
+    one = Journal(folder, RECIPE, rank)
+    told.send("begun")
     for i, name in enumerate(name for name in NAMES[rank::world] if name not in one.finished):
-        time.sleep(0.005)
         encode(one, [name])
         if i % 2:
             one.flush()
-    one.close()
+        told.send(name)
+    time.sleep(SECONDS)
 
 
-def test_processes_that_are_really_killed_lose_nothing_that_was_flushed(tmp_path, clean):
-    fork, rng, folder = multiprocessing.get_context("fork"), np.random.default_rng(0), tmp_path / "out"
-    kills, finished = 0, set()
-    for start in range(60):
-        world = int(rng.integers(1, 4))
-        processes = [fork.Process(target=work_slowly, args=(folder, rank, world, RECIPE)) for rank in range(world)]
-        for process in processes:
-            process.start()
-        time.sleep(float(rng.uniform(0.005, 0.025)) if start < 20 else 5)
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
-        for process in processes:
-            process.join()
-        kills += sum(process.exitcode == -signal.SIGKILL for process in processes)
-        assert {process.exitcode for process in processes} <= {0, -signal.SIGKILL}
+def assemble_small(folder, told):
+    """`assemble` into shards as small as those of the fixture `clean`."""
+    shards_module.SHARD_UNITS = 150
+    told.send("begun")
+    assemble(folder, RECIPE, NAMES)
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """A function that starts another function in a process: (process, what it tells). The processes are forks of one without
+    threads, not of this one, where PyTorch has some: a lock that a thread holds at the fork is held forever in the child."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # read when that one starts
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["test_shards"])
+
+    def start(function, *arguments):
+        told, tell = server.Pipe(duplex=False)
+        process = server.Process(target=function, args=(*arguments, tell), daemon=True)
+        process.start()
+        tell.close()
+        assert told.poll(SECONDS) and told.recv() == "begun"
+        return process, told
+
+    return start
+
+
+def kill(process):
+    process.kill()  # nothing happens to one that has ended
+    process.join(SECONDS)
+    return process.exitcode
+
+
+def test_processes_that_are_really_killed_lose_nothing_that_was_flushed(tmp_path, clean, start):
+    rng, folder, finished = np.random.default_rng(0), tmp_path / "out", set()
+    for world in (2, 3, 1, 2, 3):
+        left = [name for name in NAMES[::world] if name not in finished]
+        started = [start(work_until_killed, folder, rank, world) for rank in range(world)]
+        for _ in range(int(rng.integers(0, len(left) + 1))):  # so much of the first one's work is let pass
+            assert started[0][1].poll(SECONDS)
+            started[0][1].recv()
+        assert [kill(process) for process, _ in started] == [-signal.SIGKILL] * world
         before, finished = finished, {row["file_name"] for _, _, row in journal.read_journals(folder / "work")}
         assert before <= finished
-        if all(process.exitcode == 0 for process in processes):
-            break
-    assert kills > 2
+    one = Journal(folder, RECIPE)
+    encode(one, [name for name in NAMES if name not in one.finished])
+    one.close()
     for _ in range(20):  # then the one that assembles
-        process = fork.Process(target=assemble, args=(folder, RECIPE, NAMES))
-        process.start()
-        time.sleep(float(rng.uniform(0.002, 0.02)))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        process, _ = start(assemble_small, folder)
+        time.sleep(float(rng.uniform(0, 0.02)))
+        assert kill(process) in (0, -signal.SIGKILL)
         if (folder / "meta.json").exists():
             UnitShards(folder)
         if complete(folder, RECIPE, NAMES):
