@@ -5,6 +5,8 @@
 A command declares its options as a frozen dataclass with one field a line and a trailing comment; the comments are
 the text of --help. Keys may be written with - or _; --key alone sets a true/false option, --no-key unsets it. An unknown
 key, in the file too, is an error that names the nearest one, and a value of the wrong type is an error that names the type.
+Options that several commands share are a dataclass which theirs inherit from. An option that has been renamed is still taken
+under its old name, which the class lists in RENAMED = {"old_name": "new_name"}; where it stands, the new one is said.
 """
 import dataclasses
 import difflib
@@ -58,6 +60,10 @@ def load(cls, argv=None, positional=None):
 def find_field(cls, key):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     name = key.replace("-", "_")
+    renamed = getattr(cls, "RENAMED", {}).get(name)
+    if renamed:
+        print(f"--{key} is now called --{renamed.replace('_', '-')}", file=sys.stderr)
+        name = renamed
     if name not in fields:
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown option --{key}; did you mean --{near.replace('_', '-')}? (--help lists all)")
@@ -124,13 +130,15 @@ def quote(text):
 
 def help_text(cls, positional=None):
     """Launch lines (the module's docstring), then every option with its default and its comment."""
-    comments = dict(re.findall(r"^    (\w+): [^\n]*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
     module = sys.modules[cls.__module__].__doc__ or ""
     lines = [module.strip(), "", "options (--key=value, after an optional TOML file):"]
-    for field in dataclasses.fields(cls):
-        if field.name != positional:
-            default = "" if field.default is None else field.default
-            lines.append(f"  --{field.name.replace('_', '-')}={default}\n        {comments.get(field.name, '')}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for base in cls.__mro__[:-1]:  # its own first, then those that it shares with others
+        for name, comment in re.findall(r"^    (\w+): [^\n]*?  # (.+)$", inspect.getsource(base), re.MULTILINE):
+            field = fields.pop(name, None)
+            if field and name != positional:
+                default = "" if field.default is None else field.default
+                lines.append(f"  --{name.replace('_', '-')}={default}\n        {comment}")
     return "\n".join(lines)
 
 

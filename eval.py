@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 import config
-import cpu
 import hubert_units
 import twist
 from checkpoints import download
@@ -33,6 +32,7 @@ from corpus.extract import encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe
 from evaluation import generation, pairs, perplexity, published, reports, sets
 from evaluation.likelihood import UnitCounts, log_probabilities
+from kernels.packed import packed
 from speech.encoder import BUDGET_SECONDS
 from training import distributed
 
@@ -43,7 +43,7 @@ CHOICES = {"task": TASKS, "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"),
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(hubert_units.TokenizerOptions):
     task: str = "all"  # all | ppl | swuggy | sblimp | sstorycloze | tstorycloze | salmon | pairs | generation
     data: str | None = None  # folder or zip of evaluation sets; ppl, generation: unit shards or recordings; default the pocket's
     model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
@@ -62,10 +62,6 @@ class EvalConfig:
     train_data: str = "pocket"  # unit shards that unigram and bigram are fitted to
     resamples: int = 2000  # of the bootstrap
     seed: int = 0  # of the bootstrap, the paired test and generation
-    tokenizer: str = "pocket"  # HuBERT, where --data holds recordings: folder or .pt file, `pocket`, or a known name
-    kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
-    layer: int | None = None  # transformer layer of the features; default the k-means file's
-    pad: int | None = None  # zeros around each recording, samples; default what the model was trained with (slamkit's: 40)
     cache: str | None = None  # folder that keeps units of recordings, by recipe and files; default units/ in NANOTWIST_HOME
     workers: int = 2  # threads that decode recordings ahead
     budget: int = 0  # tokens in one forward; 0: a default for the device
@@ -112,57 +108,49 @@ def load_model(name, options, dist):
     return SpeechLM(name, model.float().to(dist.device), vocab, vocab.bos is not None and options.bos != "no")
 
 
-def check_units(recipe, lm, where):
-    """Raise ValueError if units of this recipe are not those that the model was trained on."""
-    if lm.vocab.recipe:
-        check_recipe(recipe, lm.vocab.recipe, where)
-        if recipe.get("dedup", True) != lm.vocab.recipe.get("dedup", True):
-            state = "collapsed" if recipe.get("dedup", True) else "not collapsed"
-            raise ValueError(f"{where}: repeated units are {state}, unlike in what {lm.name} was trained on; encode the audio "
-                             "again")
-    elif recipe.get("num_units") != lm.vocab.num_units:
-        raise ValueError(f"{where}: {recipe.get('num_units')} different units, but {lm.name} knows {lm.vocab.num_units}; "
-                         "give the --tokenizer that it was trained with")
-
-
 class Evaluation:
     """What all tasks share: options, processes, models, and what is loaded when it is first needed."""
 
     def __init__(self, options, dist):
         self.options, self.dist = options, dist
-        self.lms = {"model": load_model(options.model, options, dist)}
+        self.main = load_model(options.model, options, dist)
+        self.lms = {"model": self.main}
         if options.versus:
             self.lms["versus"] = load_model(options.versus, options, dist)
             first, second = (lm.vocab for lm in self.lms.values())
             if first.recipe and second.recipe:
-                check_units(second.recipe, self.lms["model"], f"--versus={options.versus}")
+                self.check(second.recipe, f"--versus={options.versus}")
             if first.num_units != second.num_units:
                 raise ValueError(f"--versus={options.versus} knows {second.num_units} units, --model={options.model} "
                                  f"{first.num_units}; only models of the same units compare")
-        self.main = self.lms["model"]
         self.window = min(lm.model.config.block_size for lm in self.lms.values())
 
     # ---- units
 
+    def check(self, recipe, where):
+        """Raise ValueError if units of this recipe are not those that the model was trained on."""
+        check_recipe(recipe, self.main.vocab.expected(recipe), where)
+
+    @property
+    def dedup(self):
+        """Whether the model was trained on collapsed units."""
+        return (self.main.vocab.recipe or {}).get("dedup", True)
+
     @functools.cached_property
     def encoder(self):
-        recipe, options = self.main.vocab.recipe or {}, self.options
-        pad = recipe.get("pad", 0) if options.pad is None else options.pad
-        encoder = hubert_units.load_unit_encoder(options.tokenizer, options.kmeans, options.layer, pad=pad).to(self.dist.device)
-        check_units({**encoder.recipe, "dedup": recipe.get("dedup", True)}, self.main, f"--tokenizer={options.tokenizer}")
-        if self.dist.device.type == "cpu":
-            encoder.hubert.pack()
+        encoder = hubert_units.load_tokenizer(self.options, self.main.vocab.recipe).to(self.dist.device)
+        self.check({**encoder.recipe, "dedup": self.dedup}, f"--tokenizer={self.options.tokenizer}")
         encoder.budget = BUDGET_SECONDS[self.dist.device.type]
         return encoder
 
     def encode(self, files):
         """Recordings -> UnitShards, from the cache if they were encoded before; an interrupted encoding goes on."""
-        dedup = (self.main.vocab.recipe or {}).get("dedup", True)
-        key = hashlib.sha256(json.dumps([self.encoder.recipe, dedup, [(file, *stamp(file)) for file in files]]).encode())
+        key = hashlib.sha256(json.dumps([self.encoder.recipe, self.dedup, [(file, *stamp(file)) for file in files]]).encode())
         base = Path(self.options.cache) if self.options.cache else download.cache("NANOTWIST_HOME") / "units"
         folder = base / key.hexdigest()[:16]
-        encode_files(files, self.encoder, hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers,
-                                                                               dedup=dedup), self.dist)
+        how = hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers, dedup=self.dedup)
+        with packed(self.encoder):
+            encode_files(files, self.encoder, how, self.dist)
         self.dist.barrier()  # the first process joins the shards
         return UnitShards(folder)
 
@@ -171,7 +159,7 @@ class Evaluation:
         if not (Path(folder) / "meta.json").exists():
             return self.encode([str(file) for file in find_audio([folder])])
         found = UnitShards(folder)
-        check_units(found.recipe, self.main, str(folder))
+        self.check(found.recipe, str(folder))
         return found
 
     @functools.cached_property
@@ -180,7 +168,7 @@ class Evaluation:
         folder = self.options.train_data
         shards = UnitShards(find("pocket", "units") / "train" if folder == "pocket" else folder)
         try:
-            check_units(shards.recipe, self.main, f"--train-data={folder}")
+            self.check(shards.recipe, f"--train-data={folder}")
         except ValueError:
             if folder != "pocket":
                 raise
@@ -260,7 +248,6 @@ def tasks_of(evaluation):
 def main(argv=None):
     options = checked(config.load(EvalConfig, argv))
     dist = distributed.setup(options.device, timedelta(days=30))  # encoding may take one process longer than another
-    cpu.keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits would flip units
     evaluation = Evaluation(options, dist)
     sections = [section for run in tasks_of(evaluation) if (section := run())]

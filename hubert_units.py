@@ -32,6 +32,7 @@ from checkpoints import download
 from checkpoints.files import find, read_kmeans, write_tensors
 from corpus import inspector
 from corpus.extract import encode_files, find_audio, sample_features
+from kernels.packed import packed
 from speech.audio import SAMPLE_RATE, read_wav
 from speech.encoder import BUDGET_SECONDS, UnitEncoder, deduplicate
 from speech.hubert import load_hubert
@@ -40,10 +41,11 @@ from training import distributed
 
 # ---------------------------------------------------------------------------------------------- the way of one recording
 
-def speech_to_units(path, encoder, seconds=0.0):
+def speech_to_units(path, encoder, seconds=0.0, dedup=True):
     """A recording -> units (T,), runs (T,) int64, of its first `seconds`; 0: of all of it.
 
-    A folder goes the same way to the same units, many recordings at once, and into shards: corpus/extract.py.
+    dedup: whether runs are collapsed; else every frame is a unit that lasts 1. A folder goes the same way to the same units,
+    many recordings at once, and into shards: corpus/extract.py.
     Raises: OSError or ValueError that names the file, if it cannot be read or is shorter than one frame.
     """
     wav = read_wav(path)  # (S,) float32 in [-1, 1], mono, 16 kHz
@@ -53,11 +55,34 @@ def speech_to_units(path, encoder, seconds=0.0):
         features = encoder.features(wav)  # (F, C): HuBERT's hidden states after one of its layers
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    frame_units = encoder.quantize(features)  # (F,): the nearest of the K centres, by squared distance
-    return deduplicate(frame_units.cpu())
+    frame_units = encoder.quantize(features).cpu()  # (F,): the nearest of the K centres, by squared distance
+    return deduplicate(frame_units) if dedup else (frame_units, torch.ones_like(frame_units))
 
 
 # ---------------------------------------------------------------------------------------------- loading
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """What makes units of speech, for every command that does. What is left open is as the speech LM was trained with, if there
+    is one that says so."""
+
+    tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
+    kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
+    k: int | None = None  # centres, where a known tokenizer has k-means of several sizes
+    layer: int | None = None  # transformer layer of the features; default the k-means file's (of --fit: the last)
+    frame_rate: float | None = None  # Hz: the network's own, half or twice of it; default the speech LM's or the k-means file's
+    pad: int | None = None  # zeros around each recording, samples (slamkit: 40); default the speech LM's, or none
+    chunking: str | None = None  # recordings over 70 s: overlap (60 s pieces, 5 s context; default), textless (100 s, alone)
+
+
+def load_tokenizer(options, recipe=None):
+    """The UnitEncoder that TokenizerOptions name; recipe: that of the speech LM which its units are for."""
+    said = recipe or {}
+    k = said.get("num_units") if options.k is None and options.tokenizer in download.KNOWN["tokenizer"] else options.k
+    pad = said.get("pad", 0) if options.pad is None else options.pad
+    return load_unit_encoder(options.tokenizer, options.kmeans, options.layer, k, options.frame_rate or said.get("frame_rate"),
+                             pad, options.chunking or said.get("chunking", "overlap"))
+
 
 def find_kmeans(path):
     """The k-means file that belongs to a tokenizer on disk: kmeans.* in its folder, or HUBERT_L11_km500.bin beside HUBERT.pt."""
@@ -128,16 +153,9 @@ def name_of(name, path):
 # ---------------------------------------------------------------------------------------------- the command
 
 @dataclass(frozen=True)
-class UnitsConfig:
+class UnitsConfig(TokenizerOptions):
     audio: tuple[str, ...] = ()  # files and folders (searched recursively)
     out: str = "units/mine"  # folder for the shards; with --fit the k-means file
-    tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
-    kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
-    k: int | None = None  # centres, where a known tokenizer has k-means of several sizes
-    layer: int | None = None  # transformer layer of the features, default the k-means file's
-    frame_rate: float | None = None  # Hz: the network's own, half or twice of it; default the k-means file's
-    pad: int = 0  # zeros around each recording, samples (slamkit: 40)
-    chunking: str = "overlap"  # recordings over 70 s: overlap (60 s pieces, 5 s context), textless (100 s, independent)
     dedup: bool = True  # collapse runs of equal units (--no-dedup keeps every frame)
     budget: float = 0.0  # seconds of audio in one forward; 0: 60 on a CPU, 960 on a GPU
     workers: int = 2  # threads that decode ahead of the encoder
@@ -154,13 +172,12 @@ def fit(files, options, dist):
         raise ValueError("--fit runs on one process; start it without torchrun")
     path = find(options.tokenizer, "tokenizer")
     hubert = load_hubert(path).to(dist.device)
-    if dist.device.type == "cpu":
-        hubert.pack()
     no_centers, layer = torch.zeros(1, hubert.config.n_embd, device=dist.device), options.layer or hubert.config.n_layer
-    encoder = UnitEncoder(hubert, no_centers, layer, name_of(options.tokenizer, path), options.frame_rate, options.pad,
-                          options.chunking)
+    encoder = UnitEncoder(hubert, no_centers, layer, name_of(options.tokenizer, path), options.frame_rate, options.pad or 0,
+                          options.chunking or "overlap")
     generator = torch.Generator().manual_seed(options.seed)
-    sample, seen = sample_features(files, encoder, options.fit_frames, generator)
+    with packed(encoder):
+        sample, seen = sample_features(files, encoder, options.fit_frames, generator)
     centers, inertia = fit_kmeans(sample, options.fit, generator, batch=max(4096, 10 * options.fit))
     out = Path(options.out)
     out = out if out.suffix == ".safetensors" else out / "kmeans.safetensors"
@@ -182,12 +199,10 @@ def main(argv=None):
     files = find_audio(options.audio)
     if options.fit:
         return fit(files, options, dist)
-    encoder = load_unit_encoder(options.tokenizer, options.kmeans, options.layer, options.k, options.frame_rate, options.pad,
-                                options.chunking).to(dist.device)
-    if dist.device.type == "cpu":
-        encoder.hubert.pack()
+    encoder = load_tokenizer(options).to(dist.device)
     encoder.budget = options.budget or BUDGET_SECONDS[dist.device.type]
-    meta = encode_files(files, encoder, options, dist)
+    with packed(encoder):
+        meta = encode_files(files, encoder, options, dist)
     if dist.is_main:
         waste = 1 - encoder.seconds[0] / encoder.seconds[1] if encoder.seconds[1] else 0.0
         print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units "

@@ -3,7 +3,7 @@
     ids (B, T) -> table (B, T, C) [+ positions] -> L blocks of attention and feed-forward -> norm -> head -> logits (B, T, V)
 
 What differs between OPT, GPT-2, GPT-NeoX, BLOOM, LLaMA, Qwen and their kin is two dozen fields of TransformerConfig; which file
-spells them how is the business of pretrained.py. No files and no ranks here.
+spells them how is the business of checkpoints/families.py. No files and no ranks here.
 Shapes: B batch, T tokens (units), C width, H query heads, K key heads, D head dimension, V vocabulary, L layers.
 
 Sources: Vaswani et al. 2017; LLaMA, Touvron et al. 2023, section 2.2; OPT, Zhang et al. 2022; rotary positions, Su et al.
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 import kernels
-from cpu import Linear
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class TransformerConfig:
         if self.out_bias is None:
             object.__setattr__(self, "out_bias", self.attention_bias)
         for name, known in (("norm", ("layernorm", "rmsnorm")), ("norm_order", ("pre", "post")),
-                            ("position", ("learned", "rope", "alibi")), ("mlp", ("relu", "gelu", "gelu_tanh", "swiglu"))):
+                            ("position", ("learned", "rope", "alibi")), ("mlp", tuple(ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not supported, expected one of {', '.join(known)}")
         if not 0 < self.rope_fraction <= 1:
@@ -161,8 +162,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
         width = config.n_head * config.head_dim
-        self.qkv = Linear(config.n_embd, width + 2 * config.n_kv_head * config.head_dim, bias=config.attention_bias)
-        self.out = Linear(width, config.n_embd, bias=config.out_bias)
+        self.qkv = nn.Linear(config.n_embd, width + 2 * config.n_kv_head * config.head_dim, bias=config.attention_bias)
+        self.out = nn.Linear(width, config.n_embd, bias=config.out_bias)
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
     def forward(self, x, table, slopes, document_starts, cache):
@@ -183,21 +184,20 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.kind = config.mlp
-        if config.mlp == "swiglu":
-            self.gate = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.up = Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
-        self.down = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.mlp]
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias) if config.mlp == "swiglu" else None
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.mlp_bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x):
-        if self.kind == "swiglu":
-            return self.down(self.up(x, times=self.gate(x, "silu")))  # silu(gate x) * up x
-        return self.down(self.up(x, self.kind))
+        if self.gate is not None:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.up(x)))
 
 
 # What selective recomputation keeps, by operator: the outputs of matrix products and of attention. Norms, activations and
 # products with gates are cheap to compute again.
-KEPT = {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "nanotwist::attention",
+KEPT = {"aten::mm", "aten::addmm", "nanotwist::attention",
         "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"}
 
@@ -237,19 +237,13 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         projected = config.embed_dim != config.n_embd
-        self.project_in = Linear(config.embed_dim, config.n_embd, bias=False) if projected else None
+        self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False) if projected else None
         self.ln_embed = make_norm(config) if config.embed_norm else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config) if config.norm_order == "pre" else None
-        self.project_out = Linear(config.n_embd, config.embed_dim, bias=False) if projected else None
+        self.project_out = nn.Linear(config.n_embd, config.embed_dim, bias=False) if projected else None
         tied = config.tie_embeddings
-        self.lm_head = None if tied else Linear(config.embed_dim, config.vocab_size, bias=False)
-
-    @torch.no_grad()
-    def init_weights(self, generator):
-        for name, parameter in self.named_parameters():
-            self.config.initial(name, parameter, generator)
-        return self
+        self.lm_head = None if tied else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
 
     def forward(self, ids, targets=None, cache=None, document_starts=None):
         """Logits of the next token at every position, or the mean loss.

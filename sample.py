@@ -20,26 +20,24 @@ from tqdm import tqdm
 import config
 import twist
 from corpus.shards import check_recipe
-from hubert_units import load_unit_encoder, speech_to_units
+from hubert_units import TokenizerOptions, load_tokenizer, speech_to_units
+from kernels.packed import packed
 from model import generate
 from speech.audio import write_wav
+from speech.encoder import deduplicate
 from vocoder import load_vocoder
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(TokenizerOptions):
     prompts: tuple[str, ...] = ()  # audio files, any format, rate and channel count that libsndfile reads
     model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
-    tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
-    kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
-    layer: int | None = None  # transformer layer of the features; default the k-means file's
-    pad: int | None = None  # zeros around the prompt, samples; default what the model was trained with (slamkit's: 40)
     vocoder: str = "pocket"  # vocoder: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
     speaker: str | None = None  # number or name of the voice, where the vocoder has several
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "samples"  # folder for the wav files, named after the prompt
     prompt_seconds: float = 3.0  # how much of the prompt the model hears; 0: all of it
-    max_new_units: int = 150  # longest continuation, in units (about 18 units a second)
+    max_new_units: int = 150  # longest continuation, in units (the pocket voices speak 22 a second)
     temperature: float = 0.8  # 0 takes the likeliest unit each time
     top_k: int | None = None  # draw among the k likeliest units only
     top_p: float | None = None  # draw among the likeliest units that together reach this probability
@@ -55,7 +53,8 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
 
     write: False where another process writes the same files: the model alone runs.
     """
-    units, runs = speech_to_units(path, encoder, options.prompt_seconds)
+    dedup = vocab.recipe is None or vocab.recipe.get("dedup", True)
+    units, runs = speech_to_units(path, encoder, options.prompt_seconds, dedup)
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -63,15 +62,19 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
     if room < 1:
         raise ValueError(f"{path}: {ids.shape[1]} prompt units fill the model's context of {slm.config.block_size}; "
                          "lower --prompt-seconds")
-    rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
-                    generator, eos=vocab.eos, banned=vocab.banned)
+    with packed(slm):
+        rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
+                        generator, eos=vocab.eos, banned=vocab.banned)
     files, new_units = [], 0
     for i, row in enumerate(rows.cpu() if write else ()):
         spoken = vocab.decode(row)
         new_units += len(spoken) - len(units)
         # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing
-        timing = vocoder.durations(spoken.to(device)).cpu()
-        timing[: len(runs)] = runs
+        if dedup:
+            timing = vocoder.durations(spoken.to(device)).cpu()
+            timing[: len(runs)] = runs
+        else:  # a model of frames has said how long each unit lasts
+            spoken, timing = deduplicate(spoken)
         wav = vocoder(spoken, timing, options.speaker, options.style).cpu()
         files.append(Path(options.out) / f"{Path(path).stem}_{i}.wav")
         write_wav(files[-1], wav)
@@ -81,19 +84,18 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
     return files, new_units
 
 
-def load_voice(tokenizer, vocoder, vocab, kmeans=None, layer=None, pad=None):
-    """(UnitEncoder, Vocoder) that fit each other and the units of a speech LM; vocab None: whatever units.
+def load_voice(options, vocab=None):
+    """(UnitEncoder, Vocoder) of options.tokenizer and options.vocoder; vocab: of the speech LM that stands between them.
 
     Raises: ValueError where their recipes differ.
     """
-    recipe = vocab.recipe if vocab else None
-    encoder = load_unit_encoder(tokenizer, kmeans, layer, pad=(recipe or {}).get("pad", 0) if pad is None else pad)
-    spoken = load_vocoder(vocoder)
-    if spoken.recipe:
-        check_recipe(spoken.recipe, encoder.recipe, f"--vocoder={vocoder}")
-    if recipe:
-        check_recipe(recipe, encoder.recipe, "the speech LM")
-    return encoder, spoken
+    encoder, vocoder = load_tokenizer(options, vocab and vocab.recipe), load_vocoder(options.vocoder)
+    made = {**encoder.recipe, "dedup": (vocab and vocab.recipe or {}).get("dedup", True)}
+    if vocab:
+        check_recipe(made, vocab.expected(made), f"--tokenizer={options.tokenizer}, with this speech LM")
+    if vocoder.recipe:  # it speaks collapsed units, which those of any model become
+        check_recipe(vocoder.recipe, {**made, "dedup": vocoder.recipe.get("dedup", True)}, f"--vocoder={options.vocoder}")
+    return encoder, vocoder
 
 
 def resynthesize(path, options, encoder, vocoder):
@@ -116,19 +118,20 @@ def main(argv=None):
     if not options.resynth:
         slm, vocab = twist.load_speech_lm(options.model)
         slm.to(device)
-    encoder, vocoder = load_voice(options.tokenizer, options.vocoder, vocab, options.kmeans, options.layer, options.pad)
+    encoder, vocoder = load_voice(options, vocab)
     encoder, vocoder = encoder.to(device), vocoder.to(device)
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     files, units, failed, begin = [], 0, 0, time.perf_counter()
-    for path in tqdm(options.prompts, desc="speaking", unit="prompt", disable=None):
-        try:
-            written, count = (resynthesize(path, options, encoder, vocoder) if options.resynth else
-                              continue_prompt(path, options, encoder, vocoder, slm, vocab))
-        except (ValueError, OSError) as error:  # the other prompts still get their continuations
-            print(f"sample.py: error: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        files, units = files + written, units + count
+    with packed(encoder):
+        for path in tqdm(options.prompts, desc="speaking", unit="prompt", disable=None):
+            try:
+                written, count = (resynthesize(path, options, encoder, vocoder) if options.resynth else
+                                  continue_prompt(path, options, encoder, vocoder, slm, vocab))
+            except (ValueError, OSError) as error:  # the other prompts still get their continuations
+                print(f"sample.py: error: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            files, units = files + written, units + count
     seconds = time.perf_counter() - begin
     if files:
         print(f"{units} units in {seconds:.1f} s, {units / seconds:.0f} units per second (encoding and vocoder included)")

@@ -16,10 +16,8 @@ Source: TWIST (arXiv 2305.13009) section 3.
 """
 import dataclasses
 import math
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,45 +25,43 @@ import torch
 from tqdm import tqdm
 
 import config
-import cpu
 import kernels
 import sample
 import twist
 from checkpoints import files
 from corpus.loader import PACKINGS, UnitLoader, mixed
 from corpus.shards import UnitShards, check_recipe
+from hubert_units import TokenizerOptions
 from model import TransformerConfig
-from training import distributed, logs, memory, state
-from training import optimizer as optimizers
-from training.start import build, lay_out, open_start
-from training.step import compute_dtype, evaluate, update
+from training import distributed, logs, memory, optimizer, state
+from training.learner import Learner
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
 MOST_SPLIT_PIECES = 4  # forwards whose bfloat16 gradients are added up
 CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant", "cooldown"), "dtype": ("auto", "float32", "bfloat16"),
-           "embedding": ("fresh", "matched", "truncate"), "packing": PACKINGS, "optimizer": ("adamw", "split"),
-           "parallel": distributed.PARALLEL, "recompute": ("none", "selective", "full"), "compile": ("auto", "none", "blocks")}
+           "embedding": twist.EMBEDDINGS, "packing": PACKINGS, "optimizer": optimizer.KINDS, "parallel": distributed.PARALLEL,
+           "recompute": memory.RECOMPUTE, "compile": ("auto", "none", "blocks")}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(TokenizerOptions):
     init: str = "twist"  # twist | cold | shuffled | resume | a speech LM's folder to fine-tune
     lm: str = "pocket"  # text LM to start from (cold: its config.json alone): folder, `pocket`, or a hub name (facebook/opt-125m)
     embedding: str = "fresh"  # new unit table of a warm start: fresh | matched | truncate (twist.py)
     data: tuple[str, ...] = ("pocket",)  # folders of training shards, comma separated
     data_weights: tuple[str, ...] = ()  # shares of several folders in every batch, one number each; none: by their sizes
-    data_fraction: float = 1.0  # share of the recordings to train on; a smaller share lies inside a larger one
+    data_fraction: float = 1.0  # share of the units to train on, in whole recordings; a smaller share lies inside a larger one
     val_data: str = "pocket"  # folder of validation shards
     packing: str = "stream"  # stream: a row sees all of its ids | documents: only those of the same recording
     out: str = "runs/pocket"  # run folder
     overwrite: bool = False  # replace a run that is already in --out
-    auto_resume: bool = False  # go on if --out already holds a state (restarted jobs do so anyway)
+    auto_resume: bool = False  # go on if --out holds a state, with the options given here (restarted jobs do so anyway)
     steps: int = 400  # updates
-    units_per_step: int = 2048  # ids per update over all processes and micro-batches
+    tokens_per_step: int = 2048  # ids per update, units and <S>, over all processes and micro-batches
     block_size: int = 256  # T, ids per row
     micro_batch: int = 0  # rows per forward on one process; 0: all of them
     peak_lr: float = 2e-3  # AdamW's learning rate after warm-up
-    min_lr: float = 0.1  # final learning rate as a share of the peak (cosine, linear, cooldown)
+    min_lr_share: float = 0.1  # final learning rate as a share of the peak (cosine, linear, cooldown)
     warmup: int = 20  # updates of linear warm-up
     schedule: str = "cosine"  # cosine | linear | inverse_sqrt | constant | cooldown: constant, then linear
     cooldown: float = 0.2  # share of the updates over which the last of these falls
@@ -81,8 +77,7 @@ class TrainConfig:
     log_interval: int = 1  # updates between rows of log.csv
     sample_interval: int = 0  # updates between spoken continuations of --prompts; 0: none
     prompts: tuple[str, ...] = ("pocket/prompt.wav",)  # recordings that are continued
-    tokenizer: str = "pocket"  # HuBERT for the prompts, as sample.py's
-    vocoder: str = "pocket"  # vocoder for the continuations, as sample.py's
+    vocoder: str = "pocket"  # for the continuations: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
     tensorboard: bool = False  # also event files under --out/events (pip install tensorboard)
     wandb: str | None = None  # also to this Weights & Biases project (pip install wandb)
     dtype: str = "auto"  # auto | float32 | bfloat16: of matrix products (master weights stay float32); auto: bfloat16 on GPUs
@@ -95,12 +90,13 @@ class TrainConfig:
     dry_run: bool = False  # say what would be trained and what memory it takes, and stop
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
+    RENAMED = {"units_per_step": "tokens_per_step", "min_lr": "min_lr_share"}
 
     def __post_init__(self):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
-        for name in ("steps", "units_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep"):
+        for name in ("steps", "tokens_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)}: expected at least 1")
         if not 0 <= self.cooldown <= 1:
@@ -112,7 +108,7 @@ def lr_at(step, options):
     if step < options.warmup:
         return options.peak_lr * (step + 1) / options.warmup
     progress = (step - options.warmup) / max(1, options.steps - 1 - options.warmup)  # 0 .. 1
-    low = options.min_lr
+    low = options.min_lr_share
     left = (options.steps - 1 - step) / max(1, options.cooldown * options.steps)  # of the cool-down; above 1 before it
     factor = {"cosine": low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)),
               "linear": low + (1 - low) * (1 - progress),
@@ -125,7 +121,11 @@ def lr_at(step, options):
 # ------------------------------------------------------------------------------------------------ what is trained on what
 
 def load_options(argv):
-    """(options, whether to go on from a state). --init=resume starts from the options of the interrupted run."""
+    """(options, whether to go on from a state).
+
+    --init=resume takes the options of the interrupted run, and what is given beside it; a job that was restarted and
+    --auto-resume repeat the whole command, so its options hold.
+    """
     options = config.load(TrainConfig, argv)
     saved = Path(options.out) / "config.toml"
     if options.init != "resume" and (options.auto_resume or distributed.attempt() > 0):
@@ -151,10 +151,10 @@ def open_data(options, vocab, train_shards, rows):
 
 
 def split_batch(options, dist):
-    """Rows of one update on each process, and rows of one forward: the user states ids per update, the rest follows."""
-    rows, remainder = divmod(options.units_per_step, options.block_size * dist.world)
+    """Rows of one update on each process, and rows of one forward: the user states tokens per update, the rest follows."""
+    rows, remainder = divmod(options.tokens_per_step, options.block_size * dist.world)
     if remainder or not rows:
-        raise ValueError(f"--units-per-step={options.units_per_step} must be a multiple of block size x processes "
+        raise ValueError(f"--tokens-per-step={options.tokens_per_step} must be a multiple of block size x processes "
                          f"= {options.block_size} x {dist.world}")
     micro = options.micro_batch or rows
     if rows % micro:
@@ -168,179 +168,168 @@ def split_batch(options, dist):
 # ------------------------------------------------------------------------------------------------ what else a run does
 
 @torch.no_grad()
-def speak(voice, model, step, options, vocab, dist):
+def speak(voice, learner, step, options, vocab):
     """Spoken continuations of --prompts into --out/samples; all processes call it, because under FSDP all have a part."""
-    model.eval()
     out = str(Path(options.out) / "samples" / f"step_{step:06d}")
     spoken = sample.SampleConfig(out=out, seed=options.seed)
-    with distributed.autocast(model, dist, compute_dtype(options, dist)):
+    learner.model.eval()
+    with learner.autocast():
         for prompt in options.prompts:
-            sample.continue_prompt(prompt, spoken, *voice, distributed.unwrap(model), vocab, write=dist.is_main)
-    model.train()
-
-
-@contextmanager
-def stop_signals():
-    """Yields a list that is filled when SIGTERM (a cluster's warning) or Ctrl-C arrives; the loop looks at it between steps."""
-    stop = []
-    handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            sample.continue_prompt(prompt, spoken, *voice, learner.model, vocab, write=learner.dist.is_main)
+    learner.model.train()
 
 
 # ------------------------------------------------------------------------------------------------ the loop
 
 @dataclass(frozen=True)
 class Facts:
-    """What the loop reports about a run."""
+    """What the loop must know about a run."""
 
-    model_config: TransformerConfig
     vocab: twist.UnitVocab
     first: int  # step to go on from
     row: dict  # of the log at that step
     seconds: float  # of training before that
-    micro: int  # rows per forward
-    rows: int  # rows per update on one process
+    rows: int  # of one update on one process
+    micro: int  # rows of one forward
     units_per_second_of_speech: float  # of the training shards
-    flops_per_unit: float
 
 
-def train(model, optimizer, loader, val_loader, saver, log, voice, facts, options, dist, say):
+def train(learner, loader, val_loader, saver, log, voice, facts, options, say):
     """Updates from facts.first on; returns (steps done, last validation loss, seconds of training so far)."""
-    bar = tqdm(total=options.steps, initial=facts.first, unit="step", disable=None if dist.is_main else True)
-    started, bad, step = time.perf_counter() - facts.seconds, 0, facts.first
-    peak = logs.peak_flops(dist.device)
-
-    def save(row, needed):
-        settings = {"step": step, "seconds": time.perf_counter() - started, "row": row, "options": dataclasses.asdict(options),
-                    "model": dataclasses.asdict(facts.model_config), "vocab": dataclasses.asdict(facts.vocab)}
-        try:
-            saver.save(model, optimizer, settings)
-        except OSError as error:
-            if needed:
-                raise
-            say(f"step {step}: state not saved: {error}")
-
-    val_loss = evaluate(model, val_loader, options, dist)
-    row = {"step": 0, "val_loss": val_loss}
-    if step:
-        row = facts.row | ({"val_loss": val_loss} if step % options.eval_interval == 0 else {})
+    dist, step, bad = learner.dist, facts.first, 0
+    started = time.perf_counter() - facts.seconds
+    bar = tqdm(total=options.steps, initial=step, unit="step", disable=None if dist.is_main else True)
+    val_loss = learner.evaluate(val_loader, options.eval_rows)
+    row = {"step": step, "seconds": facts.seconds} | facts.row
     if log.step < step or step == 0:  # a kill between state and log leaves the row to us
-        log.write(row)
-    with stop_signals() as stop:
+        log.write(row | ({"val_loss": val_loss} if step % options.eval_interval == 0 else {}))
+    with distributed.stop_signals() as stop:
         while step < options.steps and not dist.any(stop):
-            begin = time.perf_counter()
-            lr = lr_at(step, options)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = loader.rows(step, dist.rank * facts.rows, facts.rows)
-            loss, norm, applied = update(model, optimizer, batch, facts.micro, options, dist)
-            step += 1
-            speed = options.units_per_step / (time.perf_counter() - begin)
-            bad = 0 if applied else bad + 1
-            if not applied:
+            begin, lr = time.perf_counter(), lr_at(step, options)
+            batch = loader.rows(step, dist.rank * facts.rows, facts.rows)  # this process's part of the step's rows
+            targets, loss = dist.sum(batch.count), torch.zeros((), device=dist.device)
+            for piece in (pieces := batch.split(facts.micro)):
+                # a piece counts by its share of the targets of all processes, over which backward averages
+                share = learner.forward(piece, last=piece is pieces[-1]) * (piece.count * dist.world / targets)
+                share.backward()
+                loss += share.detach()
+            loss, norm = dist.mean(loss), learner.clip(options.clip)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                learner.step(lr)
+            learner.optimizer.zero_grad(set_to_none=True)
+
+            step, bad = step + 1, 0 if finite else bad + 1
+            if bad:
                 say(f"step {step}: loss {loss} or gradient norm {norm} not finite, update skipped")
             if bad == MAX_BAD_STEPS:
                 raise ValueError(f"{bad} updates in a row were not finite; lower --peak-lr and resume from the last state")
-            last = step == options.steps
-            row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, units_per_second=round(speed))
+            now = time.perf_counter()
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(now - started, 3),
+                   "units_per_second": round(options.tokens_per_step / (now - begin))}
+            row |= logs.derived(row, learner, facts, options)
             saver.settle(wait=False)
-            if step % options.save_interval == 0 or last:
-                save(row, needed=last)  # before the evaluation, which may run out of memory
-            if step % options.eval_interval == 0 or last:
-                row["val_loss"] = val_loss = evaluate(model, val_loader, options, dist)
-            if voice and (step % options.sample_interval == 0 or last):
-                speak(voice, model, step, options, facts.vocab, dist)
+            done = step == options.steps
+            if step % options.save_interval == 0 or done:  # before the evaluation, which may run out of memory
+                save(saver, learner, row, facts, options, say, needed=done)
+            if step % options.eval_interval == 0 or done:
+                row["val_loss"] = val_loss = learner.evaluate(val_loader, options.eval_rows)
+            if voice and (step % options.sample_interval == 0 or done):
+                speak(voice, learner, step, options, facts.vocab)
             if step % options.log_interval == 0 or "val_loss" in row:
-                if peak:
-                    row["mfu"] = round(100 * speed * facts.flops_per_unit / (peak * dist.world), 2)
-                row |= {"seconds": round(time.perf_counter() - started, 3), "memory_gb": round(logs.memory_gb(dist.device), 3)}
-                log.write(logs.derived(row, step * options.units_per_step, facts.units_per_second_of_speech))
+                log.write(row)
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}")
             bar.update()
         if step < options.steps:
-            save(row, needed=True)
+            save(saver, learner, row, facts, options, say, needed=True)
     saver.settle()
     bar.close()
     return step, val_loss, time.perf_counter() - started
+
+
+def save(saver, learner, row, facts, options, say, needed):
+    """The state after a step, and its row of the log. Without room for it the run goes on, unless it is `needed`."""
+    settings = {"step": row["step"], "seconds": row["seconds"], "row": dict(row), "options": dataclasses.asdict(options),
+                "model": dataclasses.asdict(learner.config), "vocab": dataclasses.asdict(facts.vocab)}
+    try:
+        saver.save(learner, settings)
+    except OSError as error:
+        if needed:
+            raise
+        say(f"step {row['step']}: state not saved: {error}")
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+def open_shards(options):
+    """Training shards of --data, validation shards of --val-data: all of the same units."""
+    train_shards, val_shards = [shards_of(name, "train") for name in options.data], shards_of(options.val_data, "val")
+    for shards, where in [*((shards, f"--data={name}") for shards, name in zip(train_shards, options.data)),
+                          (val_shards, f"--val-data={options.val_data}")]:
+        check_recipe(shards.recipe, train_shards[0].recipe, where)
+    return train_shards, val_shards
 
 
 def run(options, resuming, dist):
     say = print if dist.is_main else lambda *_: None
     if options.threads:
         torch.set_num_threads(options.threads)
-    cpu.keep_freed_memory()
     torch.set_flush_denormal(True)  # denormal second moments of AdamW are many times slower on CPUs
     out = Path(options.out)
     if (out / "log.csv").exists() and not (resuming or options.overwrite or options.dry_run):
         raise ValueError(f"{out} already holds a run; go on with --init=resume, or give another --out, or --overwrite")
-
-    train_shards = [shards_of(name, "train") for name in options.data]
-    val_shards = shards_of(options.val_data, "val")
-    for shards, where in [*((shards, f"--data={name}") for shards, name in zip(train_shards, options.data)),
-                          (val_shards, f"--val-data={options.val_data}")]:
-        check_recipe(shards.recipe, train_shards[0].recipe, where)
+    train_shards, val_shards = open_shards(options)
+    found, tensors = {"step": 0, "seconds": 0.0, "row": {}}, None
     if resuming:
         found = state.read(out)
-        model_config, vocab, tensors = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"]), None
+        model_config, vocab = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"])
     else:
-        found = {"step": 0, "seconds": 0.0, "row": {}}
-        model_config, vocab, tensors = open_start(options, train_shards[0].recipe)
+        model_config, vocab, tensors = twist.open_start(options.init, options.lm, train_shards[0].recipe, options.seed,
+                                                        options.embedding)
+    check_recipe(train_shards[0].recipe, vocab.expected(train_shards[0].recipe), f"--data={options.data[0]}")
     if options.block_size > model_config.block_size:
         raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model_config.block_size}")
     rows, micro = split_batch(options, dist)
     loader = open_data(options, vocab, train_shards, rows * dist.world)
     val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
-
-    parameters = sum(parameter.numel() for parameter in twist.empty(model_config).parameters())
-    parallel = distributed.choose_parallel(options.parallel, parameters, dist)
     hours = sum(shards.meta["hours"] for shards in train_shards)
-    facts = Facts(model_config, vocab, found["step"], found["row"], found["seconds"], micro, rows,
-                  sum(shards.meta["units"] for shards in train_shards) / max(3600 * hours, 1e-9),
-                  logs.flops_per_unit(model_config, parameters, options.block_size))
-    say(f"{options.init}{' (resumed)' if resuming else ''}: {parameters:,} parameters; "
-        f"{loader.windows * loader.T:,} ids of {hours:.1f} h in an epoch; steps {facts.first} to {options.steps}, "
-        f"{options.units_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}; "
-        f"{parallel if parallel != 'none' else 'one process'}")
-    say(kernels.explain(dist.device.type, compute_dtype(options, dist), model_config.head_dim))
-    model = lay_out(model_config, options, parallel, dist)
-    if options.dry_run:
-        mine = dist.each(sum(distributed.mine(parameter).numel() for parameter in model.parameters()))
-        say(f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}")
-        say(memory.table(model_config, options, parallel, dist.world, micro, compute_dtype(options, dist)))
-        return
+    facts = Facts(vocab, found["step"], found["row"], found["seconds"], rows, micro,
+                  sum(shards.meta["units"] for shards in train_shards) / max(3600 * hours, 1e-9))
 
-    model, optimizer = build(model, tensors, options, parallel, dist)
+    learner = Learner(model_config, options, dist)
+    say(f"{options.init}{' (resumed)' if resuming else ''}: {learner.parameters:,} parameters; "
+        f"{loader.windows * loader.T:,} ids of {hours:.1f} h in an epoch; steps {facts.first} to {options.steps}, "
+        f"{options.tokens_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}; "
+        f"{learner.parallel if learner.parallel != 'none' else 'one process'}")
+    say(kernels.explain(dist.device.type, learner.dtype, model_config.head_dim))
+    if options.dry_run:
+        mine = dist.each(sum(distributed.part(parameter).numel() for parameter in learner.model.parameters()))
+        say(f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}")
+        say(memory.table(model_config, options, learner.parallel, dist.world, micro, learner.dtype))
+        return
+    learner.fill(tensors)
     saver = state.Saver(out, options.keep, options.async_save, dist)
     if resuming:
-        state.load(out, model, optimizer, dist)
+        state.load(out, learner)
     else:
         saver.remove_all()  # of a run that --overwrite replaces
     if dist.is_main:
         files.write_text(out / "config.toml", config.to_toml(dataclasses.replace(options, overwrite=False)))
     log = logs.Log(out, facts.first, dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options))
-    voice = sample.load_voice(options.tokenizer, options.vocoder, vocab) if options.sample_interval else None
+    voice = sample.load_voice(options, vocab) if options.sample_interval else None
 
-    step, val_loss, seconds = train(model, optimizer, loader, val_loader, saver, log, voice, facts, options, dist, say)
+    step, val_loss, seconds = train(learner, loader, val_loader, saver, log, voice, facts, options, say)
     log.close()
     memories = dist.each(logs.memory_gb(dist.device))  # before rank 0 collects the whole model
     if step < options.steps:
         say(f"stopped at step {step} of {options.steps}; go on with: python train.py --init=resume --out={out}")
-    else:
-        weights = distributed.gathered(optimizers.master_weights(distributed.unwrap(model), optimizer), dist)
-        if dist.is_main:
-            twist.save_tensors(model_config, weights, vocab, out / "model")
-        dist.barrier()
-        units = step * options.units_per_step
-        say(f"validation loss {val_loss:.4f} nats per unit, perplexity {math.exp(val_loss):.3f}, {step} steps in {seconds:.0f} s")
-        unit = "GPU" if dist.device.type == "cuda" else "process"
-        say(f"cost: {dist.world * seconds / 3600:.3f} {unit}-hours for {units:,} units, "
-            f"{units / facts.units_per_second_of_speech / 3600:.1f} hours of speech")
-        say(f"most memory held by the processes, GB: {', '.join(f'{most:.2f}' for most in memories)}")
-        say(f"listen: python sample.py pocket/prompt.wav --model={out / 'model'}")
+        return
+    weights = learner.weights()
+    if dist.is_main:
+        twist.save_tensors(model_config, weights, vocab, out / "model")
+    dist.barrier()
+    say(logs.summary(step, val_loss, seconds, memories, dist, facts, options))
+    say(f"listen: python sample.py pocket/prompt.wav --model={out / 'model'}")
 
 
 def main(argv=None):

@@ -21,6 +21,7 @@ from checkpoints import files, pretrained
 from model import Transformer, TransformerConfig
 
 LARGEST_UNIT_VOCAB = 2**15  # rows; a larger table is one of text
+EMBEDDINGS = ("fresh", "matched", "truncate")  # how the new table of a warm start is drawn, see warm_tensors
 TABLES = ("wte.weight", "lm_head.weight")  # the tensors that have a row for every word, and the head only where it is not tied
 
 
@@ -66,6 +67,10 @@ class UnitVocab:
         used = {self.bos, self.eos, *range(self.offset, self.offset + self.num_units)}
         return tuple(i for i in range(self.size) if i not in used)
 
+    def expected(self, recipe):
+        """The recipe that units must have which this model is given; a checkpoint without one says only how many there are."""
+        return self.recipe or {**recipe, "num_units": self.num_units}
+
 
 # ---------------------------------------------------------------------------------------------- starts
 
@@ -89,8 +94,8 @@ def new_table(text_table, rows, lm_config, embedding, generator):
             raise ValueError(f"--embedding=truncate: {rows} rows wanted, the text table has {len(text_table)}; "
                              "use fresh or matched")
         return text_table[:rows].clone()
-    if embedding not in ("fresh", "matched"):
-        raise ValueError(f"--embedding={embedding}: expected fresh, matched or truncate")
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"--embedding={embedding}: expected one of {', '.join(EMBEDDINGS)}")
     std = lm_config.init_std if embedding == "fresh" else text_table.float().std().item()
     return torch.empty(rows, text_table.shape[1]).normal_(0.0, std, generator=generator).to(text_table.dtype)
 
@@ -111,24 +116,27 @@ def shuffled_tensors(lm_config, text, vocab, seed=0, embedding="fresh"):
         yield name, tensor
 
 
-def warm_start(lm, vocab, seed=0, embedding="fresh"):
-    """A speech LM with the body of a text LM; `lm` is left as it was. Arguments as warm_tensors."""
-    tensors = warm_tensors(lm.config, lm.state_dict(), vocab, seed, embedding)
-    return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
-                 {name: tensor if name in TABLES else tensor.detach().clone() for name, tensor in tensors})
+def open_start(init, lm, recipe, seed=0, embedding="fresh"):
+    """What train.py --init names -> (TransformerConfig, UnitVocab, (name, tensor) pairs, each read or drawn when its turn comes).
+
+    Args:
+        init: twist | cold | shuffled, from the text LM `lm` (cold: from its config.json alone); else the folder or name of a
+            speech LM to go on with, which brings its own UnitVocab.
+        recipe: of the units to train on.
+    """
+    if init not in ("twist", "cold", "shuffled"):
+        model_config, tensors, vocab = open_speech_lm(init)
+        return model_config, vocab, tensors.items()
+    vocab = UnitVocab(recipe["num_units"], recipe=recipe)
+    if init == "cold":
+        model_config = dataclasses.replace(load_lm_config(lm), vocab_size=vocab.size)
+        return model_config, vocab, cold_tensors(model_config, seed)
+    lm_config, text = open_text_lm(lm)
+    start = warm_tensors if init == "twist" else shuffled_tensors
+    return dataclasses.replace(lm_config, vocab_size=vocab.size), vocab, start(lm_config, text, vocab, seed, embedding)
 
 
-def cold_start(lm_config, vocab, seed=0):
-    """A speech LM of the same architecture with random weights."""
-    model_config = dataclasses.replace(lm_config, vocab_size=vocab.size)
-    return build(model_config, dict(cold_tensors(model_config, seed)))
-
-
-def shuffled_start(lm, vocab, seed=0, embedding="fresh"):
-    """A speech LM from the shuffled weights of a text LM. Arguments as warm_tensors."""
-    return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
-                 dict(shuffled_tensors(lm.config, lm.state_dict(), vocab, seed, embedding)))
-
+# ---------------------------------------------------------------------------------------------- weights -> a model
 
 def empty(model_config):
     """A model of that architecture on the meta device: shapes without numbers, for counting at any size."""
@@ -136,12 +144,46 @@ def empty(model_config):
         return Transformer(model_config)
 
 
-def build(model_config, tensors, where="weights"):
-    """A model of given tensors in eval mode; nothing is allocated twice."""
-    model = empty(model_config)
-    pretrained.check_shapes(model.state_dict(), tensors, where)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval().requires_grad_(True)
+@torch.no_grad()
+def fill(model, tensors, copy=torch.Tensor.copy_, where="the weights"):
+    """Copy (name, tensor) pairs into a model that has its memory, one after the other, so that no more than one exists twice.
+
+    The one way from weights to a model. copy(parameter, tensor): another way to copy, where a process keeps a part of each.
+    Raises: ValueError for a tensor that is missing, unknown or of another shape.
+    """
+    left = dict(model.named_parameters())
+    for name, tensor in tensors:
+        if name not in left or left[name].shape != tensor.shape:
+            wanted = tuple(left[name].shape) if name in left else "no such tensor"
+            raise ValueError(f"{where}: {name} of shape {tuple(tensor.shape)} does not fit the model ({wanted}); "
+                             "config.json and the weights belong to different models")
+        copy(left.pop(name), tensor)
+    if left:
+        raise ValueError(f"{where} lack {len(left)} tensors, e.g. {next(iter(left))}; copy them again")
+    return model
+
+
+def build(model_config, tensors, dtype=torch.float32, where="the weights"):
+    """A model in eval mode on the CPU, filled with (name, tensor) pairs."""
+    return fill(empty(model_config).to(dtype).to_empty(device="cpu"), tensors, where=where).eval()
+
+
+def warm_start(lm, vocab, seed=0, embedding="fresh"):
+    """A speech LM with the body of a text LM; `lm` is left as it was. Arguments as warm_tensors."""
+    return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
+                 warm_tensors(lm.config, lm.state_dict(), vocab, seed, embedding), lm.wte.weight.dtype)
+
+
+def cold_start(lm_config, vocab, seed=0):
+    """A speech LM of the same architecture with random weights."""
+    model_config = dataclasses.replace(lm_config, vocab_size=vocab.size)
+    return build(model_config, cold_tensors(model_config, seed))
+
+
+def shuffled_start(lm, vocab, seed=0, embedding="fresh"):
+    """A speech LM from the shuffled weights of a text LM. Arguments as warm_tensors."""
+    return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
+                 shuffled_tensors(lm.config, lm.state_dict(), vocab, seed, embedding), lm.wte.weight.dtype)
 
 
 def stored_parameters(model_config):
@@ -181,7 +223,7 @@ def open_text_lm(folder_or_name="pocket", dtype=torch.float32):
 def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
     """The same as a Transformer in eval mode."""
     model_config, tensors = open_text_lm(folder_or_name, dtype)
-    return build(model_config, dict(tensors), folder_or_name)
+    return build(model_config, tensors.items(), dtype, folder_or_name)
 
 
 def load_lm_config(folder_or_name="pocket"):
@@ -252,7 +294,7 @@ def open_speech_lm(folder_or_name="pocket", dtype=torch.float32):
 def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
     """The same as (Transformer in eval mode, UnitVocab). Raises ValueError for a text LM."""
     model_config, tensors, vocab = open_speech_lm(folder_or_name, dtype)
-    return build(model_config, dict(tensors), folder_or_name), vocab
+    return build(model_config, tensors.items(), dtype, folder_or_name), vocab
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn import functional
 from tqdm import tqdm
 
 import config
@@ -33,6 +33,7 @@ from checkpoints import files
 from checkpoints.pretrained import fold_weight_norm
 from corpus.shards import UnitShards, check_recipe
 from speech.audio import SAMPLE_RATE, write_wav
+from speech.encoder import deduplicate
 
 SLOPE = 0.1  # leaky ReLU inside the generator
 LAST_SLOPE = 0.01  # leaky ReLU before the last convolution: the published models use the library's default there
@@ -127,7 +128,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):
         for dilated, plain in zip(self.convs1, self.convs2):
-            x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, SLOPE)), SLOPE))
+            x = x + plain(functional.leaky_relu(dilated(functional.leaky_relu(x, SLOPE)), SLOPE))
         return x
 
 
@@ -177,9 +178,9 @@ class Vocoder(nn.Module):
         x = self.conv_pre(x.transpose(1, 2))  # (B, width, F)
         num_blocks = len(self.config.resblock_kernel_sizes)
         for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, SLOPE))  # (B, width / 2^(i+1), F * rates so far)
+            x = up(functional.leaky_relu(x, SLOPE))  # (B, width / 2^(i+1), F * rates so far)
             x = sum(block(x) for block in self.resblocks[i * num_blocks:(i + 1) * num_blocks]) / num_blocks
-        x = self.conv_post(F.leaky_relu(x, LAST_SLOPE))
+        x = self.conv_post(functional.leaky_relu(x, LAST_SLOPE))
         return torch.tanh(x.float())[:, 0]  # (B, S); float() matters under bf16 autocast only
 
     @torch.no_grad()
@@ -319,15 +320,17 @@ class SpeakConfig:
     device: str = "cpu"  # cpu | cuda
 
 
-def read_units(path, recipe):
-    """Yields (name, units, runs or None) from a shard folder or a jsonl file. recipe: the vocoder's, or None."""
+def read_units(path, vocoder):
+    """Yields (name, units, runs or None) from a shard folder or a jsonl file, as the vocoder takes them."""
     path = Path(path)
     if path.is_dir():
         shards = UnitShards(path)
-        if recipe:
-            check_recipe(shards.recipe, recipe, path)
-        for i, name in enumerate(shards.names):
-            yield (name, *shards.document(i))
+        if vocoder.recipe:
+            check_recipe(shards.recipe, {**vocoder.recipe, "dedup": shards.recipe.get("dedup", True)}, path)
+        # repeats that were not collapsed would each be spoken as long as a unit lasts
+        collapsing = vocoder.dur_predictor is not None and not shards.recipe.get("dedup", True)
+        for name, units, runs in shards:
+            yield name, *(deduplicate(units) if collapsing else (units, runs))
         return
     if not path.is_file():
         raise FileNotFoundError(f"no units at {path}; name a .jsonl file or a shard folder")
@@ -350,7 +353,7 @@ def main(argv=None):
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
     vocoder, seconds, taken = load_vocoder(options.vocoder).to(options.device), 0.0, set()
-    rows = (row for path in options.units for row in read_units(path, vocoder.recipe))
+    rows = (row for path in options.units for row in read_units(path, vocoder))
     for name, units, runs in tqdm(rows, desc="speaking", unit="file", disable=None):  # None: quiet off a terminal
         if options.use_durations and runs is None:
             raise ValueError(f"{name} has no run lengths; leave out --use-durations")

@@ -106,7 +106,7 @@ def train_small(optimizer, recompute, dtype):
         model = Transformer(config).train()
         for block in model.h:
             block.recompute = recompute
-        trained, ids = optimizers.build(model, settings), torch.zeros(SMALL_ROWS, config.block_size, dtype=torch.int64)
+        trained, ids = optimizers.make_optimizer(model, settings), torch.zeros(SMALL_ROWS, config.block_size, dtype=torch.int64)
         for _ in range(2):
             for _ in range(SMALL_PIECES):
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -363,12 +363,14 @@ HUBERT_CONFIG = {  # theirs -> ours, where the value is the same
 HUBERT_FIXED = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False,
                 "feat_proj_layer_norm": True, "feat_extract_activation": "gelu", "hidden_act": "gelu"}
 POS_CONV = "encoder.pos_conv_embed.conv"
+# A convolution's weight (out, channels, taps) <-> (out, taps, channels), which is the matrix that multiplies patches.
+TAPS_FIRST = Layout(lambda parts, options: parts[0].transpose(1, 2), lambda x, options: [x.transpose(1, 2).contiguous()])
 THIRDS = Layout(lambda parts, options: torch.cat(parts), lambda x, options: x.chunk(3))  # q, k and v are multiplied at once
 batch_norm = having("pos_batch_norm")
 
 HUBERT_ROWS = (
     Row(("masked_spec_embed",), "mask_embedding"),
-    Row(("feature_extractor.conv_layers.{}.conv.weight",), "convs.{}.weight"),
+    Row(("feature_extractor.conv_layers.{}.conv.weight",), "convs.{}.weight", layout=TAPS_FIRST),
     *linear("feature_extractor.conv_layers.0.layer_norm", "group_norm"),
     *linear("feature_projection.layer_norm", "feature_norm"),
     *linear("feature_projection.projection", "projection"),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import config
 from corpus import foreign, inspector
 from corpus.shards import UnitShards, write_shards
+from speech.encoder import CHUNKINGS
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,23 @@ class CorpusConfig:
     paths: tuple[str, ...] = ()  # a shard folder to look into; or what to import: one .jsonl file, or a .tsv and its .km
     jsonl: str | None = None  # export the folder to this file of JSON lines; without a value, or -, to the terminal
     out: str | None = None  # import: folder for the shards
-    like: str | None = None  # import: shard folder whose recipe the units share, instead of the five options below
+    like: str | None = None  # import: shard folder whose recipe the units share, instead of the seven options below
     num_units: int | None = None  # import: K, size of the k-means table
     frame_rate: float | None = None  # import: frames per second of speech
     model: str | None = None  # import: name of the model that the units come from
     layer: int | None = None  # import: its layer
     centers: str | None = None  # import: fingerprint of the k-means centres, as `python -m corpus FOLDER` shows it
+    pad: int | None = None  # import: zeros that were put around each recording, samples (slamkit: 40)
+    chunking: str | None = None  # import: how long recordings were encoded: overlap, or textless (the published pipeline)
     dedup: bool = False  # import: collapse runs of equal units (their run lengths are added up)
 
 
 def imported_recipe(options):
     """The recipe that the options of an import describe, less `dedup`."""
     described = {key: getattr(options, key) for key in ("model", "layer", "num_units", "frame_rate", "centers")}
+    described |= {key: value for key in ("pad", "chunking") if (value := getattr(options, key)) is not None}
+    if options.chunking not in (None, *CHUNKINGS):
+        raise ValueError(f"--chunking={options.chunking}: expected {' or '.join(CHUNKINGS)}")
     if options.like:
         extra = [key for key, value in described.items() if value is not None]
         if extra:

@@ -240,10 +240,13 @@ class UnitShards:
 
 
 def check_recipe(recipe, expected, where):
-    """Units of different tokenizers must never mix: every number would be meaningless, without any error."""
-    absent = {"pad": 0}  # zeros put around each recording; recipes from before that option say nothing
-    for key in ("kind", "num_units", "layer", "centers", "frame_rate", "pad"):
+    """Units made in different ways must never mix: every number would be meaningless, without any error.
+
+    Everything that changes units counts; the model's name does not, since the same weights lie under many.
+    """
+    absent = {"pad": 0, "chunking": "overlap", "dedup": True}  # what recipes mean that are older than these options
+    for key in ("kind", "num_units", "layer", "centers", "frame_rate", "pad", "chunking", "dedup"):
         found, wanted = recipe.get(key, absent.get(key)), expected.get(key, absent.get(key))
         if found != wanted:
             raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); "
-                             "encode the audio with the matching --tokenizer")
+                             "encode the audio with the matching --tokenizer and its options")

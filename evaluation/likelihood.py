@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cpu
+from kernels.packed import packed
 
 BUDGET = {"cpu": 2048, "cuda": 65_536}  # tokens of one forward pass, padding included
 SMOOTHING = 0.1  # k: the count that every n-gram gets for nothing
@@ -71,7 +71,7 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     pieces = [(i, *piece) for i, row in enumerate(rows) if len(row) > 1 for piece in windows(len(row), window, stride)]
     groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET[device.type])
     bar = tqdm(total=len(pieces), desc=label, unit="sequence", disable=None if dist.is_main else True)
-    with cpu.packed(model), bar:
+    with packed(model), bar:
         for group in groups[dist.rank::dist.world]:
             some = [pieces[i] for i in group]
             longest = max(end - begin for _, begin, end, _ in some)

@@ -80,7 +80,7 @@ def train(options, out, steps, *more):
 def text_lm(options):
     files.write_json(BUILD / "text_lm_shape/config.json", TEXT_LM_SHAPE)
     train(options, "text_lm_run", options.text_steps, "--init=cold", "--lm=build/text_lm_shape", "--data=build/text/train",
-          "--val-data=build/text/val", "--peak-lr=2e-3", "--warmup=100", "--units-per-step=4096")
+          "--val-data=build/text/val", "--peak-lr=2e-3", "--warmup=100", "--tokens-per-step=4096")
     store_half(BUILD / "text_lm_run/model", POCKET / "text_lm")
 
 
@@ -117,7 +117,7 @@ def prompt(options):
 
 
 def speech_lm(options):
-    train(options, "speech_lm_run", options.speech_steps, "--init=twist", "--units-per-step=4096", "--warmup=50")
+    train(options, "speech_lm_run", options.speech_steps, "--init=twist", "--tokens-per-step=4096", "--warmup=50")
     store_half(BUILD / "speech_lm_run/model", POCKET / "speech_lm")
 
 

@@ -52,12 +52,12 @@ def main(argv=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}", "train.py",
                f"--lm={work}/lm", f"--out={work}/run", "--steps=1", "--parallel=fsdp", f"--optimizer={options.optimizer}",
                "--dtype=bfloat16", "--recompute=full", "--block-size=256", "--eval-rows=2",
-               f"--units-per-step={256 * options.rows * options.processes}", "--threads=1", "--warmup=0"]
+               f"--tokens-per-step={256 * options.rows * options.processes}", "--threads=1", "--warmup=0"]
     began = time.perf_counter()
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if finished.returncode:
         raise ValueError(f"the run failed:\n{finished.stderr[-3000:]}")
-    nothing = "import torch, train, logs; print(logs.memory_gb(torch.device('cpu')))"
+    nothing = "import torch, train; from training import logs; print(logs.memory_gb(torch.device('cpu')))"
     bare = subprocess.run([sys.executable, "-c", nothing], cwd=ROOT, capture_output=True, text=True, check=True)
     held = [float(number) for number in re.search(r"most memory held .*: (.+)", finished.stdout)[1].split(",")]
     speech = dataclasses.replace(shape, vocab_size=102)

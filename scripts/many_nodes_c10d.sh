@@ -4,7 +4,7 @@
 #
 #   NNODES=2 RDZV_ENDPOINT=node0:29500 scripts/many_nodes_c10d.sh CONFIG [--key=value ...]
 #
-# What follows CONFIG goes to train.py. --units-per-step must divide by block size x processes, for each number of machines.
+# What follows CONFIG goes to train.py. --tokens-per-step must divide by block size x processes, for each number of machines.
 # NNODES                  machines: a number, or least:most
 # RDZV_ENDPOINT           name or address of one of them, and a free port there
 # RDZV_ID=nanotwist       a name that the machines of one run share

@@ -41,7 +41,7 @@ class SoakConfig:
 def command(processes, out, options):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, "train.py", "--init=twist", f"--out={out}", f"--steps={options.steps}", "--block-size=64",
-            "--units-per-step=256", "--save-interval=1", "--eval-interval=100", "--eval-rows=8", "--threads=1", "--auto-resume",
+            "--tokens-per-step=256", "--save-interval=1", "--eval-interval=100", "--eval-rows=8", "--threads=1", "--auto-resume",
             "--parallel=fsdp"]
 
 

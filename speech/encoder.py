@@ -12,7 +12,7 @@ import itertools
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn import functional
 from tqdm import tqdm
 
 from speech.audio import SAMPLE_RATE
@@ -132,7 +132,7 @@ class UnitEncoder(nn.Module):
         if len(wav) + 2 * self.pad < self.shortest:
             raise ValueError(f"{len(wav)} samples are shorter than one frame ({self.shortest - 2 * self.pad} samples, "
                              f"{1000 * (self.shortest - 2 * self.pad) / SAMPLE_RATE:.0f} ms at 16 kHz); give a longer recording")
-        return F.pad(wav, (self.pad, self.pad)) if self.pad else wav
+        return functional.pad(wav, (self.pad, self.pad)) if self.pad else wav
 
     def batches(self, lengths):
         """Lists of indices that share a forward: of like length, and together within the budget."""
@@ -174,7 +174,7 @@ class UnitEncoder(nn.Module):
         if self.frame_rate < self.native_rate:
             return x[:len(x) // 2 * 2].view(-1, 2, x.shape[1]).mean(1)
         if self.frame_rate > self.native_rate:
-            return F.interpolate(x.T[None], scale_factor=2, mode="linear", align_corners=False)[0].T
+            return functional.interpolate(x.T[None], scale_factor=2, mode="linear", align_corners=False)[0].T
         return x
 
     def units_of(self, wavs, moments=None, kept=slice(None)):

@@ -3,8 +3,8 @@
     wav (B, S) --7 or 8 strided convolutions--> (B, F, conv width) --norm, projection--> (B, F, C)
       --+ positional convolution--> --transformer layers 1..k--> (B, F, C)
 
-Everything between is time first, channels last, so that a strided convolution is a linear layer on overlapping rows: a row
-holds the `kernel` steps of all channels that one output step sees, and the next row begins `stride` steps later.
+Everything between is time first, channels last, so that a strided convolution is a linear layer on overlapping patches: a patch
+holds the `kernel` steps of all channels that one output step sees, and the next patch begins `stride` steps later.
 
 The first convolution is followed by a group norm that has one group a channel and runs over TIME: every sample of a
 recording touches every frame. Its statistics need no pass over the (F, conv width) outputs. An output is y = w . u for a
@@ -24,9 +24,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn import functional
 
-import cpu
 from checkpoints import pretrained
 from speech.audio import SAMPLE_RATE
 
@@ -64,7 +63,7 @@ def frames_of(length, kernel, stride):
     return frames.clamp(min=0) if isinstance(frames, torch.Tensor) else max(0, frames)
 
 
-def rows(x, kernel, stride):
+def patches(x, kernel, stride):
     """(B, T, C) -> (B, T', kernel * C): the steps that each output step of a strided convolution sees, side by side."""
     T = frames_of(x.shape[1], kernel, stride)
     if kernel == stride:
@@ -73,15 +72,20 @@ def rows(x, kernel, stride):
     return torch.cat([x[:, i:i + last:stride] for i in range(kernel)], dim=2)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer for inference on a CPU, its weight laid out for oneDNN once and not at every call."""
+class StridedConv(nn.Module):
+    """A convolution without padding and bias, (B, T, C) -> (B, T', N): a linear layer on the patches of each output step."""
 
-    def __init__(self, weight, bias=None):
+    def __init__(self, channels, width, kernel, stride):
         super().__init__()
-        self.packed, self.bias = cpu.pack(weight), bias
+        self.kernel, self.stride, self.bias = kernel, stride, None
+        self.weight = nn.Parameter(torch.empty(width, kernel, channels))
+        nn.init.kaiming_uniform_(self.weight.flatten(1), a=math.sqrt(5))  # as nn.Conv1d's and nn.Linear's
+
+    def product(self, x):
+        return functional.linear(x, self.weight.flatten(1))
 
     def forward(self, x):
-        return cpu.product(x, self.packed, self.bias)
+        return self.product(patches(x, self.kernel, self.stride))
 
 
 class EncoderLayer(nn.Module):
@@ -100,9 +104,9 @@ class EncoderLayer(nn.Module):
         """keys: (B, 1, 1, F) bool, the frames that exist; None: all. Every frame sees every frame."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, F, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         x = self.ln_1(x + self.out(y.transpose(1, 2).reshape(B, T, C)))
-        return self.ln_2(x + self.down(F.gelu(self.up(x))))
+        return self.ln_2(x + self.down(functional.gelu(self.up(x))))
 
 
 class Hubert(nn.Module):
@@ -112,10 +116,9 @@ class Hubert(nn.Module):
         super().__init__()
         self.config = config
         widths = (1, *config.conv_dim)
-        self.convs = nn.ModuleList(  # they hold the weights; the arithmetic is in front_end
-            nn.Conv1d(widths[i], widths[i + 1], kernel, stride, bias=False)
+        self.convs = nn.ModuleList(
+            StridedConv(widths[i], widths[i + 1], kernel, stride)
             for i, (kernel, stride) in enumerate(zip(config.conv_kernel, config.conv_stride)))
-        self.packed = None  # the convolutions from the second on as PackedLinear, after pack()
         self.group_norm = nn.GroupNorm(config.conv_dim[0], config.conv_dim[0], eps=1e-5)
         self.feature_norm = nn.LayerNorm(config.conv_dim[-1], config.norm_eps)
         self.projection = nn.Linear(config.conv_dim[-1], config.n_embd)
@@ -171,7 +174,7 @@ class Hubert(nn.Module):
     def first_layer(self, moments):
         """The first convolution and the group norm as one matrix a recording, (B, kernel + 1, conv width); the last row is the
         shift. float64."""
-        w, norm = self.convs[0].weight[:, 0].double(), self.group_norm
+        w, norm = self.convs[0].weight[:, :, 0].double(), self.group_norm
         mean = moments.first / moments.count[:, None]
         covariance = moments.second / moments.count[:, None, None] - mean[:, :, None] * mean[:, None, :]
         variance = torch.einsum("ck,bkl,cl->bc", w, covariance, w).clamp(min=0)  # 0 may come out as -1e-20
@@ -182,10 +185,9 @@ class Hubert(nn.Module):
     def convolve(self, wav, first):
         """(B, S) -> (B, F, conv width) with the first layer as first_layer gives it."""
         u = self.windows(wav)
-        x = F.gelu(torch.cat([u, u.new_ones(*u.shape[:2], 1)], dim=2) @ first)
-        for i, conv in enumerate(self.convs[1:]):
-            x = rows(x, conv.kernel_size[0], conv.stride[0])
-            x = F.gelu(self.packed[i](x) if self.packed else F.linear(x, conv.weight.permute(0, 2, 1).flatten(1)))
+        x = functional.gelu(torch.cat([u, u.new_ones(*u.shape[:2], 1)], dim=2) @ first)
+        for conv in self.convs[1:]:
+            x = functional.gelu(conv(x))
         return x
 
     def forward(self, wav, layer=None, lengths=None, mask=None, moments=None):
@@ -218,29 +220,16 @@ class Hubert(nn.Module):
         position = self.pos_conv(position)
         if self.config.pos_kernel % 2 == 0:
             position = position[:, :, :-1]  # an even kernel with symmetric padding yields one frame too many
-        x = self.ln_in(x + F.gelu(position).transpose(1, 2))
+        x = self.ln_in(x + functional.gelu(position).transpose(1, 2))
         for block in self.layers[:layer]:
             x = block(x, keys)
         return x
-
-    def pack(self):
-        """Lay all weights out for inference in float32 on this CPU; afterwards the network can only do that.
-
-        Where PyTorch's products come from MKL and the processor is not Intel's, oneDNN's are faster (python -m bench hubert).
-        """
-        if cpu.AVAILABLE:
-            self.packed = [PackedLinear(conv.weight.permute(0, 2, 1).flatten(1)) for conv in self.convs[1:]]
-            for module in (self, *self.layers):
-                for name, child in list(module.named_children()):
-                    if isinstance(child, nn.Linear):
-                        setattr(module, name, PackedLinear(child.weight, child.bias))
-        return self
 
 
 def normalized(wav, lengths=None):
     """Every recording at zero mean and unit variance over its own samples (fairseq's task.normalize)."""
     if lengths is None:
-        return F.layer_norm(wav, wav.shape[-1:])
+        return functional.layer_norm(wav, wav.shape[-1:])
     valid = torch.arange(wav.shape[1], device=wav.device) < lengths[:, None]
     mean = (wav * valid).sum(1, keepdim=True) / lengths[:, None]
     variance = ((wav - mean) * valid).square().sum(1, keepdim=True) / lengths[:, None]
@@ -253,7 +242,7 @@ def load_hubert(path):
     with torch.device("meta"):
         hubert = Hubert(HubertConfig(**options))
     pretrained.check_shapes(hubert.state_dict(), tensors, path)
-    # copied: what was read may be a view of the file
-    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    # copied: what was read may be a view of the file, or of a tensor whose axes lie in another order
+    tensors = {name: torch.empty(tensor.shape).copy_(tensor) for name, tensor in tensors.items()}
     hubert.load_state_dict(tensors, strict=True, assign=True)
     return hubert.eval().requires_grad_(False)

@@ -90,14 +90,14 @@ def test_the_heading_of_a_config_names_itself_and_does_its_sums_right(path):
     assert f"--out={load(path)['data'][0]}" in parts["data"] or path.stem == "pocket"
     rows, ids, step, steps, total = (int(text.replace(",", "")) for text in re.match(UNITS, parts["units"]).groups())
     options = load(path)
-    assert (ids, step, steps) == (options["block_size"], options["units_per_step"], options["steps"])
+    assert (ids, step, steps) == (options["block_size"], options["tokens_per_step"], options["steps"])
     assert rows * ids == step and step * steps == total
 
 
 @each_config
 def test_the_step_of_a_config_can_be_divided_over_eight_processes(path):
     options = load(path)
-    rows = options["units_per_step"] // options["block_size"]
+    rows = options["tokens_per_step"] // options["block_size"]
     for processes in (1, 2, 4, 8):
         assert rows % processes == 0
         assert not options["micro_batch"] or rows // processes % options["micro_batch"] == 0
@@ -119,7 +119,7 @@ def test_the_memory_in_the_heading_of_a_config_is_what_memory_py_plans(name):
         options = config.load(train.TrainConfig, [str(path), *changes.split()])
         shape = SHAPES[options.lm]
         parallel, shard = spread_over(int(processes), memory.count([twist.empty(shape)]))
-        rows = options.units_per_step // options.block_size // int(processes)
+        rows = options.tokens_per_step // options.block_size // int(processes)
         micro = options.micro_batch or rows
         plan = memory.plan(shape, parallel=parallel, shard=shard, micro_rows=micro, pieces=rows // micro, dtype=torch.bfloat16,
                            block_size=options.block_size, optimizer=options.optimizer, recompute=options.recompute,
@@ -247,7 +247,7 @@ def test_a_dry_run_under_slurm_prints_what_srun_would_start(slurm):
 
 # ---------------------------------------------------------------------------------------------- two nodes on this machine
 
-SHORT = ["configs/pocket.toml", "--steps=2", "--units-per-step=512", "--block-size=128", "--eval-rows=2", "--warmup=1",
+SHORT = ["configs/pocket.toml", "--steps=2", "--tokens-per-step=512", "--block-size=128", "--eval-rows=2", "--warmup=1",
          "--threads=1", "--dtype=float32", "--device=cpu"]
 
 

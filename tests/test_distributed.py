@@ -1,5 +1,6 @@
 """distributed.py and state.py: the same losses on any number of processes, and no kill that costs more than a step (gloo)."""
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 import twist
 from checkpoints import files
 from conftest import TINY
 from training import distributed, state
+from training.learner import Learner
 
 ROOT = Path(__file__).parent.parent
 WAYS = {"2 x ddp": (2, "--parallel=ddp"), "2 x fsdp": (2, "--parallel=fsdp"),
@@ -51,7 +54,7 @@ def assert_same_run(folder, expected, tolerance=1e-5):
 @pytest.fixture(scope="module")
 def arguments(tiny_world):
     return [f"--lm={tiny_world}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val", "--steps=20",
-            "--units-per-step=256", "--block-size=32", "--warmup=2", "--eval-interval=10", "--save-interval=7", "--eval-rows=5",
+            "--tokens-per-step=256", "--block-size=32", "--warmup=2", "--eval-interval=10", "--save-interval=7", "--eval-rows=5",
             "--threads=1", "--peak-lr=1e-3", "--init=twist"]
 
 
@@ -99,7 +102,7 @@ def test_pieces_of_uneven_documents_give_one_update(arguments, tiny_world, tmp_p
     vocab = twist.UnitVocab(20, bos=None)
     twist.save_speech_lm(twist.cold_start(TINY, vocab, 0), vocab, tmp_path / "lm")
     for processes, micro in ((1, 16), (2, 8), (4, 4), (1, 4)):
-        launch(processes, [*arguments, f"--init={tmp_path}/lm", "--units-per-step=512", f"--micro-batch={micro}", "--steps=3",
+        launch(processes, [*arguments, f"--init={tmp_path}/lm", "--tokens-per-step=512", f"--micro-batch={micro}", "--steps=3",
                            "--packing=documents", f"--out={tmp_path}/{processes}x{micro}"])
     for other in ("2x8", "4x4", "1x4"):
         for name in ("loss", "grad_norm"):
@@ -217,25 +220,27 @@ def test_a_thread_that_drops_its_tensors_late_does_not_abort_the_job(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def fresh(units):
+    """A Learner of a cold start, on this process alone."""
+    config = dataclasses.replace(TINY, vocab_size=twist.UnitVocab(units).size)
+    return Learner(config, train.TrainConfig(), distributed.Dist(0, 1, torch.device("cpu"))).fill(twist.cold_tensors(config))
+
+
 def test_a_state_that_does_not_fit_the_disk_is_refused_before_it_is_written(tmp_path, monkeypatch):
-    model = twist.cold_start(TINY, twist.UnitVocab(20))
-    optimizer = torch.optim.AdamW(model.parameters())
-    dist = distributed.Dist(0, 1, torch.device("cpu"))
-    saver = state.Saver(tmp_path, 2, False, dist)
-    saver.save(model, optimizer, {"step": 1})
+    learner = fresh(20)
+    saver = state.Saver(tmp_path, 2, False, learner.dist)
+    saver.save(learner, {"step": 1})
     monkeypatch.setattr(state.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match="no room"):
-        saver.save(model, optimizer, {"step": 2})
+        saver.save(learner, {"step": 2})
     assert state.latest(tmp_path).name == "step_000001"
 
 
 def test_a_state_of_another_model_is_refused_in_a_sentence(tmp_path):
-    dist = distributed.Dist(0, 1, torch.device("cpu"))
-    model = twist.cold_start(TINY, twist.UnitVocab(20))
-    state.Saver(tmp_path, 2, False, dist).save(model, torch.optim.AdamW(model.parameters()), {"step": 1})
-    other = twist.cold_start(TINY, twist.UnitVocab(21))
+    learner = fresh(20)
+    state.Saver(tmp_path, 2, False, learner.dist).save(learner, {"step": 1})
     with pytest.raises(ValueError, match="another model"):
-        state.load(tmp_path, other, torch.optim.AdamW(other.parameters()), dist)
+        state.load(tmp_path, fresh(21))
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         state.read(tmp_path / "nowhere")
 

@@ -1,6 +1,7 @@
 """logs.py: what a row of log.csv says, and that rows of a lost future are dropped."""
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ def rows(folder):
 
 
 def test_a_row_says_perplexity_bits_per_second_and_hours():
-    row = logs.derived({"step": 5, "loss": math.log(2)}, units_seen=36_000, units_per_second_of_speech=10.0)
+    facts, options = SimpleNamespace(units_per_second_of_speech=10.0), SimpleNamespace(tokens_per_step=7_200, block_size=64)
+    learner = SimpleNamespace(dist=SimpleNamespace(device=torch.device("cpu")))
+    row = logs.derived({"step": 5, "loss": math.log(2), "units_per_second": 100}, learner, facts, options)
     assert row["perplexity"] == pytest.approx(2) and row["bits_per_second"] == pytest.approx(10) and row["hours"] == 1
 
 

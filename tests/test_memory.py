@@ -34,7 +34,7 @@ def trained(config, mode, recompute="none"):
     for block in model.h:
         block.recompute = recompute
     settings = types.SimpleNamespace(optimizer=optimizer, peak_lr=1e-3, weight_decay=0.1, beta_2=0.95)
-    made, ids = optimizers.build(model, settings), torch.zeros(ROWS, T, dtype=torch.int64)
+    made, ids = optimizers.make_optimizer(model, settings), torch.zeros(ROWS, T, dtype=torch.int64)
 
     def backward():
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -162,7 +162,7 @@ def test_seven_billion_parameters_are_planned_without_memory_for_them():
 
 
 def test_the_table_shows_every_way_of_recomputing_and_marks_the_chosen_one():
-    options = types.SimpleNamespace(optimizer="adamw", shard_size=0, reshard=True, block_size=T, units_per_step=2 * 8 * ROWS * T,
+    options = types.SimpleNamespace(optimizer="adamw", shard_size=0, reshard=True, block_size=T, tokens_per_step=2 * 8 * ROWS * T,
                                     recompute="selective")
     text = memory.table(OPT, options, "fsdp", 8, ROWS, torch.bfloat16)
     lines = text.splitlines()

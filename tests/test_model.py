@@ -4,7 +4,8 @@ import dataclasses
 import pytest
 import torch
 
-from model import KVCache, Transformer, TransformerConfig, alibi_slopes, filter_logits, generate, rotary_frequencies
+import twist
+from model import KVCache, TransformerConfig, alibi_slopes, filter_logits, generate, rotary_frequencies
 
 LLAMA = TransformerConfig(vocab_size=40, block_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=48,
                           norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False, mlp_bias=False,
@@ -21,7 +22,7 @@ SHAPES = {
 
 @pytest.fixture(params=SHAPES)
 def model(request):
-    return Transformer(SHAPES[request.param]).init_weights(torch.Generator().manual_seed(0)).eval()
+    return twist.build(SHAPES[request.param], twist.cold_tensors(SHAPES[request.param]))
 
 
 def test_a_later_token_never_changes_an_earlier_output(model):

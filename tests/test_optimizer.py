@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from training import optimizer as optimizers
-from training.optimizer import build, join, local, low_bits, master_weights
+from training.distributed import part
+from training.optimizer import join, low_bits, make_optimizer, master_weights
 
 
 def options(kind, peak_lr=1e-2):
@@ -78,7 +79,7 @@ def test_the_largest_and_the_special_numbers_survive():
 def test_split_updates_are_those_of_float32_masters_bit_for_bit(dtype, monkeypatch):
     monkeypatch.setattr(optimizers, "PIECE", 256)  # several pieces and a rest
     plain, split = network(), network()
-    pairs = [(plain, build(plain, options("adamw"))), (split, build(split, options("split")))]
+    pairs = [(plain, make_optimizer(plain, options("adamw"))), (split, make_optimizer(split, options("split")))]
     train(pairs, 60, dtype)
     assert {parameter.dtype for parameter in split.parameters()} == {torch.bfloat16}
     masters = dict(master_weights(*pairs[1]))
@@ -93,7 +94,7 @@ def test_split_updates_are_those_of_float32_masters_bit_for_bit(dtype, monkeypat
 def test_small_updates_that_bfloat16_would_lose_add_up():
     weight = nn.Parameter(torch.ones(64, 64))
     model = nn.ParameterDict({"weight": weight})
-    optimizer = build(model, options("split", peak_lr=1e-5))
+    optimizer = make_optimizer(model, options("split", peak_lr=1e-5))
     for _ in range(100):
         model["weight"].grad = torch.ones(64, 64, dtype=torch.bfloat16)
         optimizer.step()
@@ -103,7 +104,7 @@ def test_small_updates_that_bfloat16_would_lose_add_up():
 
 def test_the_float32_update_follows_the_equations_of_adamw():
     model = network()
-    optimizer, start = build(model, options("adamw")), [p.detach().double() for p in model.parameters()]
+    optimizer, start = make_optimizer(model, options("adamw")), [p.detach().double() for p in model.parameters()]
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in start]
     generator = torch.Generator().manual_seed(3)
     for step in range(1, 6):
@@ -119,7 +120,7 @@ def test_the_float32_update_follows_the_equations_of_adamw():
 
 def test_a_weight_without_gradient_stays_as_it_is():
     model = network()
-    optimizer = build(model, options("split"))
+    optimizer = make_optimizer(model, options("split"))
     before = {name: master.clone() for name, master in master_weights(model, optimizer)}
     model[1].weight.grad = torch.ones(37, 24, dtype=torch.bfloat16)
     optimizer.step()
@@ -132,20 +133,20 @@ def test_bfloat16_weights_with_their_low_bits_continue_a_float32_model():
     apart = {name: low_bits(master.detach()) for name, master in masters.items()}
     for name, parameter in model.named_parameters():
         parameter.data.copy_(apart[name][0])
-    optimizer = build(model, options("split"), {name: low for name, (_, low) in apart.items()})
+    optimizer = make_optimizer(model, options("split"), {name: low for name, (_, low) in apart.items()})
     for name, master in master_weights(model, optimizer):
         assert master.equal(masters[name]), name
     rounded = network().bfloat16()  # without low bits: the weights as they are
-    for (_, master), parameter in zip(master_weights(rounded, build(rounded, options("split"))), rounded.parameters()):
+    for (_, master), parameter in zip(master_weights(rounded, make_optimizer(rounded, options("split"))), rounded.parameters()):
         assert master.equal(parameter.float())
 
 
 def test_a_loaded_state_continues_to_the_same_bits():
     model = network()
-    optimizer = build(model, options("split"))
+    optimizer = make_optimizer(model, options("split"))
     train([(model, optimizer)], 5)
     other = network(1)
-    resumed = build(other, options("split"))
+    resumed = make_optimizer(other, options("split"))
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     train([(model, optimizer), (other, resumed)], 5)
@@ -153,14 +154,17 @@ def test_a_loaded_state_continues_to_the_same_bits():
         assert master.equal(expected), name
 
 
+SLOTS = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.float32)
+
+
 @pytest.mark.parametrize("kind", optimizers.KINDS)
 def test_the_slots_are_those_of_the_state(kind):
     model = network()
-    optimizer = build(model, options(kind))
+    optimizer = make_optimizer(model, options(kind))
     train([(model, optimizer)], 1)
     for parameter in model.parameters():
         found = optimizer.state[parameter]
-        assert {slot: value.dtype for slot, value in found.items()} == optimizers.slots(options(kind))
+        assert {slot: value.dtype for slot, value in found.items()} == SLOTS | ({"low": torch.int16} if kind == "split" else {})
         assert all(value.shape == (() if slot == "step" else parameter.shape) for slot, value in found.items())
     held = {"adamw": 16, "split": 14}[kind]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -170,18 +174,18 @@ def test_the_slots_are_those_of_the_state(kind):
 
 def test_norms_and_biases_do_not_decay_and_wrong_choices_are_refused():
     for kind in optimizers.KINDS:
-        decaying, others = build(network(), options(kind)).param_groups
+        decaying, others = make_optimizer(network(), options(kind)).param_groups
         assert {p.ndim for p in decaying["params"]} == {2} and {p.ndim for p in others["params"]} == {1}
         assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0.0 and decaying["betas"] == (0.9, 0.95)
     with pytest.raises(ValueError, match="expected one of adamw, split"):
-        build(network(), options("sgd"))
+        make_optimizer(network(), options("sgd"))
     with pytest.raises(ValueError, match="float16"):
-        build(network().half(), options("split"))
+        make_optimizer(network().half(), options("split"))
     with pytest.raises(ValueError, match="no weight is called nonsense"):
-        build(network().bfloat16(), options("split"), {"nonsense": torch.zeros(1, dtype=torch.int16)})
+        make_optimizer(network().bfloat16(), options("split"), {"nonsense": torch.zeros(1, dtype=torch.int16)})
 
 
-def part(tensor, mesh):
+def divided(tensor, mesh):
     """distribute_tensor without sending anything: gloo cannot send int16."""
     return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
@@ -197,19 +201,19 @@ def distributed_updates(rank, folder, world):
     model = network()
     for name, (weight, _) in apart.items():
         module, _, last = name.rpartition(".")
-        setattr(model.get_submodule(module), last, nn.Parameter(part(weight, mesh)))
-    lows = {name: part(low, mesh).to_local() for name, (_, low) in apart.items()}
-    optimizer, expected = build(model, options("split"), lows), build(whole, options("split"))
+        setattr(model.get_submodule(module), last, nn.Parameter(divided(weight, mesh)))
+    lows = {name: divided(low, mesh).to_local() for name, (_, low) in apart.items()}
+    optimizer, expected = make_optimizer(model, options("split"), lows), make_optimizer(whole, options("split"))
     generator = torch.Generator().manual_seed(3)
     for _ in range(5):
         for mine, parameter in zip(model.parameters(), whole.parameters()):
             parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
-            mine.grad = part(parameter.grad, mesh)
+            mine.grad = divided(parameter.grad, mesh)
         optimizer.step()
         expected.step()
     for (name, master), (_, wanted) in zip(master_weights(model, optimizer), master_weights(whole, expected), strict=True):
         assert isinstance(master, DTensor), name
-        torch.testing.assert_close(local(master), part(wanted, mesh).to_local(), rtol=0, atol=1e-8)
+        torch.testing.assert_close(part(master), divided(wanted, mesh).to_local(), rtol=0, atol=1e-8)
     for parameter in model.parameters():
         placed = {type(value) for slot, value in optimizer.state[parameter].items() if slot != "step"}
         assert placed == {DTensor}

@@ -79,7 +79,7 @@ def test_audio_to_shards_to_training_to_speech(tmp_path):
         write_wav(tmp_path / "audio" / f"{i}.wav", wav.roll(1600 * i))
     hubert_units.main([str(tmp_path / "audio"), f"--out={tmp_path}/units"])
     train.main(["--init=twist", f"--data={tmp_path}/units", f"--val-data={tmp_path}/units", f"--out={tmp_path}/run", "--steps=8",
-                "--units-per-step=128", "--block-size=64", "--warmup=1", "--eval-interval=8", "--eval-rows=2"])
+                "--tokens-per-step=128", "--block-size=64", "--warmup=1", "--eval-interval=8", "--eval-rows=2"])
     rows = (tmp_path / "run/log.csv").read_text().splitlines()
     assert float(rows[-1].split(",")[2]) < float(rows[1].split(",")[2]) - 0.3  # validation loss, last against first
     sample.main([str(PROMPT), f"--model={tmp_path}/run/model", f"--out={tmp_path}", "--max-new-units=20"])

@@ -77,12 +77,20 @@ def test_units_that_do_not_fit_16_bits_are_refused(tmp_path):
         ShardWriter(tmp_path, RECIPE).add(np.array([70000]), np.array([1]), "a", 1.0)
 
 
-def test_a_recipe_without_padding_is_one_with_none(tmp_path):
-    check_recipe(RECIPE, {**RECIPE, "pad": 0, "dedup": False}, "here")
-    check_recipe({**RECIPE, "pad": 40}, {**RECIPE, "pad": 40}, "here")
-    for one, other in (({}, {"pad": 40}), ({"pad": 40}, {}), ({"pad": 40}, {"pad": 0})):
-        with pytest.raises(ValueError, match="another tokenizer .pad is"):
-            check_recipe({**RECIPE, **one}, {**RECIPE, **other}, "here")
+@pytest.mark.parametrize("key, usual, other", [("pad", 0, 40), ("chunking", "overlap", "textless"), ("dedup", True, False)])
+def test_a_recipe_that_is_silent_about_an_option_means_its_default(key, usual, other):
+    silent = {name: value for name, value in RECIPE.items() if name != key}
+    check_recipe(silent, {**silent, key: usual}, "here")
+    check_recipe({**silent, key: other}, {**silent, key: other}, "here")
+    for one, two in (({}, {key: other}), ({key: other}, {}), ({key: other}, {key: usual})):
+        with pytest.raises(ValueError, match=f"another tokenizer .{key} is"):
+            check_recipe({**silent, **one}, {**silent, **two}, "here")
+
+
+@pytest.mark.parametrize("key", ["kind", "num_units", "layer", "centers", "frame_rate"])
+def test_everything_that_changes_units_is_compared(key):
+    with pytest.raises(ValueError, match=f"another tokenizer .{key} is"):
+        check_recipe({**RECIPE, key: "other"}, RECIPE, "here")
 
 
 # ---------------------------------------------------------------------------------------------- interrupted work

@@ -19,6 +19,8 @@ from checkpoints import files
 from conftest import TINY
 from corpus.loader import UnitLoader
 from corpus.shards import UnitShards
+from training.distributed import Dist
+from training.learner import Learner
 
 ROOT = Path(train.__file__).parent
 
@@ -122,17 +124,17 @@ def test_packed_documents_train_as_documents_alone_would(train_arguments, tmp_pa
     assert float(rows(tmp_path / "run")[1]["loss"]) == pytest.approx(total / batch.count, abs=1e-5)
 
 
-def test_documents_without_a_token_between_them_train_to_the_same_step_in_any_pieces(tiny_world, tmp_path):
+def test_documents_without_a_token_between_them_train_to_the_same_step_in_any_pieces(tiny_world, train_arguments, tmp_path):
     """Then rows have different numbers of targets, and a mean of means would not be the mean."""
     vocab = twist.UnitVocab(20, bos=None)
     batch = UnitLoader(UnitShards(tiny_world / "train"), vocab, 32, 8, 0, packing="documents").rows(0, 0, 8)
     assert len(set((batch.targets != -100).sum(1).tolist())) > 1
-    results, alone = [], train.distributed.Dist(0, 1, torch.device("cpu"))
+    twist.save_speech_lm(twist.cold_start(twist.load_lm_config(tiny_world / "text_lm"), vocab, 0), vocab, tmp_path / "start")
+    results = []
     for micro in (8, 4, 1):
-        model = twist.cold_start(twist.load_lm_config(tiny_world / "text_lm"), vocab, 0)
-        options = train.TrainConfig(dtype="float32")
-        optimizer = train.optimizers.build(model, options)
-        results.append(train.update(model, optimizer, batch, micro, options, alone)[:2])
+        train.main([*train_arguments, f"--init={tmp_path}/start", "--packing=documents", "--tokens-per-step=256", "--steps=1",
+                    f"--micro-batch={micro}", f"--out={tmp_path}/{micro}"])
+        results.append([float(rows(tmp_path / str(micro))[1][name]) for name in ("loss", "grad_norm")])
     assert results[0] == pytest.approx(results[1], abs=1e-6) and results[0] == pytest.approx(results[2], abs=1e-6)
 
 
@@ -145,7 +147,7 @@ def test_our_kernels_train_as_pytorchs_do(tmp_path, tiny_world, monkeypatch):
     for backend in ("torch", "triton"):
         monkeypatch.setenv("TWIST_KERNELS", backend)
         train.main(["--init=twist", f"--lm={tmp_path}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val",
-                    f"--out={tmp_path}/{backend}", "--steps=25", "--units-per-step=64", "--block-size=32", "--warmup=2",
+                    f"--out={tmp_path}/{backend}", "--steps=25", "--tokens-per-step=64", "--block-size=32", "--warmup=2",
                     "--packing=documents", "--eval-interval=25", "--eval-rows=2", "--peak-lr=1e-2", "--threads=1"])
         curves[backend] = [float(row["loss"]) for row in rows(tmp_path / backend)[1:]]
     assert curves["torch"][-1] < curves["torch"][0] - 0.5
@@ -166,7 +168,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_then_never_rises(schedule):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--peek-lr=1"], "did you mean --peak-lr"), (["--data=nowhere"], "no such file or folder"),
-    (["--lm=nowhere"], "no such file or folder"), (["--units-per-step=100"], "multiple"), (["--schedule=sine"], "cosine"),
+    (["--lm=nowhere"], "no such file or folder"), (["--tokens-per-step=100"], "multiple"), (["--schedule=sine"], "cosine"),
     (["--dtype=float8"], "bfloat16"), (["--block-size=256"], "at most 128"), (["--init=resume"], "nothing to resume"),
     (["--init=nowhere"], "no such file or folder")])
 def test_a_mistake_is_one_sentence_exit_code_2_and_no_run_folder(arguments, words, train_arguments, tmp_path):
@@ -207,9 +209,8 @@ def test_validation_is_the_same_for_any_number_of_rows_per_forward(tiny_world):
     vocab = twist.UnitVocab(20)
     loader = UnitLoader(UnitShards(tiny_world / "val"), vocab, 8, 1, 0)
     model = twist.cold_start(twist.load_lm_config(tiny_world / "text_lm"), vocab)
-    options = train.TrainConfig(eval_rows=0, dtype="float32")
-    dist = train.distributed.Dist(0, 1, torch.device("cpu"))
-    together = train.evaluate(model, loader, options, dist)
+    learner = Learner(model.config, train.TrainConfig(dtype="float32"), Dist(0, 1, torch.device("cpu")))
+    together = learner.fill(model.state_dict().items()).evaluate(loader, rows=0)
     alone = [model(window.ids, window.targets).item() for window in map(loader.window, range(loader.windows))]
     assert together == pytest.approx(sum(alone) / len(alone), abs=1e-5)
 
@@ -239,7 +240,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(train_arguments, t
 
 
 def test_prompts_are_continued_on_the_way(tmp_path):
-    train.main(["--init=twist", "--steps=2", "--units-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
+    train.main(["--init=twist", "--steps=2", "--tokens-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
                 "--schedule=cooldown", "--threads=1", f"--out={tmp_path}/run"])
     assert [path.relative_to(tmp_path).as_posix() for path in sorted((tmp_path / "run/samples").rglob("*.wav"))] == [
         "run/samples/step_000001/prompt_0.wav", "run/samples/step_000002/prompt_0.wav"]
@@ -257,7 +258,7 @@ def test_a_full_disk_costs_no_training_until_the_end(train_arguments, tmp_path, 
 
 def test_split_weights_are_not_asked_to_add_up_many_bfloat16_gradients(train_arguments):
     with pytest.raises(ValueError, match="raise --micro-batch"):
-        train.main(["--init=cold", *train_arguments, "--optimizer=split", "--units-per-step=256", "--micro-batch=1"])
+        train.main(["--init=cold", *train_arguments, "--optimizer=split", "--tokens-per-step=256", "--micro-batch=1"])
 
 
 def test_a_job_killed_before_its_first_state_starts_over_when_it_is_restarted(train_arguments, tmp_path):

@@ -133,7 +133,7 @@ def test_truncate_keeps_the_first_rows_of_the_text_table(lm):
             assert torch.equal(values(slm)[name], values(lm)[name][:100])
     with pytest.raises(ValueError, match="702 rows wanted, the text table has 700"):
         warm_start(lm, UnitVocab(700), embedding="truncate")
-    with pytest.raises(ValueError, match="expected fresh, matched or truncate"):
+    with pytest.raises(ValueError, match="expected one of fresh, matched, truncate"):
         warm_start(lm, UnitVocab(98), embedding="frehs")
 
 

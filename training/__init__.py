@@ -1,5 +1,5 @@
 """What stands behind train.py: everything that knows a rank, and what a run keeps.
 
-distributed (processes, DDP, FSDP2) -> optimizer (AdamW, also on split weights) -> step (one update, one validation) -> start
-(--init's weights, laid out and filled); state (what a later start goes on from), logs (log.csv), memory (what a run will hold).
+distributed (processes, parts of tensors) and optimizer (AdamW, also on split weights) <- learner (the model that the loop
+trains); state (what a later start goes on from), logs (log.csv), memory (what a run will hold).
 """

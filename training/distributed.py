@@ -1,4 +1,4 @@
-"""Everything that knows a rank: process group, how a model is spread over processes, reductions.
+"""The processes of a run: their group, sums over them, and how tensors are divided among them.
 
     python train.py                                             one process
     torchrun --nproc-per-node=8 train.py --parallel=ddp         a whole copy each, gradients averaged
@@ -9,8 +9,8 @@
     0         [all weights]       [half 0] gathers a block      node 0: [half 0] [half 1]
     1         [all weights]       [half 1] when it is needed    node 1: [half 0] [half 1]   gradients are averaged down
 
-A model is built on the meta device, without memory, and filled one tensor at a time: each process keeps its part and drops
-the rest, so that a process never holds more than its share and one tensor. Gloo on CPUs, NCCL on GPUs.
+learner.py builds a model on the meta device, without memory, and fills it one tensor at a time: each process keeps its part and
+drops the rest, so that a process never holds more than its share and one tensor. Gloo on CPUs, NCCL on GPUs.
 
 Sources: ZeRO, Rajbhandari et al. 2020 (stages 1 to 3); FSDP, Zhao et al. 2023, sections 3.2 and 3.3 (hybrid sharding).
 """
@@ -18,16 +18,15 @@ import ctypes
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as torch_distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
 DDP_LARGEST = 2e9  # parameters: up to here all states of a copy (16 bytes each) fit a 40 GB GPU
@@ -122,6 +121,18 @@ def leave():
         os._exit(0)
 
 
+@contextmanager
+def stop_signals():
+    """Yields a list that is filled when SIGTERM (a cluster's warning) or Ctrl-C arrives; the loop looks at it between steps."""
+    stop = []
+    handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------------ a model over processes
 
 def choose_parallel(parallel, parameters, dist):
@@ -151,54 +162,36 @@ def make_mesh(parallel, shard_size, dist):
     return init_device_mesh(kind, (dist.world // shard_size, shard_size), mesh_dim_names=("copies", "shard"))
 
 
-def lay_out(model, dist, parallel, compute_dtype, shard_size=0, reshard=True, compiled=False):
-    """A model on the meta device -> the same, laid out over the processes; model.to_empty() then gives each its memory.
+def deal_out(model, parallel, dist, compute_dtype, shard_size=0, reshard=True):
+    """A model on the meta device, its weights divided over the processes block by block; model.to_empty() gives each its memory.
 
     Args:
-        parallel: none | ddp | fsdp | hsdp. compute_dtype: of matrix products under fsdp and hsdp; weights stay as they are.
+        parallel: fsdp | hsdp. compute_dtype: of matrix products; weights stay as they are.
         shard_size: hsdp: processes that share one copy; 0: those of a node.
         reshard: free a block's gathered weights after its forward, and gather them again for backward.
-        compiled: torch.compile each block.
     """
-    if compiled:
-        for block in model.h:
-            block.compile()
-    if parallel in ("fsdp", "hsdp"):
-        mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        options = dict(mesh=make_mesh(parallel, shard_size, dist), mp_policy=mixed, reshard_after_forward=reshard)
-        for block in model.h:
-            fully_shard(block, **options)
-        fully_shard(model, **options)
-    return model
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    layout = dict(mesh=make_mesh(parallel, shard_size, dist), mp_policy=policy, reshard_after_forward=reshard)
+    for block in model.h:
+        fully_shard(block, **layout)
+    return fully_shard(model, **layout)
 
 
-@torch.no_grad()
-def fill(model, tensors):
-    """Copy (name, whole tensor) pairs into a model that is laid out and has its memory; each process keeps its part of each.
-
-    Raises: ValueError for a tensor that is missing, unknown or of another shape.
-    """
-    left = dict(model.named_parameters())
-    for name, tensor in tensors:
-        if name not in left or left[name].shape != tensor.shape:
-            wanted = tuple(left[name].shape) if name in left else "no such tensor"
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit the model ({wanted}); "
-                             "config.json and the weights belong to different models")
-        mine(left.pop(name)).copy_(mine_of(tensor, model.get_parameter(name)))
-    if left:
-        raise ValueError(f"the weights lack {len(left)} tensors, e.g. {next(iter(left))}; copy them again")
-
-
-def mine(tensor):
+def part(tensor):
     """This process's part of a tensor, as a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def mine_of(tensor, like):
+def part_of(tensor, like):
     """The part of a whole tensor that belongs where `like` lies; nothing is sent."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def copy_part(parameter, tensor):
+    """Copy of a whole tensor what this process keeps of it."""
+    part(parameter).copy_(part_of(tensor, parameter))
 
 
 def whole(tensor):
@@ -214,41 +207,3 @@ def gathered(tensors, dist):
         if dist.is_main:
             found[name] = tensor.cpu()
     return found
-
-
-def wrap(model, dist, parallel):
-    """A filled model -> what train.py calls: its backward averages gradients over the processes."""
-    if parallel != "ddp":
-        return model
-    return DistributedDataParallel(model, device_ids=[dist.device.index] if dist.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)  # not a second copy of the gradients
-
-
-def unwrap(model):
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def sync_gradients(model, on):
-    """Context of one micro-batch; under DDP only the last of a step needs its gradients averaged over the processes.
-
-    FSDP averages every piece's: gradients that wait would wait whole, 4 bytes for every parameter of the model.
-    """
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else nullcontext()
-
-
-def autocast(model, dist, compute_dtype):
-    """Matrix products in compute_dtype; under FSDP the gathered weights already are."""
-    on = compute_dtype != torch.float32 and not isinstance(model, FSDPModule)
-    return torch.autocast(dist.device.type, compute_dtype, enabled=on)
-
-
-def clip_gradients(model, largest):
-    """Scale all gradients down to a norm of at most `largest`; returns the norm before.
-
-    Gradients that are small enough are not even read again, where clip_grad_norm_ would multiply them by 1.
-    """
-    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    value = whole(norm).item()
-    if not value <= largest:  # NaN too
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
-    return value

@@ -1,6 +1,8 @@
 """What a run writes down: log.csv always, TensorBoard and Weights & Biases on request; and what the numbers mean.
 
-    loss             mean cross-entropy, nats per unit                     perplexity      exp(loss)
+    loss             mean cross-entropy of the stream, nats per token: units and the <S> between recordings, at every place of a
+                     row, also where little comes before. Not eval.py's, which scores the units of each recording alone
+    perplexity       exp(loss), likewise of the stream
     bits_per_second  bits per second of speech: loss / ln 2 x units per second of speech; comparable across tokenizers
     hours            hours of speech seen: units seen / units per second of speech of the shards
     mfu              model FLOPs utilisation, %: units per second x FLOPs per unit / peak of all GPUs in dense bfloat16
@@ -48,14 +50,26 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS, in bytes
 
 
-def derived(row, units_seen, units_per_second_of_speech):
-    """A row with what follows from its loss."""
-    more = {}
-    if "loss" in row:
-        more = {"perplexity": round(math.exp(min(row["loss"], 50)), 4),
-                "bits_per_second": round(row["loss"] / math.log(2) * units_per_second_of_speech, 3),
-                "hours": round(units_seen / units_per_second_of_speech / 3600, 4)}
-    return row | more
+def derived(row, learner, facts, options):
+    """What follows from a row's step, loss and units per second; learner, facts, options: of train.py."""
+    per_second, device = facts.units_per_second_of_speech, learner.dist.device
+    more = {"perplexity": round(math.exp(min(row["loss"], 50)), 4),
+            "bits_per_second": round(row["loss"] / math.log(2) * per_second, 3),
+            "hours": round(row["step"] * options.tokens_per_step / per_second / 3600, 4),
+            "memory_gb": round(memory_gb(device), 3)}
+    if peak := peak_flops(device):
+        flops = flops_per_unit(learner.config, learner.parameters, options.block_size)
+        more["mfu"] = round(100 * row["units_per_second"] * flops / (peak * learner.dist.world), 2)
+    return more
+
+
+def summary(steps, val_loss, seconds, memories, dist, facts, options):
+    """What a finished run says: its validation loss, what it cost, what it held. memories: GB of each process."""
+    units, unit = steps * options.tokens_per_step, "GPU" if dist.device.type == "cuda" else "process"
+    return (f"validation loss {val_loss:.4f} nats per token, stream perplexity {math.exp(val_loss):.3f}, {steps} steps in "
+            f"{seconds:.0f} s\ncost: {dist.world * seconds / 3600:.3f} {unit}-hours for {units:,} units, "
+            f"{units / facts.units_per_second_of_speech / 3600:.1f} hours of speech\n"
+            f"most memory held by the processes, GB: {', '.join(f'{most:.2f}' for most in memories)}")
 
 
 class Log:

@@ -161,7 +161,7 @@ def gathered(parameters, block, blocks, size, reshard):
 def table(config, options, parallel, world, micro_rows, dtype):
     """The plan as text, for each way of recomputing; options: those of train.py; dtype: of matrix products."""
     shard = {"fsdp": world, "hsdp": options.shard_size or min(8, world)}.get(parallel, 1)
-    pieces = options.units_per_step // (world * micro_rows * options.block_size)
+    pieces = options.tokens_per_step // (world * micro_rows * options.block_size)
     lines = [f"memory of a process in GB (10^9 bytes): {options.optimizer}, {str(dtype).removeprefix('torch.')}, {micro_rows} x "
              f"{options.block_size} ids a forward, {pieces} an update, a copy of the model on {shard}"]
     names = ("weights", "gradients", "optimizer", "copies", "activations", "working", "total")

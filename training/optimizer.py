@@ -20,17 +20,13 @@ Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
 import torch
 from torch.optim.adamw import adamw
 
+from training.distributed import part
+
 KINDS = ("adamw", "split")
 PIECE = 2**24  # elements updated at once by split, a multiple of every vector width: bounds the float32 copies to some 400 MB
 
 
-def slots(options):
-    """{name: dtype} of what build()'s optimizer keeps for each weight; all have the weight's shape but step, a scalar."""
-    kept = {"step": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
-    return kept | ({"low": torch.int16} if options.optimizer == "split" else {})
-
-
-def build(model, options, lows=None):
+def make_optimizer(model, options, lows=None):
     """The optimizer that --optimizer names, decaying matrices and tables only.
 
     Args:
@@ -42,7 +38,7 @@ def build(model, options, lows=None):
     """
     if options.optimizer not in KINDS:
         raise ValueError(f"--optimizer={options.optimizer}: expected one of {', '.join(KINDS)}")
-    parameters = dict(getattr(model, "module", model).named_parameters())  # the names inside DistributedDataParallel
+    parameters = dict(model.named_parameters())
     unknown = set(lows or {}) - set(parameters)
     if unknown:
         raise ValueError(f"low bits for a weight that is not in the model: no weight is called {min(unknown)}")
@@ -67,18 +63,13 @@ def join(weight, low):
     return ((weight.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 
-def local(tensor):
-    """This process's part of a distributed tensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW on float32 masters that are stored as bfloat16 weights and int16 low bits.
 
     Bit for bit torch.optim.AdamW(fused=True) on float32 weights with the same gradients. All slots exist from the start:
     step () float32 on the CPU; exp_avg, exp_avg_sq float32 and low int16, distributed as their weight is.
 
-    Args: lows: {parameter: int16 tensor}, see build().
+    Args: lows: {parameter: int16 tensor}, see make_optimizer().
     Raises: ValueError for weights that are neither float32 nor bfloat16, or distributed and not bfloat16.
     """
 
@@ -87,10 +78,10 @@ class SplitAdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         for parameter in (p for group in self.param_groups for p in group["params"]):
             low = (lows or {}).get(parameter)
-            if parameter.dtype == torch.float32 and local(parameter) is parameter and low is None:
+            if parameter.dtype == torch.float32 and part(parameter) is parameter and low is None:
                 parameter.data, low = low_bits(parameter.data)
             if parameter.dtype != torch.bfloat16:
-                raise ValueError(f"optimizer split got a {'distributed ' if local(parameter) is not parameter else ''}weight of "
+                raise ValueError(f"optimizer split got a {'distributed ' if part(parameter) is not parameter else ''}weight of "
                                  f"{parameter.dtype}; make it bfloat16 before, with the low bits as `lows`")
             state = self.state[parameter]
             state["step"] = torch.zeros(())
@@ -98,20 +89,20 @@ class SplitAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
             if low is not None:
-                local(state["low"]).copy_(local(low))
+                part(state["low"]).copy_(part(low))
 
     @torch.no_grad()
     def step(self):
         """One update of every weight that has a gradient, in bfloat16 or float32."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None or not local(parameter).numel():
+                if parameter.grad is None or not part(parameter).numel():
                     continue
                 state = self.state[parameter]
                 changed = (parameter, state["exp_avg"], state["exp_avg_sq"], state["low"])
-                flat = [local(parameter.grad).reshape(-1), *(local(tensor).detach().view(-1) for tensor in changed)]
+                flat = [part(parameter.grad).reshape(-1), *(part(tensor).detach().view(-1) for tensor in changed)]
                 for pieces in zip(*(tensor.split(PIECE) for tensor in flat)):
-                    update(*pieces, state["step"].item(), group)
+                    update_piece(*pieces, state["step"].item(), group)
                 state["step"] += 1
 
     def load_state_dict(self, state_dict):
@@ -119,12 +110,12 @@ class SplitAdamW(torch.optim.Optimizer):
         numbered = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, saved in state_dict["state"].items():
             for slot, value in saved.items():
-                local(self.state[numbered[number]][slot]).copy_(local(value))
+                part(self.state[numbered[number]][slot]).copy_(part(value))
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
 
-def update(gradient, weight, exp_avg, exp_avg_sq, low, steps, group):
+def update_piece(gradient, weight, exp_avg, exp_avg_sq, low, steps, group):
     """AdamW on one piece, flat, in place; `steps` updates came before."""
     master = join(weight, low)
     adamw([master], [gradient.float()], [exp_avg], [exp_avg_sq], [], [torch.full((), steps, device=weight.device)], fused=True,
@@ -143,5 +134,5 @@ def master_weights(model, optimizer):
             yield name, parameter.detach().float()
         else:
             master = torch.empty_like(parameter, dtype=torch.float32)
-            local(master).copy_(join(local(parameter).contiguous(), local(low).contiguous()))
+            part(master).copy_(join(part(parameter).contiguous(), part(low).contiguous()))
             yield name, master

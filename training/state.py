@@ -26,17 +26,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from checkpoints.files import replace_folder, write_json, write_text
-from training import distributed
 
 FILE_BYTES = 2**28  # of the whole tensors that go into one file of each process
 
 
-def named(model, optimizer):
+def named(learner):
     """{name: tensor or this process's part of it} of weights and optimizer."""
     tensors = {}
-    for name, parameter in distributed.unwrap(model).named_parameters():
+    for name, parameter in learner.model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        for slot, value in optimizer.state.get(parameter, {}).items():
+        for slot, value in learner.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{slot}"] = value
     return tensors
 
@@ -74,11 +73,12 @@ def read(out):
     return json.loads((folder / "state.json").read_text())
 
 
-def load(out, model, optimizer, dist):
-    """Fill a model that is laid out, and its fresh optimizer, from the newest state."""
+def load(out, learner):
+    """Bring the weights and the fresh optimizer of a Learner to the newest state."""
     folder = latest(out)
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    for name, parameter in distributed.unwrap(model).named_parameters():
+    optimizer = learner.optimizer
+    for name, parameter in learner.model.named_parameters():
         prefix = f"optimizer.{name}."
         for key in (key for key in stored if key.startswith(prefix)):
             like, dtype = stored[key], stored[key].properties.dtype
@@ -86,14 +86,14 @@ def load(out, model, optimizer, dist):
             device = parameter.device if optimizer.defaults.get("fused") else "cpu"
             slot = torch.zeros_like(parameter.detach(), dtype=dtype) if like.size else torch.zeros((), dtype=dtype, device=device)
             optimizer.state[parameter][key.removeprefix(prefix)] = slot
-    tensors = named(model, optimizer)
+    tensors = named(learner)
     missing = sorted(set(tensors) - set(stored))
     if missing or any(tuple(stored[name].size) != tuple(tensor.shape) for name, tensor in tensors.items()):
         raise ValueError(f"{folder} is of another model (e.g. {(missing or sorted(tensors))[0]}); resume with the --lm it was "
                          "started with")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=dist.world == 1)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=learner.dist.world == 1)
 
 
 class Saver:
@@ -120,13 +120,13 @@ class Saver:
                 shutil.rmtree(path)
         self.dist.barrier()
 
-    def save(self, model, optimizer, state):
+    def save(self, learner, state):
         """Write step_NNNNNN of state["step"]. state: what json can hold.
 
         Raises: OSError on every process, before anything is written, if the disk has no room for it.
         """
         self.settle()
-        tensors = named(model, optimizer)
+        tensors = named(learner)
         temporary = self.out / f"step_{state['step']:06d}.tmp"
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         room = math.inf

@@ -1,0 +1,123 @@
+"""What the loop of train.py trains: a model that is spread over the processes, and its optimizer.
+
+    TransformerConfig --twist.empty--> a model without memory --divided among the processes--> --twist.fill, a tensor at a time-->
+    rows of a batch --forward--> mean loss --backward, clip, step--> new weights
+
+Each process has whole copies of the weights (ddp) or a part of each (fsdp, hsdp); the loop need not know. Nothing is held twice:
+a tensor is read or drawn when its turn comes, and each process keeps its own part of it.
+"""
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import twist
+from training import distributed
+from training.optimizer import low_bits, make_optimizer, master_weights
+
+EVAL_ROWS = 16  # of one forward of a validation
+
+
+def compute_dtype(options, dist):
+    """Of matrix products: what --dtype says, bfloat16 on GPUs if it says nothing."""
+    on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
+    return torch.bfloat16 if on else torch.float32
+
+
+class Learner:
+    """A model and its optimizer on all processes of a run; every process calls every method.
+
+    Args: model_config: TransformerConfig. options: TrainConfig, of which those about precision, layout and optimizer count.
+    Attributes: config; parallel (none | ddp | fsdp | hsdp); parameters (of the whole model); dtype (of matrix products);
+        model (Transformer, whose parameters are whole or this process's parts); optimizer, once it is filled.
+    """
+
+    def __init__(self, model_config, options, dist):
+        self.config, self.options, self.dist = model_config, options, dist
+        self.dtype = compute_dtype(options, dist)
+        model = twist.empty(model_config).train()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parallel = distributed.choose_parallel(options.parallel, self.parameters, dist)
+        for block in model.h:
+            block.recompute = options.recompute
+            if options.compile == "blocks" or (options.compile == "auto" and dist.device.type == "cuda"):
+                block.compile()
+        self.model = model.bfloat16() if options.optimizer == "split" else model
+        if self.parallel in ("fsdp", "hsdp"):
+            distributed.deal_out(self.model, self.parallel, dist, self.dtype, options.shard_size, options.reshard)
+
+    def fill(self, tensors):
+        """Weights from (name, whole tensor) pairs, and a fresh optimizer; None: a state (state.py) will bring the numbers."""
+        self.model.to_empty(device=self.dist.device)
+        lows = {}  # of --optimizer=split: this process's part of the bits that bfloat16 loses
+        if tensors is not None:
+            twist.fill(self.model, self.rounded(tensors, lows) if self.options.optimizer == "split" else tensors,
+                       distributed.copy_part)
+        self.replica = self.model  # what forward calls: under ddp its backward averages gradients
+        if self.parallel == "ddp":
+            self.replica = DistributedDataParallel(
+                self.model, device_ids=[self.dist.device.index] if self.dist.device.type == "cuda" else None,
+                gradient_as_bucket_view=True)  # not a second copy of the gradients
+        self.optimizer = make_optimizer(self.model, self.options, lows)
+        return self
+
+    def rounded(self, tensors, lows):
+        for name, tensor in tensors:
+            high, low = low_bits(tensor.float())
+            lows[name] = distributed.part_of(low, self.model.get_parameter(name))
+            yield name, high
+
+    def autocast(self):
+        """Matrix products in self.dtype; under FSDP the gathered weights already are."""
+        on = self.dtype != torch.float32 and self.parallel not in ("fsdp", "hsdp")
+        return torch.autocast(self.dist.device.type, self.dtype, enabled=on)
+
+    def forward(self, batch, last=True):
+        """Mean loss over the targets of this process's rows, () float32.
+
+        last: whether this is the last forward of an update. Under ddp the gradients of the others wait for it; fsdp averages
+        those of each, since gradients that wait would wait whole, 4 bytes for every parameter of the model.
+        """
+        ids, targets, starts = (part if part is None else part.to(self.dist.device, non_blocking=True) for part in batch)
+        if self.parallel == "ddp":
+            self.replica.require_backward_grad_sync = last
+        with self.autocast():
+            return self.replica(ids, targets, document_starts=starts)
+
+    def clip(self, largest):
+        """Scale all gradients down to a norm of at most `largest`; returns the norm before, the same on all processes.
+
+        Gradients that are small enough are not even read again, where clip_grad_norm_ would multiply them by 1.
+        """
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        value = distributed.whole(norm).item()
+        if not value <= largest:  # NaN too
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, norm)
+        return value
+
+    def step(self, lr):
+        """AdamW on all weights."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self, loader, rows):
+        """Mean loss over the first rows of a loader (0: all), in order: the same for every run. The processes share the work.
+
+        All do the same number of forwards, because under FSDP each gathers weights from all; a row too many counts nothing.
+        """
+        self.model.eval()
+        dist, rows = self.dist, min(rows or loader.windows, loader.windows)
+        total, targets = torch.zeros((), dtype=torch.float64, device=dist.device), 0
+        mine = list(range(dist.rank, rows, dist.world))
+        for i in range(0, -(-rows // dist.world), EVAL_ROWS):
+            batch = loader.window(*(mine[i:i + EVAL_ROWS] or [0]))
+            count = batch.count if mine[i:i + EVAL_ROWS] else 0
+            total += self.forward(batch).double() * count
+            targets += count
+        self.model.train()
+        total, targets = dist.sum(total, targets)
+        return total / targets
+
+    def weights(self):
+        """{name: whole float32 tensor on the CPU} on rank 0, {} elsewhere."""
+        return distributed.gathered(master_weights(self.model, self.optimizer), self.dist)
