@@ -207,7 +207,7 @@ def slurm(tmp_path):
 
 @each_launcher
 def test_a_launcher_is_valid_bash_and_explains_itself(name):
-    assert subprocess.run(["bash", "-n", ROOT / "scripts" / name]).returncode == 0
+    assert subprocess.run(["bash", "-n", ROOT / "scripts" / name], timeout=60).returncode == 0
     for flag in ("-h", "--help"):
         (text, code), = end(start(name, flag))
         assert code == 0 and f"scripts/{name} CONFIG [--key=value ...]" in text and "DRY_RUN=1" in text and "NPROC=" in text

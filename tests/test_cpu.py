@@ -154,6 +154,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_kept_memory_is_not_cleared_again_by_the_system():
     kept, not_kept = (int(subprocess.run([sys.executable, "-c", KEEP.format(keep=keep)], capture_output=True, text=True,
-                                         check=True).stdout) for keep in (True, False))
+                                         check=True, timeout=120).stdout) for keep in (True, False))
     pages = 20_000_000 * 4 / resource.getpagesize()
     assert kept < 2 * pages < not_kept  # the heap may grow once more

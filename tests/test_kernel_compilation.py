@@ -15,7 +15,7 @@ def run(*arguments, **environment):
     # in a process of its own: here the interpreter is on, and a crash of the compiler would end the tests
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     return subprocess.run([sys.executable, "-m", "kernels.compile", *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

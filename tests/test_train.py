@@ -33,7 +33,8 @@ def weights(folder):
 
 
 def launch(arguments, **options):
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=180,
+                          **options)
 
 
 @pytest.mark.parametrize("init", ["twist", "cold", "shuffled"])
