@@ -280,7 +280,7 @@ def alone(tmp_path_factory):
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("name", ["many_nodes_static.sh", "many_nodes_c10d.sh"])
+@pytest.mark.parametrize("name", [pytest.param("many_nodes_static.sh", marks=pytest.mark.slow), "many_nodes_c10d.sh"])
 def test_two_nodes_give_the_losses_of_one_process(name, alone, tmp_path):
     port = str(free_port())
     variables = dict(NNODES="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RDZV_ENDPOINT=f"127.0.0.1:{port}", NPROC="1",
@@ -294,6 +294,7 @@ def test_two_nodes_give_the_losses_of_one_process(name, alone, tmp_path):
         assert abs(a - b) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_warns_saves_goes_back_to_the_queue_and_goes_on(slurm, tmp_path):
     run, path = tmp_path / "run", f"{slurm}{os.pathsep}{environment()['PATH']}"
     variables = {**NODES, "SLURM_JOB_NUM_NODES": "1", "PORT": str(free_port()), "NPROC": "1", "LOCAL_ADDR": "127.0.0.1",

@@ -1,5 +1,6 @@
 """distributed.py and state.py: the same losses on any number of processes, and no kill that costs more than a step (gloo)."""
 import csv
+import functools
 import os
 import shutil
 import signal
@@ -64,7 +65,7 @@ def alone(arguments, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["2 x fsdp", *(pytest.param(way, marks=pytest.mark.slow) for way in ("2 x ddp", "4 x hsdp"))])
 def test_twenty_steps_give_the_losses_and_weights_of_one_process(way, arguments, alone, tmp_path):
     processes, *options = WAYS[way]
     text = launch(processes, [*arguments, *options, f"--out={tmp_path}/run"])
@@ -72,7 +73,8 @@ def test_twenty_steps_give_the_losses_and_weights_of_one_process(way, arguments,
     assert_same_run(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("first, then", [("2 x fsdp", "alone"), ("alone", "4 x hsdp"), ("4 x hsdp", "2 x ddp")])
+@pytest.mark.parametrize("first, then", [("alone", "4 x hsdp"), pytest.param("2 x fsdp", "alone", marks=pytest.mark.slow),
+                                         pytest.param("4 x hsdp", "2 x ddp", marks=pytest.mark.slow)])
 def test_a_state_goes_on_under_any_other_number_of_processes(first, then, arguments, alone, tmp_path):
     ways = {"alone": (1,), **WAYS}
     processes, *options = ways[first]
@@ -87,6 +89,7 @@ def test_a_state_goes_on_under_any_other_number_of_processes(first, then, argume
     assert_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_a_warm_start_in_parts_is_the_warm_start(arguments, tiny_world, tmp_path):
     launch(2, [*arguments, "--parallel=fsdp", "--steps=1", "--peak-lr=0", f"--out={tmp_path}/run"])
     expected = twist.warm_start(twist.load_text_lm(tiny_world / "text_lm"), twist.UnitVocab(20), seed=0)
@@ -95,19 +98,33 @@ def test_a_warm_start_in_parts_is_the_warm_start(arguments, tiny_world, tmp_path
         assert torch.equal(tensor, other), name
 
 
-def test_pieces_of_uneven_documents_give_one_update(arguments, tiny_world, tmp_path):
-    """Without <S> between documents rows have different numbers of targets: 1 x 16, 2 x 8 and 4 x 4 rows, one update."""
-    vocab = twist.UnitVocab(20, bos=None)
-    twist.save_speech_lm(twist.cold_start(TINY, vocab, 0), vocab, tmp_path / "lm")
-    for processes, micro in ((1, 16), (2, 8), (4, 4), (1, 4)):
-        launch(processes, [*arguments, f"--init={tmp_path}/lm", "--units-per-step=512", f"--micro-batch={micro}", "--steps=3",
-                           "--packing=documents", f"--out={tmp_path}/{processes}x{micro}"])
-    for other in ("2x8", "4x4", "1x4"):
-        for name in ("loss", "grad_norm"):
-            assert column(tmp_path / other, name) == pytest.approx(column(tmp_path / "1x16", name), rel=1e-6, abs=1e-6)
-        assert_same_run(tmp_path / other, tmp_path / "1x16", 1e-6)
+@pytest.fixture(scope="module")
+def uneven(arguments, tmp_path_factory):
+    """(processes, rows of a piece) -> folder of a run whose rows have different numbers of targets: no <S> between documents."""
+    folder, vocab = tmp_path_factory.mktemp("uneven"), twist.UnitVocab(20, bos=None)
+    twist.save_speech_lm(twist.cold_start(TINY, vocab, 0), vocab, folder / "lm")
+
+    @functools.cache
+    def run(processes, micro):
+        out = folder / f"{processes}x{micro}"
+        launch(processes, [*arguments, f"--init={folder}/lm", "--units-per-step=512", f"--micro-batch={micro}", "--steps=3",
+                           "--packing=documents", f"--out={out}"])
+        return out
+
+    return run
 
 
+@pytest.mark.parametrize("processes, micro", [(1, 4), pytest.param(2, 8, marks=pytest.mark.slow),
+                                              pytest.param(4, 4, marks=pytest.mark.slow)])
+def test_pieces_of_uneven_documents_give_one_update(processes, micro, uneven):
+    """The 16 rows of an update whole, and in pieces one after the other and side by side."""
+    whole, other = uneven(1, 16), uneven(processes, micro)
+    for name in ("loss", "grad_norm"):
+        assert column(other, name) == pytest.approx(column(whole, name), rel=1e-6, abs=1e-6)
+    assert_same_run(other, whole, 1e-6)
+
+
+@pytest.mark.slow
 def test_split_weights_in_parts_and_recomputation_train_as_split_weights_whole(arguments, tmp_path):
     """bfloat16 weights with their low bits: whole in one process, in halves in two, kept on the way, resumed."""
     options = ["--optimizer=split", "--dtype=bfloat16", "--peak-lr=1e-3"]
@@ -120,7 +137,8 @@ def test_split_weights_in_parts_and_recomputation_train_as_split_weights_whole(a
     assert column(tmp_path / "two") == pytest.approx(before, abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [["--recompute=selective"], ["--recompute=full"], ["--async-save"]])
+@pytest.mark.parametrize("options", [pytest.param(["--recompute=selective"], marks=pytest.mark.slow), ["--recompute=full"],
+                                     ["--async-save"]])
 def test_what_only_saves_memory_or_time_changes_nothing(options, arguments, alone, tmp_path):
     launch(1, [*arguments, *options, f"--out={tmp_path}/run"])
     assert_same_run(tmp_path / "run", alone, 1e-6)
@@ -145,6 +163,7 @@ def start(command):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(arguments, alone, tmp_path):
     out = tmp_path / "run"
     process = start(torchrun(2, [*arguments, "--parallel=fsdp", "--save-interval=1", f"--out={out}"]))
@@ -212,6 +231,7 @@ distributed.leave()
 """
 
 
+@pytest.mark.slow
 def test_a_thread_that_drops_its_tensors_late_does_not_abort_the_job(tmp_path):
     (tmp_path / "late.py").write_text(LATE_THREAD)
     command = [*torchrun(2, [])[:-1], str(tmp_path / "late.py")]
