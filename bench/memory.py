@@ -52,6 +52,12 @@ def resident(key):
     raise ValueError(f"the system does not say {key}; this needs Linux")
 
 
+def in_own_process(function, *arguments):
+    """What the function returns in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def spread_over(world, parameters):
     """(parallel, processes that share a copy) of --parallel=auto."""
     if world == 1:
@@ -140,8 +146,8 @@ def measured():
     for (optimizer, dtype), recompute in tqdm([*itertools.product(modes, memory.RECOMPUTE)], desc="measured", disable=None):
         plan = memory.plan(SMALL, parallel="none", shard=1, micro_rows=SMALL_ROWS, block_size=SMALL.block_size, dtype=dtype,
                            optimizer=optimizer, recompute=recompute, pieces=SMALL_PIECES)
-        with returning_memory(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            peak = pool.submit(train_small, optimizer, recompute, dtype).result()
+        with returning_memory():
+            peak = in_own_process(train_small, optimizer, recompute, dtype)
         rows.append({"optimizer": optimizer, "recompute": recompute, "dtype": str(dtype).removeprefix("torch."),
                      "parameters": plan.parameters, "planned_mb": round(plan.total / 1e6), "measured_mb": round(peak / 1e6),
                      "measured_over_planned": round(peak / plan.total, 3)})

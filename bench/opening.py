@@ -8,9 +8,7 @@ figure is the highest resident memory during the opening, less what the process 
 model. Pages of mapped files count: they are memory while they are mapped.
 """
 import importlib.util
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import twist
-from bench.memory import resident
+from bench.memory import in_own_process, resident
 from checkpoints import files, pretrained
 from model import Transformer, TransformerConfig
 
@@ -84,8 +82,7 @@ def bench_opening(options):
             folder = Path(folder) / "model"
             parameters = write_large_model(folder, options, dtype, kind)
             for how in openers:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    peak, found = pool.submit(measure_opening, how, folder).result()
+                peak, found = in_own_process(measure_opening, how, folder)
                 assert found == parameters, f"{how} opened {found} parameters of {parameters}"
                 rows.append({"stored": name, "opened_by": how, "gib": round(4 * parameters / 2**30, 3),
                              "peak_over_size": round(peak / (4 * parameters), 3)})

@@ -4,10 +4,10 @@
 
 Medians, taking turns; cpu/ says what is used where. Shapes: M rows, C inputs, N outputs.
 """
+import cpu
 import torch
 import torch.nn.functional as F
 
-import cpu
 from bench.timing import side_by_side
 
 LINEAR = ((2048, 192, 512), (1024, 512, 2048), (1024, 2048, 512), (512, 768, 3072))  # rows, inputs C, outputs N

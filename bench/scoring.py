@@ -8,9 +8,9 @@ pocket speech LM on the CPU, in ten slices; of each slice the loop then scores 4
 import statistics
 import time
 
+import cpu
 import torch
 
-import cpu
 import twist
 from evaluation import likelihood
 from training import distributed

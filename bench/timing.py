@@ -6,7 +6,7 @@ One CUDA graph calls a way on every set of inputs in turn, so that no launch is 
 sets, is one call. At least SETS sets, and together more than an L2 cache holds, unless that takes over MOST_SETS. A sample is as
 many replays in a row as take SAMPLE_SECONDS. The ways take turns: medians of ROUNDS samples, and the interquartile range over the
 median as their spread. A way that cannot be captured is called plainly between CUDA events, and its note says so. On CPUs: plain
-calls and the wall clock. All this is for the kernels; whole operations take turns in side_by_side().
+calls and the wall clock. All this is for the kernels; whole operations go side_by_side().
 """
 import contextlib
 import functools
@@ -47,17 +47,22 @@ def check_device(what, device):
         kernels.choose(what, device, torch.bfloat16, forced="triton")  # says what stands in the way
 
 
-def side_by_side(ways, repeats, device):
-    """{name: function} -> {name: median seconds}, the functions taking turns; one round before the first is not counted."""
+def take_turns(ways, rounds, device):
+    """{name: function} -> {name: seconds of each round}, the functions called in turn."""
     seconds = {name: [] for name in ways}
-    for _ in range(repeats + 1):
+    for _ in range(rounds):
         for name, function in ways.items():
             begin = time.perf_counter()
             function()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(measured[1:]) for name, measured in seconds.items()}
+    return seconds
+
+
+def side_by_side(ways, repeats, device):
+    """{name: function} -> {name: median seconds}; one round before the first is not counted."""
+    return {name: statistics.median(seconds[1:]) for name, seconds in take_turns(ways, repeats + 1, device).items()}
 
 
 def attempt(function, inputs):

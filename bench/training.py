@@ -23,23 +23,20 @@ LLaMA-7B in float32 is too large twice: ways follow each other, with ours as con
 import dataclasses
 import functools
 import gc
-import multiprocessing
 import statistics
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cpu
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import cpu
 import train
 import twist
-from bench.memory import SIZES, resident
-from bench.timing import attempt
+from bench.memory import SIZES, in_own_process, resident
+from bench.timing import attempt, take_turns
 from corpus.loader import Batch
 from model import TransformerConfig
 from training import distributed, logs
@@ -161,8 +158,7 @@ def peak_in_process(builder, shape, folder):
 
 
 def peak_on_cpu(builder, shape, folder):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_in_process, builder, shape, folder).result()
+    return in_own_process(peak_in_process, builder, shape, folder)
 
 
 def warm_up(step, device, before):
@@ -174,19 +170,6 @@ def warm_up(step, device, before):
     for _ in range(WARM_UP - 1):
         step()
     return loss, torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-
-
-def take_turns(steps, rounds, device):
-    """{way: function} -> {way: seconds of each round}"""
-    seconds = {way: [] for way in steps}
-    for _ in range(rounds):
-        for way, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[way].append(time.perf_counter() - begin)
-    return seconds
 
 
 @dataclass

@@ -19,9 +19,7 @@ chunking: the pocket tokenizer on the given recordings, joined and repeated to t
 whole and in pieces; the share of frames that get another unit, and the most that differ in any ten seconds.
 """
 import functools
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import soundfile
@@ -29,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import hubert_units
-from bench.memory import resident
+from bench.memory import in_own_process, resident
 from bench.timing import side_by_side
 from checkpoints import files
 from speech import audio
@@ -130,7 +128,7 @@ def bench_hubert(options):
 
 # ---------------------------------------------------------------------------------------------- long recordings
 
-def encode_in_process(path, out):
+def peak_of_encoding(path, out):
     """Highest resident memory of this process, bytes, after the command has encoded one recording."""
     hubert_units.main([str(path), f"--out={out}", "--device=cpu"])
     return resident("VmHWM")
@@ -147,8 +145,7 @@ def bench_long(options):
                     part = prompt[:left]
                     file.write(part[:, None].repeat(2, axis=1))
                     left -= len(part)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                peak = pool.submit(encode_in_process, path, Path(folder) / f"units{minutes}").result()
+            peak = in_own_process(peak_of_encoding, path, Path(folder) / f"units{minutes}")
             rows.append({"minutes": minutes, "peak_mb": round(peak / 1e6)})
     return rows
 

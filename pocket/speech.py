@@ -107,8 +107,11 @@ class Espeak:
         child = fork.Process(target=lambda: there.send(self._speak(*arguments)))
         child.start()
         there.close()
+        if not here.poll(60):
+            child.kill()
+            raise OSError("espeak-ng did not finish within a minute")
         samples, phones = here.recv()
-        child.join()
+        child.join(60)
         return self._resampled(samples), phones
 
     def phonemes(self, word, voice):

@@ -28,7 +28,7 @@ import config
 from checkpoints import files, pretrained
 from speech.audio import SAMPLE_RATE
 from speech.hubert import Hubert, HubertConfig
-from speech.kmeans import fit_kmeans
+from speech.kmeans import fit_kmeans, nearest_centers
 
 SHAPE = HubertConfig(
     conv_dim=(32, 64, 96, 128, 128, 128, 192, 192), conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2),
@@ -93,15 +93,15 @@ class Speech:
         return torch.cat(phones), torch.cat(voices)
 
 
-def mel_filters(bands, fft, low=20.0, high=7600.0):
-    """(fft // 2 + 1, bands) triangular filters, equally spaced on the mel scale 2595 log10(1 + f / 700)."""
+def mel_filters(bands, fft, low=20.0, high=7600.0, dtype=torch.float32):
+    """(fft // 2 + 1, bands) float32 triangles, equally spaced on the mel scale 2595 log10(1 + f / 700); dtype: computed in."""
     def mel(f):
         return 2595 * math.log10(1 + f / 700)
-    edges = 700 * (10 ** (torch.linspace(mel(low), mel(high), bands + 2) / 2595) - 1)
-    f = torch.linspace(0, SAMPLE_RATE / 2, fft // 2 + 1)[:, None]
+    edges = 700 * (10 ** (torch.linspace(mel(low), mel(high), bands + 2, dtype=dtype) / 2595) - 1)
+    f = torch.linspace(0, SAMPLE_RATE / 2, fft // 2 + 1, dtype=dtype)[:, None]
     rising = (f - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - f) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0)
+    return torch.minimum(rising, falling).clamp(min=0).float()
 
 
 def mfcc(wave, normalize):
@@ -128,11 +128,6 @@ def mfcc(wave, normalize):
     if normalize:
         pooled = (pooled - pooled.mean(0)) / (pooled.std(0) + 1e-5)
     return pooled
-
-
-def nearest(features, centers):
-    """(N, C), (K, C) -> (N,) int64 index of the nearest centre."""
-    return torch.cat([(centers.square().sum(1) - 2 * part @ centers.T).argmin(1) for part in features.split(100_000)])
 
 
 def cluster(features, k, seed, sample=80_000):
@@ -268,8 +263,8 @@ def main(argv=None):
     for normalize in (False, True):
         features = torch.cat([mfcc(speech.wave(i), normalize) for i in range(len(speech.rows))])
         centers = cluster(features, options.targets_1, options.seed)
-        targets = nearest(features, centers)  # those of the second pass, normalised, are kept
-        units = nearest(torch.cat([mfcc(val.wave(i), normalize) for i in range(len(val.rows))]), centers)
+        targets = nearest_centers(features, centers)[1]  # those of the second pass, normalised, are kept
+        units = nearest_centers(torch.cat([mfcc(val.wave(i), normalize) for i in range(len(val.rows))]), centers)[1]
         results["mfcc normalised per recording" if normalize else "mfcc"] = quality(units, phones, voices)
     print(results, flush=True)
 
@@ -279,7 +274,7 @@ def main(argv=None):
     pretrain(model, nn.Linear(SHAPE.n_embd, options.targets_1), speech, targets, options.steps_1, options, "iteration_1",
              report)
     features = hidden(model, speech, [options.target_layer])[options.target_layer]
-    targets = nearest(features, cluster(features, options.targets_2, options.seed))
+    targets = nearest_centers(features, cluster(features, options.targets_2, options.seed))[1]
     del features
     results.update({f"iteration 1 {name}": result for name, (_, result) in score(model, speech, val, options).items()})
     torch.manual_seed(options.seed + 1)
@@ -310,7 +305,7 @@ def score(model, speech, val, options):
     results = {}
     for layer in layers:
         centers = cluster(fitted[layer], options.num_units, options.seed)
-        results[f"layer {layer}"] = centers, quality(nearest(held_out[layer], centers), phones, voices)
+        results[f"layer {layer}"] = centers, quality(nearest_centers(held_out[layer], centers)[1], phones, voices)
         print(f"layer {layer}", results[f"layer {layer}"][1], flush=True)
     return results
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import config
 from checkpoints import files
 from corpus.shards import UnitShards
+from pocket.train_hubert import mel_filters
 from speech.audio import SAMPLE_RATE, read_wav
 from vocoder import SLOPE, DurationConfig, Vocoder, VocoderConfig
 
@@ -132,24 +133,12 @@ class Corpus:
 
 # -------------------------------------------------------------------------------------------------- spectra
 
-def mel_filters(window, bands):
-    """Triangles that overlap by half, equally spaced in mel from 0 to 8 kHz: (window / 2 + 1, bands) float32."""
-    def hertz(mel):
-        return 700 * (10 ** (mel / 2595) - 1)
-    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
-    corners = hertz(torch.linspace(0, top, bands + 2, dtype=torch.float64))
-    bins = torch.linspace(0, SAMPLE_RATE / 2, window // 2 + 1, dtype=torch.float64)[:, None]
-    rising = (bins - corners[:-2]) / (corners[1:-1] - corners[:-2])
-    falling = (corners[2:] - bins) / (corners[2:] - corners[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0).float()
-
-
 class Spectra(nn.Module):
     """Samples (B, S) -> for each resolution (log magnitudes, log mel), both (B, bands, frames) float32."""
 
     def __init__(self, resolutions=SPECTRA):
         super().__init__()
-        self.parts = [(window, hop, torch.hann_window(window), mel_filters(window, bands))
+        self.parts = [(window, hop, torch.hann_window(window), mel_filters(bands, window, 0, SAMPLE_RATE / 2, torch.float64))
                       for window, hop, bands in resolutions]
 
     def forward(self, samples):

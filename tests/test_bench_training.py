@@ -80,6 +80,7 @@ def test_a_split_model_and_recomputation_are_timed_one_way_after_the_other(no_pr
     assert turns == [["ours"], ["transformers"], ["transformers, fused AdamW"], []] and all(row["ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_training_and_not_of_the_libraries(tmp_path):
     config = dataclasses.replace(SIZES["OPT-125M"], block_size=64, n_layer=4, n_head=8, n_kv_head=8, n_embd=512, embed_dim=512,
                                  n_inner=2048)

@@ -607,6 +607,9 @@ def test_two_processes_at_once_download_once(server, tmp_path):
     code = "from checkpoints import download; print('ready', flush=True); print(download.find('org/name', 'lm'))"
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in processes:
+        limit = threading.Timer(60, process.kill)  # which ends the line that is waited for
+        limit.daemon = True
+        limit.start()
         assert process.stdout.readline() == "ready\n"
     threading.Timer(0.8, both_wait.set).start()  # by then the second one waits for the first
     found = [Path(process.communicate(timeout=30)[0].strip()) for process in processes]

@@ -286,6 +286,7 @@ def test_the_real_tokenizer_reads_wavs_out_of_a_zip_as_out_of_a_folder(tmp_path,
     assert len(scores[0]) == 2 and sorted(scores[0]) == sorted(scores[1])
 
 
+@pytest.mark.slow
 def test_two_processes_print_and_write_what_one_does(tmp_path):
     rng = np.random.default_rng(0)
     write_table(tmp_path / "a/pairs.csv", ("positive", "negative"), [(f"{i}p.wav", f"{i}n.wav") for i in range(6)])

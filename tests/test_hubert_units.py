@@ -916,6 +916,7 @@ def test_the_way_of_one_recording_ends_at_the_units_of_the_command(folders, tmp_
         speech_to_units(tmp_path / "a.wav", encoder, seconds=0.01)
 
 
+@pytest.mark.slow
 def test_kills_and_broken_files_change_no_byte_of_the_shards(tmp_path):
     result = subprocess.run([sys.executable, "scripts/soak_units.py", "--files=60", "--broken=6", "--kills=2",
                              f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'soak.json'}"], cwd=ROOT, capture_output=True,

@@ -1,5 +1,6 @@
 """optimizer.py: AdamW, and the same to the last bit on bfloat16 weights with their low halves."""
 import os
+import time
 import types
 
 import pytest
@@ -221,4 +222,7 @@ def distributed_updates(rank, folder, world):
 
 
 def test_distributed_weights_take_the_updates_of_whole_ones(tmp_path):
-    torch.multiprocessing.spawn(distributed_updates, (str(tmp_path), 2), nprocs=2)
+    started = torch.multiprocessing.spawn(distributed_updates, (str(tmp_path), 2), nprocs=2, join=False, daemon=True)
+    end = time.monotonic() + 120
+    while not started.join(max(0, end - time.monotonic())):  # returns when one process has ended, raises what it raised
+        assert time.monotonic() < end, "a process hangs"

@@ -101,15 +101,17 @@ def test_a_bad_prompt_is_one_sentence_and_exit_code_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_prompt_among_good_ones_costs_only_itself(tmp_path):
     result = launch("sample.py", tmp_path / "missing.wav", PROMPT, f"--out={tmp_path}", "--max-new-units=5")
     assert result.returncode == 2 and (tmp_path / "prompt_0.wav").exists()
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--modle=x"], "did you mean --model"), (["--model={empty}"], "no config.json"), (["--tokenizer={empty}"], "kmeans"),
-    (["--vocoder={empty}"], "no config.json"), (["--model={text}"], "is no speech LM"), (["--model=nowhere"], "no such file"),
-    (["--top-p=2"], "top_p"), (["--num-samples=0"], "--num-samples")])
+    (["--modle=x"], "did you mean --model"), (["--model={text}"], "is no speech LM"),
+    *(pytest.param([option], words, marks=pytest.mark.slow) for option, words in {
+        "--model={empty}": "no config.json", "--tokenizer={empty}": "kmeans", "--vocoder={empty}": "no config.json",
+        "--model=nowhere": "no such file", "--top-p=2": "top_p", "--num-samples=0": "--num-samples"}.items())])
 def test_models_and_options_that_cannot_work_are_explained(arguments, words, tmp_path):
     (tmp_path / "empty").mkdir()
     plain = read_json(ROOT / "pocket/text_lm/config.json")

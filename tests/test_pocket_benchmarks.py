@@ -91,6 +91,7 @@ def test_no_non_word_sounds_like_a_word_and_each_has_as_many_phonemes_as_its_wor
     assert set(changed) <= {1, 2}
 
 
+@pytest.mark.slow
 def test_no_non_word_is_in_the_vocabulary_of_the_stories_or_a_word_of_english():
     pairs, stories = pytest.importorskip("pocket.pairs"), pytest.importorskip("pocket.stories")
     if not ctypes.util.find_library("espeak-ng"):
@@ -135,6 +136,7 @@ def written(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ctypes.util.find_library("espeak-ng") or not Path("/usr/share/dict/words").exists(),
                     reason="espeak-ng or the word list is not installed")
 def test_the_factory_makes_the_same_bytes_again(tmp_path):

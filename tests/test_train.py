@@ -35,7 +35,8 @@ def weights(folder):
 
 
 def launch(arguments, **options):
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=180,
+                          **options)
 
 
 @pytest.mark.parametrize("init", ["twist", "cold", "shuffled"])
@@ -49,6 +50,7 @@ def test_every_start_learns_and_leaves_a_model_a_log_and_its_options(init, train
     assert "peak_lr = 0.01" in (tmp_path / "run" / "config.toml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_sigterm_and_resumed_ends_with_the_same_bits(train_arguments, tmp_path):
     whole, broken = [*train_arguments, "--steps=60"], [*train_arguments, "--steps=60", f"--out={tmp_path}/broken"]
     assert launch(["--init=twist", *whole]).returncode == 0
@@ -138,6 +140,7 @@ def test_documents_without_a_token_between_them_train_to_the_same_step_in_any_pi
     assert results[0] == pytest.approx(results[1], abs=1e-6) and results[0] == pytest.approx(results[2], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
 def test_our_kernels_train_as_pytorchs_do(tmp_path, tiny_world, monkeypatch):
     """A small convergence run, attention and loss in Triton's interpreter on against off: the same curve to rounding."""
@@ -167,10 +170,11 @@ def test_the_learning_rate_warms_up_to_its_peak_and_then_never_rises(schedule):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--peek-lr=1"], "did you mean --peak-lr"), (["--data=nowhere"], "no such file or folder"),
-    (["--lm=nowhere"], "no such file or folder"), (["--tokens-per-step=100"], "multiple"), (["--schedule=sine"], "cosine"),
-    (["--dtype=float8"], "bfloat16"), (["--block-size=256"], "at most 128"), (["--init=resume"], "nothing to resume"),
-    (["--init=nowhere"], "no such file or folder")])
+    (["--peek-lr=1"], "did you mean --peak-lr"), (["--block-size=256"], "at most 128"),
+    *(pytest.param([option], words, marks=pytest.mark.slow) for option, words in {
+        "--data=nowhere": "no such file or folder", "--lm=nowhere": "no such file or folder", "--tokens-per-step=100": "multiple",
+        "--schedule=sine": "cosine", "--dtype=float8": "bfloat16", "--init=resume": "nothing to resume",
+        "--init=nowhere": "no such file or folder"}.items())])
 def test_a_mistake_is_one_sentence_exit_code_2_and_no_run_folder(arguments, words, train_arguments, tmp_path):
     result = launch([*train_arguments, *arguments])
     assert result.returncode == 2 and words in result.stderr, result.stderr
