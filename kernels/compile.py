@@ -25,9 +25,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.attention import configurations as attention_configurations
-from kernels.cross_entropy import configurations as cross_entropy_configurations
-from kernels.decode import configurations as decode_configurations
+from kernels import flash_attention, flash_decoding, fused_cross_entropy
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that one program can have
 
@@ -35,7 +33,7 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that one 
 @functools.cache
 def variants(arch):
     """{name: what a compiler needs} of everything that the project launches on an architecture."""
-    found = [*attention_configurations(arch), *decode_configurations(), *cross_entropy_configurations()]
+    found = [*flash_attention.configurations(arch), *flash_decoding.configurations(), *fused_cross_entropy.configurations()]
     return {variant["name"]: variant for variant in found}
 
 

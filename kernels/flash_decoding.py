@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import LOG2E, compiled_as, load_rows, precision, rows_contiguous
+from kernels.flash_attention import LOG2E, compiled_as, load_rows, precision, rows_contiguous
 
 BLOCKS = {2: (64, 4, 2), 4: (16, 8, 2)}  # keys a tile, warps and pipeline stages by bytes per number: nothing spills
 MOST_PARTS = 64  # of a head: all are in one program's registers when they are joined
@@ -43,7 +43,7 @@ def part_kernel(Q, K, V, ACC, M, L, SLOPES, scale, q_b, q_h, k_b, k_t, k_h, v_b,
     K += b * k_b + kh * k_h
     V += b * v_b + kh * v_h
 
-    # 2. The one-pass soft-max of attention.py over the part. Every part has a key, so m is finite after its first tile.
+    # 2. The one-pass soft-max of flash_attention.py over the part. Every part has a key, so m is finite after its first tile.
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
