@@ -95,11 +95,8 @@ class UnitLoader:
         self.units = [np.asarray(units) for units, *_ in shards.parts if len(units)]
         self.unit_bounds = np.cumsum([0] + [len(units) for units in self.units])  # raw units before each file
         kept = subset(shards.lengths, fraction)
-        lengths = shards.lengths[kept]
-        raw_ends = np.cumsum(shards.lengths)[kept]
-        self.bounds = np.zeros(len(kept) + 1, np.int64)
-        np.cumsum(lengths + (vocab.bos is not None), out=self.bounds[1:])
-        self.shifts = raw_ends - self.bounds[1:]
+        self.bounds = np.append(0, np.cumsum(shards.lengths[kept] + (vocab.bos is not None)))
+        self.shifts = np.cumsum(shards.lengths)[kept] - self.bounds[1:]
         # windows overlap by one id: the target of a window's last position is the first input of the next
         self.windows = (int(self.bounds[-1]) - 1) // block_size
         if self.windows < 1:
@@ -202,12 +199,9 @@ class Mixture:
             raise ValueError(f"weights {list(weights)}: the smallest is under one row in {ROUND}; leave that corpus out")
         self.round, self.corpora, self.turns = None, None, None
 
-    def rows(self, step, first, count):
-        """Batch of rows first .. first + count of this step."""
-        return self.window(*self.numbers(step * self.batch + first + np.arange(count)))
+    rows = UnitLoader.rows  # by numbers() and window() of its own
 
     def numbers(self, positions):
-        """Window at each position of the endless order: (B,) int64 -> (B,) int64."""
         rounds, indices = np.divmod(positions, ROUND)
         found = np.empty_like(positions)
         for number in np.unique(rounds):

@@ -27,7 +27,7 @@ from corpus import journal
 from corpus.journal import as_uint16, read_json, refuse_other_recipe
 
 FORMAT = 1  # version of the layout above
-SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 6,000 hours at 12 units a second
+SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 3,400 hours at the pocket's 22 a second
 
 
 def fingerprint_names(names):
@@ -84,10 +84,10 @@ class ShardWriter:
         part = json.dumps({**self.part, "failures": list(failures)}).encode()
         write_bytes(self.folder / f"{self.shard}.part.json", part)
 
-    def close(self, failures=()):
-        """Give the shard its final name. failures: (file, reason) pairs, kept as failures.csv lines."""
+    def close(self):
+        """Give the shard its final name."""
         self.finish()
-        self.publish(failures)
+        self.publish()
 
     def discard(self):
         """Close and remove what is not published; nothing happens after close()."""
@@ -128,9 +128,8 @@ def merge_meta(folder, shards=1, names=None):
 def write_shards(folder, recipe, documents, failures=(), names=None):
     """A whole folder from its documents, by one process; returns the meta. What the folder held is replaced at the end.
 
-    Args:
-        documents: iterable of (name, units (T,), runs (T,), seconds), written in this order.
-        failures, names: as in ShardWriter.close and merge_meta.
+    Args: documents: iterable of (name, units (T,), runs (T,), seconds), written in this order.
+        failures: (file, reason) pairs, the lines of failures.csv. names: as in merge_meta.
     """
     writers = [ShardWriter(folder, recipe)]
     try:

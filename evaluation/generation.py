@@ -132,12 +132,6 @@ def read_transcripts(path):
     return texts, scored
 
 
-def generation_perplexity(rows):
-    """[(nats, tokens)], nats <= 0 -> exp(mean over transcripts of nats lost per token); those without tokens are left out."""
-    losses = [-nats / tokens for nats, tokens in rows if tokens]
-    return float(np.exp(np.mean(losses))) if losses else None
-
-
 # ---------------------------------------------------------------------------------------------- the task
 
 def run(evaluation, folder):
@@ -155,8 +149,11 @@ def run(evaluation, folder):
     write_text(Path(options.out) / "continuations.jsonl", "".join(lines))
     if options.transcripts:
         texts, scored = read_transcripts(options.transcripts)
-        token = "token of the file's own model" if scored[0] else "byte"
-        perplexity = generation_perplexity(scored if scored[0] else evaluation.score_bytes(texts))
+        token = "token of the file's own model"
+        if None in scored:
+            token, scored = "byte", evaluation.score_bytes(texts)
+        losses = [-nats / tokens for nats, tokens in scored if tokens]  # an empty transcript has none
+        perplexity = float(np.exp(np.mean(losses))) if losses else None
         words = [WORD.findall(text.lower()) for text in texts]
         found.append(("words", "model", len(texts), {**describe(words), f"GenPPL per {token}": perplexity}))
     rows = [reports.row(f"generation {Path(folder).name}", subset, system, measure, Estimate(value, None, None, count))

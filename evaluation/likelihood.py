@@ -101,20 +101,17 @@ class UnitCounts:
         K = self.num_units = num_units
         counts = np.zeros((K + 1) * (K + 1))
         for units, _, offsets, _ in shards.parts:
-            starts = offsets[:-1][np.diff(offsets) > 0]
+            spoken = np.diff(offsets) > 0  # documents that are not empty
+            firsts, lasts = (units[at[spoken]].astype(np.int64) for at in (offsets[:-1], offsets[1:] - 1))
             for begin in range(0, len(units), PIECE):
                 piece = units[begin:begin + PIECE + 1].astype(np.int64)
                 counts += np.bincount(piece[:-1] * (K + 1) + piece[1:], minlength=len(counts))
-            firsts, lasts = units[starts].astype(np.int64), units[starts[1:] - 1].astype(np.int64)
-            counts -= np.bincount(lasts * (K + 1) + firsts[1:], minlength=len(counts))  # no pair of two documents
+            counts -= np.bincount(lasts[:-1] * (K + 1) + firsts[1:], minlength=len(counts))  # no pair of two documents
             counts += np.bincount(K * (K + 1) + firsts, minlength=len(counts))
-            if eos:
-                lasts = units[offsets[1:][np.diff(offsets) > 0] - 1].astype(np.int64)
-                counts += np.bincount(lasts * (K + 1) + K, minlength=len(counts))
+            counts += np.bincount(lasts * (K + 1) + K, minlength=len(counts))  # without eos, column K is dropped
         counts = counts.reshape(K + 1, K + 1)[:, :K + eos]
-        unigram = counts.sum(0) + SMOOTHING
+        unigram, bigram = counts.sum(0) + SMOOTHING, counts + SMOOTHING
         self.unigram = np.log(unigram / unigram.sum())  # (K [+ 1],)
-        bigram = counts + SMOOTHING
         self.bigram = np.log(bigram / bigram.sum(1, keepdims=True))  # (K + 1, K [+ 1])
 
     def log_probabilities(self, units, order, bos, eos):
