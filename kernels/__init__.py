@@ -17,7 +17,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from kernels.checks import check_attention, check_range, check_targets
+from kernels.checks import DTYPES, check_attention, check_range, check_targets
 
 triton = importlib.util.find_spec("triton")  # not made for macOS and Windows
 
@@ -56,7 +56,7 @@ def choose(operation, device, dtype=None, head_dim=None, forced=None):
         obstacle = "Triton's interpreter computes bfloat16 wrongly"
     elif device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         obstacle = "Triton's kernels need an Ampere GPU (compute capability 8.0) or a newer one"
-    elif dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+    elif dtype not in (None, *DTYPES):
         obstacle = f"Triton's kernels do not take {dtype}"
     elif "attention" in operation and head_dim is not None and head_dim not in flash_attention.HEAD_DIMS:
         obstacle = f"no tiles for head dimension {head_dim} (there are {', '.join(map(str, flash_attention.HEAD_DIMS))})"
@@ -76,11 +76,7 @@ def choose(operation, device, dtype=None, head_dim=None, forced=None):
 def explain(device=None, dtype=None, head_dim=None):
     """What runs where, and why, as text of one line an operation."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lines = []
-    for operation in OPERATIONS:
-        backend, reason = choose(operation, device, dtype, head_dim)
-        lines.append(f"{operation}: {backend} ({reason})")
-    return "\n".join(lines)
+    return "\n".join("{}: {} ({})".format(operation, *choose(operation, device, dtype, head_dim)) for operation in OPERATIONS)
 
 
 def autocast_to(*tensors):
