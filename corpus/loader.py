@@ -12,9 +12,6 @@ stream is never built. Only the documents' offsets are held; units stay in the m
 
 so a batch is a few hundred pieces (document, window), found by searchsorted, and a handful of passes over B (T + 1) numbers.
 
-packing="stream": attention sees the whole window, across documents. packing="documents": the same windows, and
-where in the row each position's document begins, for kernels.attention(document_starts=...).
-
     loader = UnitLoader(UnitShards("units/train"), vocab, block_size=1024, batch=64, seed=0, packing="documents")
     ids, targets, document_starts = loader.rows(step, rank * 8, 8)         # 8 of the 64 rows of this step
     python -m bench loader                                                  # units per second, beside a reader of JSON lines
@@ -77,8 +74,8 @@ class UnitLoader:
     Args:
         shards: UnitShards. vocab: twist.UnitVocab; where its bos is None, documents follow each other directly.
         block_size: T. batch: rows B of the whole step, over all processes. seed: of the order.
-        packing: stream: targets go on into the next document. documents: with document_starts; the last unit of a document
-            has the next <S> as its target, which ends it, and no target where there is no <S>.
+        packing: stream: attention and targets go on into the next document. documents: the same windows with document_starts
+            for kernels.attention; a document's last unit has the next <S> as its target, and none where there is no <S>.
         fraction: share of the units, of whole documents, in (0, 1].
     Attributes: windows: how many an epoch has. T: positions of each.
     Raises: ValueError for options out of range, or fewer ids than one window needs.
@@ -222,7 +219,7 @@ class Mixture:
             self.round = number
 
     def window(self, *numbers):
-        """Batch of the windows of these numbers, in 0 .. windows - 1, counted corpus after corpus."""
+        """The windows of the corpora are counted one corpus after the other."""
         numbers = numbered(numbers, self.windows)
         corpora = np.searchsorted(self.bounds, numbers, side="right") - 1
         here = [np.flatnonzero(corpora == corpus) for corpus in range(len(self.loaders))]

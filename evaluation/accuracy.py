@@ -34,7 +34,7 @@ class Estimate:
     p: float | None = None  # of a paired test, for differences
 
     def through(self, function):
-        """The estimate of an increasing function of what is estimated: as exp of a loss."""
+        """The estimate of an increasing function of it: percent of a share, exp of a loss."""
         return replace(self, **{key: float(function(getattr(self, key))) for key in ("value", "low", "high")})
 
 
@@ -44,11 +44,10 @@ def outcomes(positive, negative, ties=0.5):
     return (positive > negative) + ties * (positive == negative)
 
 
-def strata(values, questions, types=None, way="micro"):
+def stratify(values, questions, types=None, way="micro"):
     """Outcomes (N,) of questions (N,) -> [(numerators (Q,), denominators (Q,))], whose sums' ratio is the average of a type.
 
-    types (N,): a stratum for each, for the macro average; None: all are of one.
-    way: micro (each question counts once), recordings (each pair does), strict (1 if all outcomes of a question are 1).
+    types: (N,), a stratum each for the macro average; None: all are of one. way: micro, recordings (each pair counts) or strict.
     """
     types = np.zeros(len(values)) if types is None else np.asarray(types)
     found = []

@@ -82,7 +82,7 @@ def accuracy_rows(benchmark, pairs, scores, options):
     items, name, rows = np.array([pair.item for pair in pairs]), f"{benchmark.task} {benchmark.name}", []
     outcomes = {system: accuracy.outcomes(*sides, options.ties) for system, sides in scores.items()}
     for subset, mask, types, way in subsets(pairs):
-        strata = {system: accuracy.strata(values[mask], items[mask], types, way) for system, values in outcomes.items()}
+        strata = {system: accuracy.stratify(values[mask], items[mask], types, way) for system, values in outcomes.items()}
         estimates = {}
         for system, found in strata.items():
             estimates[system] = accuracy.estimate(found, options.resamples, options.seed)

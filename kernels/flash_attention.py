@@ -374,11 +374,10 @@ def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         ends = torch.searchsorted(document_starts, columns.contiguous(), right=True, out_int32=True)
     strides, sizes, constants = shared_arguments(q, k, v, alibi_slopes, document_starts)
     scale, do_strides = scale * LOG2E.value, do.stride()[:3]
-    arch, rows, given = architecture(q.device), 64, (alibi_slopes, document_starts)
+    arch, given = architecture(q.device), (alibi_slopes, document_starts)
     by_keys, by_queries = (tile(name, D, itemsize, arch) for name in ("keys", "queries"))
     with torch.cuda.device_of(q):
-        delta_kernel[(triton.cdiv(T, rows) * B * H,)](o, do, delta, *do_strides, T, H, D=D, BLOCK_D=by_keys["BLOCK_D"],
-                                                      BLOCK_M=rows)
+        delta_kernel[(triton.cdiv(T, 64) * B * H,)](o, do, delta, *do_strides, T, H, D=D, BLOCK_D=by_keys["BLOCK_D"], BLOCK_M=64)
         keys_kernel[(triton.cdiv(T, by_keys["BLOCK_N"]) * B * heads,)](
             q, k, v, do, dk, dv, lse, delta, *given, ends, scale, *strides, *do_strides, *sizes, **constants, **by_keys)
         queries_kernel[(triton.cdiv(T, by_queries["BLOCK_M"]) * B * H,)](
