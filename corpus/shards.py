@@ -44,14 +44,15 @@ class ShardWriter:
     SUFFIXES = ("units.bin", "runs.bin", "files.jsonl", "offsets.bin")
 
     def __init__(self, folder, recipe, shard=0):
-        self.folder, self.recipe, self.shard = Path(folder), recipe, f"{shard:05d}"
+        self.folder, self.shard = Path(folder), f"{shard:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         meta = read_json(self.folder / "meta.json") or {}
         refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
         self.streams = []
         self.discard()  # what a killed process left
-        self.units, self.runs, self.files = self.streams = [open(self._temporary(suffix), "wb") for suffix in self.SUFFIXES[:3]]
-        self.offsets, self.seconds, self.part = [0], 0.0, None
+        self.streams = [open(self._temporary(suffix), "wb") for suffix in self.SUFFIXES]
+        self.streams[-1].write(bytes(8))  # the first offset, 0
+        self.part = {"recipe": recipe, "files": 0, "units": 0, "seconds": 0.0}
 
     def _temporary(self, suffix):
         return self.folder / f"{self.shard}.{suffix}.tmp"
@@ -59,22 +60,19 @@ class ShardWriter:
     def add(self, units, runs, name, seconds):
         """One document. units (T,) in [0, 65535]; runs (T,) frames; seconds: its length as audio."""
         units, runs = as_uint16(name, units, runs)
-        self.units.write(units.tobytes())
-        self.runs.write(runs.tobytes())
-        self.files.write(json.dumps({"file_name": name, "seconds": round(seconds, 4)}).encode() + b"\n")
-        self.offsets.append(self.offsets[-1] + len(units))
-        self.seconds += seconds
+        for key, more in (("files", 1), ("units", len(units)), ("seconds", seconds)):
+            self.part[key] += more
+        line = json.dumps({"file_name": name, "seconds": round(seconds, 4)}).encode() + b"\n"
+        offset = np.array(self.part["units"], dtype="<i8")
+        for file, content in zip(self.streams, (units.tobytes(), runs.tobytes(), line, offset.tobytes())):
+            file.write(content)
 
     def finish(self):
         """Everything on the disk, still under temporary names."""
-        self.streams.append(open(self._temporary("offsets.bin"), "wb"))
-        self.streams[-1].write(np.asarray(self.offsets, dtype="<i8").tobytes())
         for file in self.streams:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        self.part = {"recipe": self.recipe, "files": len(self.offsets) - 1, "units": self.offsets[-1], "seconds": self.seconds}
-        self.offsets = None
 
     def publish(self, failures=()):
         """Final names for a finished shard. A meta.json of older shards goes first: it must never describe a mixture."""
@@ -134,7 +132,7 @@ def write_shards(folder, recipe, documents, failures=(), names=None):
     writers = [ShardWriter(folder, recipe)]
     try:
         for name, units, runs, seconds in documents:
-            filled = writers[-1].offsets[-1]
+            filled = writers[-1].part["units"]
             if filled and filled + len(units) > SHARD_UNITS:
                 writers[-1].finish()
                 writers.append(ShardWriter(folder, recipe, len(writers)))
