@@ -13,6 +13,7 @@ Shapes: B sequences of a batch, T tokens, V vocabulary, K units.
 """
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import cpu
@@ -38,8 +39,8 @@ def windows(length, window, stride):
 
 def batches(lengths, budget):
     """Indices sorted by length, divided so that rows x longest stays within the budget."""
-    found, order = [], sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for i in order:
+    found = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if found and (len(found[-1]) + 1) * lengths[i] <= budget:
             found[-1].append(i)
         else:
@@ -74,11 +75,7 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     with cpu.packed(model), bar:
         for group in groups[dist.rank::dist.world]:
             some = [pieces[i] for i in group]
-            longest = max(end - begin for _, begin, end, _ in some)
-            both = torch.zeros(len(some), longest + 1, dtype=torch.int64)
-            for row, (i, begin, end, _) in zip(both, some):
-                row[:end - begin + 1] = rows[i][begin:end + 1]
-            both = both.to(device)
+            both = pad_sequence([rows[i][begin:end + 1] for i, begin, end, _ in some], batch_first=True).to(device)
             found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
             for values, (i, begin, end, first) in zip(found, some):
                 flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]

@@ -635,6 +635,14 @@ def test_a_fairseq_pair_is_imported_as_it_is_or_deduplicated(swapped, tmp_path):
 IMPORT = ("--num-units=8", "--frame-rate=50")
 
 
+def test_run_lengths_of_equal_neighbours_are_added_up(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"units": [5, 5, 2, 5, 5], "duration": [1, 2, 3, 4, 9]}\n{"units": []}\n')
+    run(tmp_path / "x.jsonl", f"--out={tmp_path}/out", *IMPORT, "--dedup")
+    shards = UnitShards(tmp_path / "out")
+    assert [part.tolist() for part in shards.document(0)] == [[5, 2, 5], [3, 3, 13]]
+    assert len(shards.document(1)[0]) == 0 and shards.recipe["dedup"]
+
+
 @pytest.mark.parametrize("line, words", [
     ("not json", "expected"), ("[1, 2]", "expected"), ('{"duration": [1]}', "expected"), ("[" * 100_000, "expected"),
     ('{"units": "1 2"}', "list of whole numbers"), ('{"units": [1.0]}', "list of whole numbers"),
