@@ -1,11 +1,11 @@
 """The speeds of the kernels beside their peers: python -m bench attention, cross_entropy.
 
-attention      ours        attention.py and decode.py, called directly
+attention      ours        flash_attention.py and flash_decoding.py, called directly
                flash       PyTorch's scaled_dot_product_attention with its flash backend (FlashAttention-2) and no other
                cudnn       the same with cuDNN's
                default     the same as it comes; the note says which backend it picks
                flex        FlexAttention, compiled, with block masks for causal and documents and a score function for ALiBi
-cross_entropy  ours        cross_entropy.py: the head fused with its loss, and the loss of given logits
+cross_entropy  ours        fused_cross_entropy.py: the head fused with its loss, and the loss of given logits
                eager       F.linear and F.cross_entropy of the logits in float32
                compiled    torch.compile of eager
 
@@ -152,8 +152,8 @@ def with_ours(case, slopes, starts, device):
         if device == "cpu" and not kernels.interpreted():
             return kernels.attention(q, k, v, alibi_slopes=slopes, document_starts=starts)
         if case.T < case.S:
-            return kernels.decode_kernels.decode(q, k, v, case.D**-0.5, slopes)
-        return kernels.attention_kernels.attention(q, k, v, case.D**-0.5, slopes, starts)
+            return kernels.flash_decoding.decode(q, k, v, case.D**-0.5, slopes)
+        return kernels.flash_attention.attention(q, k, v, case.D**-0.5, slopes, starts)
     return call
 
 
@@ -273,7 +273,7 @@ def loss_ways(head, device):
     eager = eager_head if head else eager_loss
     name = "linear_cross_entropy" if head else "cross_entropy"
     direct = device == "cuda" or kernels.interpreted()
-    ways = {"ours": getattr(kernels.cross_entropy_kernels if direct else kernels, name), "eager": eager}
+    ways = {"ours": getattr(kernels.fused_cross_entropy if direct else kernels, name), "eager": eager}
     if device == "cuda":
         ways["compiled"] = torch.compile(eager, fullgraph=True, dynamic=False)
     return ways

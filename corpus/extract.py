@@ -107,26 +107,24 @@ def encode_files(files, encoder, options, dist):
     meta = complete(options.out, recipe, names)
     if meta:
         return meta
-    journal = Journal(options.out, recipe, dist.rank)
-    mine = [file for file in names[dist.rank::dist.world] if file not in journal.finished]
-    hours, failures, began = 0.0, 0, time.perf_counter()
-    bar = tqdm(total=len(names[dist.rank::dist.world]), initial=len(names[dist.rank::dist.world]) - len(mine), desc="encoding",
-               unit="file", disable=None if dist.is_main else True)
+    journal, mine = Journal(options.out, recipe, dist.rank), names[dist.rank::dist.world]
+    left = [file for file in mine if file not in journal.finished]
+    heard, failures, began = 0.0, 0, time.perf_counter()  # seconds, files
+    bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="encoding", unit="file", disable=not dist.is_main or None)
     with ThreadPoolExecutor(options.workers) as pool:
-        for group in decoded(mine, encoder, pool):
+        for group in decoded(left, encoder, pool):
             for file, result in encode_group(group, encoder):
                 if isinstance(result, Exception):
                     journal.fail(file, str(result))
                     failures += 1
-                else:
-                    frames, seconds = result[0].cpu(), result[1]
-                    units, runs = deduplicate(frames) if options.dedup else (frames, torch.ones_like(frames))
-                    journal.add(file, units.numpy(), runs.numpy(), seconds)
-                    hours += seconds / 3600
+                    continue
+                frames, seconds = result[0].cpu(), result[1]
+                journal.add(file, *(deduplicate(frames) if options.dedup else (frames, torch.ones_like(frames))), seconds)
+                heard += seconds
             journal.flush()
             bar.update(len(group))
-            speed = hours * 3600 / (time.perf_counter() - began)
-            bar.set_postfix_str(f"{hours:.2f} h, {speed:.0f} x real time, {failures} failed")
+            speed = heard / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{heard / 3600:.2f} h, {speed:.0f} x real time, {failures} failed")
     bar.close()
     journal.close()
     dist.barrier()

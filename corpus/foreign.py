@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from speech.encoder import deduplicate
+
 SAMPLES_PER_SECOND = 16_000  # of the audio that a .tsv lists: what HuBERT was trained on
 
 
@@ -86,9 +88,9 @@ def read_fairseq(tsv, km, num_units):
 
 
 def collapse(units, runs):
-    """Join equal neighbours: units (T,), runs (T,) -> the same, shorter. [5 5 2], [1 1 3] -> [5 2], [2 3]."""
-    starts = np.flatnonzero(np.diff(units, prepend=-1))
-    return units[starts], np.add.reduceat(runs, starts) if len(starts) else runs
+    """deduplicate() of units that have run lengths: those of equal neighbours are added up. [5 5 2], [1 1 3] -> [5 2], [2 3]."""
+    units, joined = (part.numpy() for part in deduplicate(units))
+    return units, np.add.reduceat(runs, np.cumsum(joined) - joined)
 
 
 def write_jsonl(documents, file):

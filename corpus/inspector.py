@@ -1,6 +1,6 @@
 """What a folder of units looks like in numbers: hours, frequencies, entropy, run lengths.
 
-    UnitShards --count, piece by piece--> how often each unit and each run length occurs --describe--> text
+    UnitShards --count, piece by piece--> how often each unit and each run length occurs --measure--> numbers --inspect--> text
 
 `python hubert_units.py --inspect=FOLDER` and `python -m corpus FOLDER` print it. Shapes: T units per document, K units in all.
 """
@@ -30,10 +30,7 @@ def quantile(counts, q):
 
 
 def measure(shards):
-    """The numbers of describe() as a dictionary. shards: UnitShards.
-
-    counts: (K,), how often each unit occurs; runs: (65536,), how often each run length does.
-    """
+    """The numbers of UnitShards, by name; counts: (K,), how often each unit occurs; runs: (65536,), how often each run length."""
     counts, runs = count(part[0] for part in shards.parts), count(part[1] for part in shards.parts)
     units, frames = int(counts.sum()), int(runs @ np.arange(len(runs)))
     K = max(shards.recipe.get("num_units") or 0, int(counts.nonzero()[0][-1]) + 1)
@@ -57,8 +54,9 @@ def table(title, rows, whole, longest):
                          for label, number in rows)]
 
 
-def describe(shards):
-    """What is in a shard folder, as text. shards: UnitShards."""
+def inspect(folder):
+    """What is in a shard folder, as text."""
+    shards = UnitShards(folder)
     m = measure(shards)
     counts, K, units, seconds = m["counts"], len(m["counts"]), m["units"], m["seconds"]
     used = np.argsort(-counts, kind="stable")[:K - m["never"]]  # the most frequent first
@@ -80,8 +78,3 @@ def describe(shards):
         lines += table(f"    unit  share, the {title} frequent", [(unit, counts[unit]) for unit in some], units, counts.max())
     text = "\n".join([*lines, "", f"first units of {name}: {' '.join(map(str, first[:20]))}"])
     return text.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
-
-
-def inspect(folder):
-    """What is in a shard folder, as text: hours, frequencies, entropy, run lengths."""
-    return describe(UnitShards(folder))

@@ -59,8 +59,6 @@ def as_uint16(name, units, runs):
     return units.astype("<u2"), np.minimum(runs, MAX_UNIT).astype("<u2")
 
 
-# ---------------------------------------------------------------------------------------------- work that can be interrupted
-
 def seal(payload):
     """A JSON dictionary less its closing brace (bytes) -> the journal's line: its CRC-32 as the last key."""
     return payload + b', "crc32": "%08x"}\n' % zlib.crc32(payload)
@@ -98,24 +96,17 @@ def full_disk_explained(folder):
 
 
 class Journal:
-    """What is finished of an extraction: appended by every process, assembled at the end.
+    """What one process writes down of an extraction. As torn lines do not count, nothing waits for the disk here (no fsync).
 
-    OUT/work/ holds recipe.json and, for each process of each start, a file of one JSON line a recording. A line torn by a
-    kill, or damaged later, does not count: its recording is done again. Hence nothing waits for the disk here (no fsync).
-
-    Args:
-        folder: OUT. recipe: of the units. rank: number of this process.
-        resume: False drops what work/ holds; rank 0 does it, so the others must open their journals after it (a barrier).
+    Args: folder: OUT. recipe: of the units. rank: number of this process.
     Attributes: finished, set of file names that are done, good or failed: those of earlier starts and what is added here.
         Processes open their journals at different moments, so divide the list of names first and leave out these then.
     Raises: ValueError if the folder, or its work/, is of another recipe.
     """
 
-    def __init__(self, folder, recipe, rank=0, resume=True):
+    def __init__(self, folder, recipe, rank=0):
         self.folder = Path(folder)
         work = self.folder / "work"
-        if not resume and rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(self.folder / "work.done", ignore_errors=True)  # left by a kill at the very end
         meta = read_json(self.folder / "meta.json") or {}
         refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")

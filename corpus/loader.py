@@ -12,9 +12,6 @@ stream is never built. Only the documents' offsets are held; units stay in the m
 
 so a batch is a few hundred pieces (document, window), found by searchsorted, and a handful of passes over B (T + 1) numbers.
 
-packing="stream": attention sees the whole window, across documents. packing="documents": the same windows, and
-where in the row each position's document begins, for kernels.attention(document_starts=...).
-
     loader = UnitLoader(UnitShards("units/train"), vocab, block_size=1024, batch=64, seed=0, packing="documents")
     ids, targets, document_starts = loader.rows(step, rank * 8, 8)         # 8 of the 64 rows of this step
     python -m bench loader                                                  # units per second, beside a reader of JSON lines
@@ -77,8 +74,8 @@ class UnitLoader:
     Args:
         shards: UnitShards. vocab: twist.UnitVocab; where its bos is None, documents follow each other directly.
         block_size: T. batch: rows B of the whole step, over all processes. seed: of the order.
-        packing: stream: targets go on into the next document. documents: with document_starts; the last unit of a document
-            has the next <S> as its target, which ends it, and no target where there is no <S>.
+        packing: stream: attention and targets go on into the next document. documents: the same windows with document_starts
+            for kernels.attention; a document's last unit has the next <S> as its target, and none where there is no <S>.
         fraction: share of the units, of whole documents, in (0, 1].
     Attributes: windows: how many an epoch has. T: positions of each.
     Raises: ValueError for options out of range, or fewer ids than one window needs.
@@ -95,11 +92,8 @@ class UnitLoader:
         self.units = [np.asarray(units) for units, *_ in shards.parts if len(units)]
         self.unit_bounds = np.cumsum([0] + [len(units) for units in self.units])  # raw units before each file
         kept = subset(shards.lengths, fraction)
-        lengths = shards.lengths[kept]
-        raw_ends = np.cumsum(shards.lengths)[kept]
-        self.bounds = np.zeros(len(kept) + 1, np.int64)
-        np.cumsum(lengths + (vocab.bos is not None), out=self.bounds[1:])
-        self.shifts = raw_ends - self.bounds[1:]
+        self.bounds = np.append(0, np.cumsum(shards.lengths[kept] + (vocab.bos is not None)))
+        self.shifts = np.cumsum(shards.lengths)[kept] - self.bounds[1:]
         # windows overlap by one id: the target of a window's last position is the first input of the next
         self.windows = (int(self.bounds[-1]) - 1) // block_size
         if self.windows < 1:
@@ -202,12 +196,9 @@ class Mixture:
             raise ValueError(f"weights {list(weights)}: the smallest is under one row in {ROUND}; leave that corpus out")
         self.round, self.corpora, self.turns = None, None, None
 
-    def rows(self, step, first, count):
-        """Batch of rows first .. first + count of this step."""
-        return self.window(*self.numbers(step * self.batch + first + np.arange(count)))
+    rows = UnitLoader.rows  # by numbers() and window() of its own
 
     def numbers(self, positions):
-        """Window at each position of the endless order: (B,) int64 -> (B,) int64."""
         rounds, indices = np.divmod(positions, ROUND)
         found = np.empty_like(positions)
         for number in np.unique(rounds):
@@ -228,7 +219,7 @@ class Mixture:
             self.round = number
 
     def window(self, *numbers):
-        """Batch of the windows of these numbers, in 0 .. windows - 1, counted corpus after corpus."""
+        """The windows of the corpora are counted one corpus after the other."""
         numbers = numbered(numbers, self.windows)
         corpora = np.searchsorted(self.bounds, numbers, side="right") - 1
         here = [np.flatnonzero(corpora == corpus) for corpus in range(len(self.loaders))]

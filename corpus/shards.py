@@ -27,7 +27,7 @@ from corpus import journal
 from corpus.journal import as_uint16, read_json, refuse_other_recipe
 
 FORMAT = 1  # version of the layout above
-SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 6,000 hours at 12 units a second
+SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 3,400 hours at the pocket's 22 a second
 
 
 def fingerprint_names(names):
@@ -44,14 +44,15 @@ class ShardWriter:
     SUFFIXES = ("units.bin", "runs.bin", "files.jsonl", "offsets.bin")
 
     def __init__(self, folder, recipe, shard=0):
-        self.folder, self.recipe, self.shard = Path(folder), recipe, f"{shard:05d}"
+        self.folder, self.shard = Path(folder), f"{shard:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         meta = read_json(self.folder / "meta.json") or {}
         refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
         self.streams = []
         self.discard()  # what a killed process left
-        self.units, self.runs, self.files = self.streams = [open(self._temporary(suffix), "wb") for suffix in self.SUFFIXES[:3]]
-        self.offsets, self.seconds, self.part = [0], 0.0, None
+        self.streams = [open(self._temporary(suffix), "wb") for suffix in self.SUFFIXES]
+        self.streams[-1].write(bytes(8))  # the first offset, 0
+        self.part = {"recipe": recipe, "files": 0, "units": 0, "seconds": 0.0}
 
     def _temporary(self, suffix):
         return self.folder / f"{self.shard}.{suffix}.tmp"
@@ -59,22 +60,19 @@ class ShardWriter:
     def add(self, units, runs, name, seconds):
         """One document. units (T,) in [0, 65535]; runs (T,) frames; seconds: its length as audio."""
         units, runs = as_uint16(name, units, runs)
-        self.units.write(units.tobytes())
-        self.runs.write(runs.tobytes())
-        self.files.write(json.dumps({"file_name": name, "seconds": round(seconds, 4)}).encode() + b"\n")
-        self.offsets.append(self.offsets[-1] + len(units))
-        self.seconds += seconds
+        for key, more in (("files", 1), ("units", len(units)), ("seconds", seconds)):
+            self.part[key] += more
+        line = json.dumps({"file_name": name, "seconds": round(seconds, 4)}).encode() + b"\n"
+        offset = np.array(self.part["units"], dtype="<i8")
+        for file, content in zip(self.streams, (units.tobytes(), runs.tobytes(), line, offset.tobytes())):
+            file.write(content)
 
     def finish(self):
         """Everything on the disk, still under temporary names."""
-        self.streams.append(open(self._temporary("offsets.bin"), "wb"))
-        self.streams[-1].write(np.asarray(self.offsets, dtype="<i8").tobytes())
         for file in self.streams:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        self.part = {"recipe": self.recipe, "files": len(self.offsets) - 1, "units": self.offsets[-1], "seconds": self.seconds}
-        self.offsets = None
 
     def publish(self, failures=()):
         """Final names for a finished shard. A meta.json of older shards goes first: it must never describe a mixture."""
@@ -84,10 +82,10 @@ class ShardWriter:
         part = json.dumps({**self.part, "failures": list(failures)}).encode()
         write_bytes(self.folder / f"{self.shard}.part.json", part)
 
-    def close(self, failures=()):
-        """Give the shard its final name. failures: (file, reason) pairs, kept as failures.csv lines."""
+    def close(self):
+        """Give the shard its final name."""
         self.finish()
-        self.publish(failures)
+        self.publish()
 
     def discard(self):
         """Close and remove what is not published; nothing happens after close()."""
@@ -128,14 +126,13 @@ def merge_meta(folder, shards=1, names=None):
 def write_shards(folder, recipe, documents, failures=(), names=None):
     """A whole folder from its documents, by one process; returns the meta. What the folder held is replaced at the end.
 
-    Args:
-        documents: iterable of (name, units (T,), runs (T,), seconds), written in this order.
-        failures, names: as in ShardWriter.close and merge_meta.
+    Args: documents: iterable of (name, units (T,), runs (T,), seconds), written in this order.
+        failures: (file, reason) pairs, the lines of failures.csv. names: as in merge_meta.
     """
     writers = [ShardWriter(folder, recipe)]
     try:
         for name, units, runs, seconds in documents:
-            filled = writers[-1].offsets[-1]
+            filled = writers[-1].part["units"]
             if filled and filled + len(units) > SHARD_UNITS:
                 writers[-1].finish()
                 writers.append(ShardWriter(folder, recipe, len(writers)))

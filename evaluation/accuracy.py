@@ -17,21 +17,25 @@ exchangeable, all signs are equally likely (p is two-sided). Everything here is 
 
 Sources: Efron and Tibshirani 1993, sections 13.3 (percentile interval) and 15.2 (permutation of paired differences).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-CONFIDENCE = 0.95
+TAIL = (1 - 0.95) / 2  # share of the replicates beyond each end of an interval
 MOST_CELLS = 10_000_000  # of one matrix of counts
 
 
 @dataclass(frozen=True)
 class Estimate:
-    value: float
-    low: float  # ends of the 95 % interval
-    high: float
+    value: float | None
+    low: float | None  # ends of the 95 % interval
+    high: float | None
     n: int  # questions (or documents) behind it
     p: float | None = None  # of a paired test, for differences
+
+    def through(self, function):
+        """The estimate of an increasing function of it: percent of a share, exp of a loss."""
+        return replace(self, **{key: float(function(getattr(self, key))) for key in ("value", "low", "high")})
 
 
 def outcomes(positive, negative, ties=0.5):
@@ -40,16 +44,19 @@ def outcomes(positive, negative, ties=0.5):
     return (positive > negative) + ties * (positive == negative)
 
 
-def totals(values, questions, way="micro"):
-    """Outcomes (N,) of questions (N,) -> numerators (Q,), denominators (Q,) whose sums' ratio is the average.
+def stratify(values, questions, types=None, way="micro"):
+    """Outcomes (N,) of questions (N,) -> [(numerators (Q,), denominators (Q,))], whose sums' ratio is the average of a type.
 
-    way: micro (each question counts once), recordings (each pair does), strict (1 if all outcomes of a question are 1).
+    types: (N,), a stratum each for the macro average; None: all are of one. way: micro, recordings (each pair counts) or strict.
     """
-    _, index, counts = np.unique(np.asarray(questions), return_inverse=True, return_counts=True)
-    sums, counts = np.bincount(index, weights=values), counts.astype(np.float64)
-    ones = np.ones(len(counts))
-    return {"micro": (sums / counts, ones), "recordings": (sums, counts),
-            "strict": ((sums == counts).astype(np.float64), ones)}[way]
+    types = np.zeros(len(values)) if types is None else np.asarray(types)
+    found = []
+    for kind in np.unique(types):
+        _, index, counts = np.unique(np.asarray(questions)[types == kind], return_inverse=True, return_counts=True)
+        sums, counts = np.bincount(index, weights=values[types == kind]), counts.astype(np.float64)
+        ones, right = np.ones(len(counts)), (sums == counts).astype(np.float64)
+        found.append({"micro": (sums / counts, ones), "recordings": (sums, counts), "strict": (right, ones)}[way])
+    return found
 
 
 def average(strata):
@@ -70,14 +77,10 @@ def resampled(strata, resamples, seed):
     return replicates / len(strata)
 
 
-def interval(replicates):
-    tail = (1 - CONFIDENCE) / 2
-    return tuple(float(end) for end in np.quantile(replicates, (tail, 1 - tail)))
-
-
 def estimate(strata, resamples=2000, seed=0):
     """Strata as in average() -> Estimate."""
-    return Estimate(average(strata), *interval(resampled(strata, resamples, seed)), sum(len(sums) for sums, _ in strata))
+    low, high = map(float, np.quantile(resampled(strata, resamples, seed), (TAIL, 1 - TAIL)))
+    return Estimate(average(strata), low, high, sum(len(sums) for sums, _ in strata))
 
 
 def difference(ours, theirs, resamples=2000, seed=0, flips=10_000):
@@ -86,17 +89,10 @@ def difference(ours, theirs, resamples=2000, seed=0, flips=10_000):
     ours, theirs: strata as in average(), with the same denominators.
     """
     apart = [(a - b, counts) for (a, counts), (b, _) in zip(ours, theirs)]
+    found = estimate(apart, resamples, seed)
     rng, drawn = np.random.default_rng([seed, 1]), np.zeros(flips)
     for sums, counts in apart:
         sizes, multiplicity = np.unique(np.abs(sums), return_counts=True)
         signs = 2 * rng.binomial(multiplicity, 0.5, size=(flips, len(sizes))) - multiplicity  # sums of random signs
         drawn += signs @ sizes / counts.sum() / len(apart)
-    found = average(apart)
-    p = (1 + np.count_nonzero(np.abs(drawn) >= abs(found) - 1e-12)) / (1 + flips)
-    return Estimate(found, *interval(resampled(apart, resamples, seed)), sum(len(sums) for sums, _ in apart), float(p))
-
-
-def divided(values, questions, types, way="micro"):
-    """As totals(), for each type by itself: the strata of a macro average."""
-    types = np.asarray(types)
-    return [totals(values[types == name], np.asarray(questions)[types == name], way) for name in np.unique(types)]
+    return replace(found, p=float((1 + np.count_nonzero(np.abs(drawn) >= abs(found.value) - 1e-12)) / (1 + flips)))

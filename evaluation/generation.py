@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from checkpoints.files import write_text
+from evaluation import reports
+from evaluation.accuracy import Estimate
 from model import generate
 
 ROWS = 128  # prompts that are continued together
@@ -49,7 +51,7 @@ def describe(sequences):
     """Repetition, diversity and lengths of a list of sequences (units, or words), as {name: number}."""
     bleu = [value for value in map(auto_bleu, sequences) if value is not None]
     lengths = [len(sequence) for sequence in sequences]
-    return {"sequences": len(sequences), "auto_bleu_2": float(np.mean(bleu)) if bleu else None,
+    return {"auto_bleu_2": float(np.mean(bleu)) if bleu else None,
             **{f"distinct_{n}": distinct(sequences, n) for n in (1, 2, 3, 4)},
             "length_mean": float(np.mean(lengths)), "length_median": float(np.median(lengths)),
             "length_min": min(lengths), "length_max": max(lengths)}
@@ -93,15 +95,15 @@ def continue_all(model, vocab, prompts, options):
 # ---------------------------------------------------------------------------------------------- transcripts
 
 def read_transcripts(path):
-    """A .jsonl of {"name", "text"} or lines of name<TAB>text -> [(name, text, nats, tokens)].
+    """A .jsonl of {"name", "text"} or lines of name<TAB>text -> texts, and of each (nats, tokens) or None.
 
-    nats, tokens: None, or the text's log-probability and number of tokens under any text LM: keys `log_probability` and
-    `tokens`, or two more columns.
+    nats, tokens: the text's log-probability and number of tokens under any text LM: keys `log_probability` and `tokens`, or two
+    more columns; None where the file has neither.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--transcripts={path}: no such file")
-    rows = []
+    texts, scored = [], []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -112,33 +114,22 @@ def read_transcripts(path):
         try:
             if path.suffix == ".jsonl":
                 row = json.loads(line)
-                row = row["name"], row["text"], row.get("log_probability"), row.get("tokens")
+                _, text, nats, tokens = row["name"], row["text"], row.get("log_probability"), row.get("tokens")
             else:
-                row = [*line.split("\t"), None, None][:4] if line.count("\t") < 3 else line.split("\t")
-                row = *row[:2], *(None if value is None else float(value) for value in row[2:4])
-            name, text, nats, tokens = row
+                _, text, *numbers = line.split("\t")
+                nats, tokens = map(float, numbers[:2]) if numbers else (None, None)
             if not isinstance(text, str) or (nats is None) != (tokens is None) or (nats is not None and not (nats <= 0 < tokens)):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}: expected name and text, and either nothing more or log_probability (nats, "
                              'at most 0) and tokens; as {"name": ..., "text": ...} in a .jsonl, else divided by tabs') from None
-        rows.append((name, text, nats, tokens))
-    if not rows:
+        texts.append(text)
+        scored.append(None if nats is None else (nats, tokens))
+    if not texts:
         raise ValueError(f"{path} holds no transcripts")
-    if len({nats is None for _, _, nats, _ in rows}) > 1:
+    if None in scored and any(scored):
         raise ValueError(f"{path}: some transcripts have a log_probability and some have none; give all or none")
-    return rows
-
-
-def words(text):
-    """Text -> its words in lower case, punctuation left out."""
-    return WORD.findall(text.lower())
-
-
-def generation_perplexity(rows):
-    """[(nats, tokens)], nats <= 0 -> exp(mean over transcripts of nats lost per token); those without tokens are left out."""
-    losses = [-nats / tokens for nats, tokens in rows if tokens]
-    return float(np.exp(np.mean(losses))) if losses else None
+    return texts, scored
 
 
 # ---------------------------------------------------------------------------------------------- the task
@@ -152,26 +143,22 @@ def run(evaluation, folder):
     spoken = {system: continue_all(lm.model, lm.vocab, prompts, options) for system, lm in evaluation.lms.items()}
     most = max(len(units) for units in spoken["model"])
     spoken["held-out speech"] = [rest[:most] for _, _, rest in prompts]
-    name, rows, notes = f"generation {Path(folder).name}", [], []
-
-    def add(subset, system, numbers):
-        rows.extend({"benchmark": name, "subset": subset, "system": system, "measure": measure, "value": value, "low": None,
-                     "high": None, "n": numbers["sequences"], "p": None} for measure, value in numbers.items()
-                    if measure != "sequences")
-
-    for system, sequences in spoken.items():
-        add("units", system, describe(sequences))
+    found = [("units", system, len(sequences), describe(sequences)) for system, sequences in spoken.items()]
     lines = [json.dumps({"units": [int(unit) for unit in (*prompt, *more)], "file_name": f"{Path(source).stem}.wav"}) + "\n"
              for (source, prompt, _), more in zip(prompts, spoken["model"])]
     write_text(Path(options.out) / "continuations.jsonl", "".join(lines))
-    notes.append(f"prompts and continuations: {options.out}/continuations.jsonl, for python vocoder.py, a recogniser of yours, "
-                 "and --transcripts")
     if options.transcripts:
-        texts = read_transcripts(options.transcripts)
-        add("words", "model", describe([words(text) for _, text, _, _ in texts]))
-        token, scored = "token of the file's own model", [(nats, tokens) for _, _, nats, tokens in texts]
-        if texts[0][2] is None:
-            token, scored = "byte", evaluation.score_bytes([text for _, text, _, _ in texts])
-        add("words", "model", {"sequences": len(texts), f"GenPPL per {token}": generation_perplexity(scored)})
+        texts, scored = read_transcripts(options.transcripts)
+        token = "token of the file's own model"
+        if None in scored:
+            token, scored = "byte", evaluation.score_bytes(texts)
+        losses = [-nats / tokens for nats, tokens in scored if tokens]  # an empty transcript has none
+        perplexity = float(np.exp(np.mean(losses))) if losses else None
+        words = [WORD.findall(text.lower()) for text in texts]
+        found.append(("words", "model", len(texts), {**describe(words), f"GenPPL per {token}": perplexity}))
+    rows = [reports.row(f"generation {Path(folder).name}", subset, system, measure, Estimate(value, None, None, count))
+            for subset, system, count, numbers in found for measure, value in numbers.items()]
+    note = (f"prompts and continuations: {options.out}/continuations.jsonl, for python vocoder.py, a recogniser of yours, "
+            "and --transcripts")
     return {"title": f"generation: {len(prompts)} prompts of {len(prompts[0][1])} units ({options.prompt_seconds:g} s) from "
-                     f"{folder}, temperature {options.temperature:g}", "notes": notes, "rows": rows}
+                     f"{folder}, temperature {options.temperature:g}", "notes": [note], "rows": rows}

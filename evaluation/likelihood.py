@@ -13,6 +13,7 @@ Shapes: B sequences of a batch, T tokens, V vocabulary, K units.
 """
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from kernels.packed import packed
@@ -38,8 +39,8 @@ def windows(length, window, stride):
 
 def batches(lengths, budget):
     """Indices sorted by length, divided so that rows x longest stays within the budget."""
-    found, order = [], sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for i in order:
+    found = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if found and (len(found[-1]) + 1) * lengths[i] <= budget:
             found[-1].append(i)
         else:
@@ -74,11 +75,7 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     with packed(model), bar:
         for group in groups[dist.rank::dist.world]:
             some = [pieces[i] for i in group]
-            longest = max(end - begin for _, begin, end, _ in some)
-            both = torch.zeros(len(some), longest + 1, dtype=torch.int64)
-            for row, (i, begin, end, _) in zip(both, some):
-                row[:end - begin + 1] = rows[i][begin:end + 1]
-            both = both.to(device)
+            both = pad_sequence([rows[i][begin:end + 1] for i, begin, end, _ in some], batch_first=True).to(device)
             found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
             for values, (i, begin, end, first) in zip(found, some):
                 flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
@@ -101,20 +98,17 @@ class UnitCounts:
         K = self.num_units = num_units
         counts = np.zeros((K + 1) * (K + 1))
         for units, _, offsets, _ in shards.parts:
-            starts = offsets[:-1][np.diff(offsets) > 0]
+            spoken = np.diff(offsets) > 0  # documents that are not empty
+            firsts, lasts = (units[at[spoken]].astype(np.int64) for at in (offsets[:-1], offsets[1:] - 1))
             for begin in range(0, len(units), PIECE):
                 piece = units[begin:begin + PIECE + 1].astype(np.int64)
                 counts += np.bincount(piece[:-1] * (K + 1) + piece[1:], minlength=len(counts))
-            firsts, lasts = units[starts].astype(np.int64), units[starts[1:] - 1].astype(np.int64)
-            counts -= np.bincount(lasts * (K + 1) + firsts[1:], minlength=len(counts))  # no pair of two documents
+            counts -= np.bincount(lasts[:-1] * (K + 1) + firsts[1:], minlength=len(counts))  # no pair of two documents
             counts += np.bincount(K * (K + 1) + firsts, minlength=len(counts))
-            if eos:
-                lasts = units[offsets[1:][np.diff(offsets) > 0] - 1].astype(np.int64)
-                counts += np.bincount(lasts * (K + 1) + K, minlength=len(counts))
+            counts += np.bincount(lasts * (K + 1) + K, minlength=len(counts))  # without eos, column K is dropped
         counts = counts.reshape(K + 1, K + 1)[:, :K + eos]
-        unigram = counts.sum(0) + SMOOTHING
+        unigram, bigram = counts.sum(0) + SMOOTHING, counts + SMOOTHING
         self.unigram = np.log(unigram / unigram.sum())  # (K [+ 1],)
-        bigram = counts + SMOOTHING
         self.bigram = np.log(bigram / bigram.sum(1, keepdims=True))  # (K + 1, K [+ 1])
 
     def log_probabilities(self, units, order, bos, eos):

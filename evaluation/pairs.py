@@ -15,11 +15,10 @@ from evaluation import accuracy, reports, sets
 def starts_of(pair, units, runs, frame_rate):
     """Index of the first unit of each ending: as the benchmark says in seconds, or behind what both have in common."""
     if None not in pair.starts:
-        return [int(np.searchsorted(np.cumsum(frames), seconds * frame_rate, side="right"))
+        return [np.searchsorted(np.cumsum(frames), seconds * frame_rate, side="right")
                 for frames, seconds in zip(runs, pair.starts)]
-    n = min(map(len, units))
-    apart = np.flatnonzero(units[0][:n] != units[1][:n])
-    return [int(apart[0]) if len(apart) else n] * 2
+    n = min(map(len, units))  # the place of the first difference, or n
+    return [np.append(units[0][:n] != units[1][:n], True).argmax()] * 2
 
 
 def likelihood(log_probabilities, norm, start=0):
@@ -34,80 +33,72 @@ def score(evaluation, pairs, shards):
     Args: evaluation: eval.Evaluation. shards: UnitShards that hold the documents of the pairs.
     Returns: {system: (positive (N,), negative (N,))}; {document: its units}; sentences for the reader.
     """
-    options, notes = evaluation.options, []
-    wanted = {name for pair in pairs for name in (pair.positive, pair.negative)}
+    options, notes, scores = evaluation.options, [], {}
+    sides = [pair.positive for pair in pairs], [pair.negative for pair in pairs]
+    wanted = set().union(*sides)
     held = {name: shards.document(i) for i, name in enumerate(shards.each_name()) if name in wanted}
     names = sorted(held)
-    index, documents = {name: i for i, name in enumerate(names)}, [held[name][0] for name in names]
+    lengths = {name: len(held[name][0]) for name in names}
     extra = evaluation.main.bos + options.eos - 1  # targets of a document, less its units
-    longer = sum(len(units) + extra > evaluation.window for units in documents)
+    longer = sum(length + extra > evaluation.window for length in lengths.values())
     cut = evaluation.window if options.long == "truncate" else None
     if longer:
-        notes.append(f"{longer} of {len(documents)} sequences are longer than the window of {evaluation.window} units, and "
+        notes.append(f"{longer} of {len(names)} sequences are longer than the window of {evaluation.window} units, and "
                      + ("cut off there; --long=slide scores all of them" if cut else "scored by a sliding window"))
     if longer and cut and options.score == "ending":
         raise ValueError(f"--score=ending: {longer} sequences are cut off before or in their endings; add --long=slide")
-    found = evaluation.log_probabilities(documents, cut)
     starts = np.zeros((len(pairs), 2), dtype=np.int64)
     if options.score == "ending":
         for row, pair in zip(starts, pairs):
             row[:] = starts_of(pair, *zip(held[pair.positive], held[pair.negative]), shards.recipe["frame_rate"])
-        whole = sum(len(held[name][0]) for pair in pairs for name in (pair.positive, pair.negative))
+        whole = sum(lengths[name] for side in sides for name in side)
         notes.append(f"endings: {1 - starts.sum() / whole:.0%} of all units are scored")
-    lengths, scores = {name: len(units) for name, units in zip(names, documents)}, {}
-    for system, values in found.items():
+    for system, values in evaluation.log_probabilities([held[name][0] for name in names], cut).items():
         first = 1 - evaluation.lms.get(system, evaluation.main).bos  # without a beginning token the first unit is no target
-        scores[system] = tuple(np.array([
-            likelihood(values[index[name]], options.norm, max(0, start - first)) for name, start in side])
-            for side in zip(*(((pair.positive, a), (pair.negative, b)) for pair, (a, b) in zip(pairs, starts))))
-    scores["length"] = tuple(np.array([-float(lengths[name]) for name in side])
-                             for side in zip(*((pair.positive, pair.negative) for pair in pairs)))
+        nats = dict(zip(names, values))
+        scores[system] = tuple(np.array([likelihood(nats[name], options.norm, max(0, start - first))
+                                         for name, start in zip(side, begins)]) for side, begins in zip(sides, starts.T))
+    scores["length"] = tuple(np.array([-float(lengths[name]) for name in side]) for side in sides)
     return scores, lengths, notes
 
 
-def subsets(benchmark, pairs):
-    """What is averaged, in the order of the table: (name, way, mask (N,), types or None)."""
+def subsets(pairs):
+    """What is averaged, in the order of the table: (name, mask (N,), types or None, way)."""
     everything = np.ones(len(pairs), dtype=bool)
-    found = [("all", "micro", everything, None)]
+    found = [("all", everything, None, "micro")]
     values = sets.label_values(pairs)
     if "type" in values:
-        found.append(("macro over types", "micro", everything, [pair.labels.get("type", "") for pair in pairs]))
+        found.append(("macro over types", everything, [pair.labels.get("type", "") for pair in pairs], "micro"))
     if "voice" in values:
-        found += [("per recording", "recordings", everything, None), ("all voices right", "strict", everything, None)]
+        found += [("per recording", everything, None, "recordings"), ("all voices right", everything, None, "strict")]
     for label, names in values.items():
         said = np.array([pair.voice if label == "voice" else pair.labels.get(label, "") for pair in pairs])
-        found += [(f"{label} = {name}", "micro", said == name, None) for name in names if name]
+        found += [(f"{label} = {name}", said == name, None, "micro") for name in names if name]
     return found
-
-
-def strata_of(outcomes, items, way, mask, types):
-    if types is None:
-        return [accuracy.totals(outcomes[mask], items[mask], way)]
-    return accuracy.divided(outcomes[mask], items[mask], np.asarray(types)[mask], way)
 
 
 def accuracy_rows(benchmark, pairs, scores, options):
     """Rows of the result: every subset and system, and differences of two models."""
     items, name, rows = np.array([pair.item for pair in pairs]), f"{benchmark.task} {benchmark.name}", []
     outcomes = {system: accuracy.outcomes(*sides, options.ties) for system, sides in scores.items()}
-    for subset, *chosen in subsets(benchmark, pairs):
-        strata = {system: strata_of(values, items, *chosen) for system, values in outcomes.items()}
+    for subset, mask, types, way in subsets(pairs):
+        strata = {system: accuracy.stratify(values[mask], items[mask], types, way) for system, values in outcomes.items()}
+        estimates = {}
         for system, found in strata.items():
-            estimate = accuracy.estimate(found, options.resamples, options.seed)
-            rows.append(reports.row(name, subset, system, "%", estimate, 100))
+            estimates[system] = accuracy.estimate(found, options.resamples, options.seed)
             if system == "versus":
-                apart = accuracy.difference(strata["model"], found, options.resamples, options.seed)
-                rows.append(reports.row(name, subset, "model - versus", "%", apart, 100))
+                estimates["model - versus"] = accuracy.difference(strata["model"], found, options.resamples, options.seed)
+        rows += [reports.row(name, subset, system, "%", estimate.through(lambda share: 100 * share))
+                 for system, estimate in estimates.items()]
     return rows
 
 
-def row_order(benchmark, pairs, scores, ties):
+def row_order(benchmark, scores, score_of, ties):
     """The official scorer of sBLIMP pairs rows by their order, not by id: whether that is the same, and what it changes."""
     by_id = {(pair.positive, pair.negative) for pair in benchmark.pairs}
     differ = [pair for pair in benchmark.row_order if pair not in by_id]
     if not differ:
         return "pairing by id and by the official row order agree"
-    score_of = {name: value for pair, *both in zip(pairs, *scores) for name, value in zip((pair.positive, pair.negative), both)}
     known = [(score_of[a], score_of[b]) for a, b in benchmark.row_order if a in score_of and b in score_of]
     flat, ours = accuracy.outcomes(*zip(*known), ties), accuracy.outcomes(*scores, ties)
     return (f"{len(differ)} of {len(benchmark.row_order)} pairs are others in the official row order, by which the model has "
@@ -119,25 +110,25 @@ def run(evaluation, benchmark):
     options = evaluation.options
     if benchmark.units:
         shards = evaluation.shards(benchmark.units)
-        usable = set(shards.names)
     else:
-        mentioned = {name for pair in benchmark.pairs for name in (pair.positive, pair.negative)}
-        sets.complete_pairs(benchmark, mentioned & benchmark.present)  # too much is missing: say so before encoding
-        shards = evaluation.encode(sorted(mentioned & benchmark.present))
-        usable = set(shards.names)
+        present = {name for pair in benchmark.pairs for name in (pair.positive, pair.negative)} & benchmark.present
+        sets.complete_pairs(benchmark, present)  # too much is missing: say so before encoding
+        shards = evaluation.encode(sorted(present))
     shortest = 2 - all(lm.bos or options.eos for lm in evaluation.lms.values())  # units of which one is scored
-    usable -= {name for name, length in zip(shards.names, shards.lengths) if length < shortest}
-    pairs, missing, sentence = sets.complete_pairs(benchmark, usable)
+    short = {name for name, length in zip(shards.names, shards.lengths) if length < shortest}
+    pairs, missing, sentence = sets.complete_pairs(benchmark, set(shards.names) - short)
     scores, lengths, notes = score(evaluation, pairs, shards)
-    notes = [*([sentence] if sentence else []), *notes, *filter(None, [evaluation.counts[1]])]
+    notes = [note for note in (sentence, *notes, evaluation.counts[1]) if note]
     if missing and shards.meta["failures"]:
         notes.append(f"why recordings could not be encoded: {shards.folder}/failures.csv")
     if not evaluation.dist.is_main:
         return None
+    score_of = {name: value for pair, *both in zip(pairs, *scores["model"])
+                for name, value in zip((pair.positive, pair.negative), both)}
     if benchmark.row_order:
-        notes.append(row_order(benchmark, pairs, scores["model"], options.ties))
+        notes.append(row_order(benchmark, scores["model"], score_of, options.ties))
     if benchmark.stems:
-        reports.write_submission(options.out, benchmark, pairs, scores["model"])
+        reports.write_submission(options.out, benchmark, score_of)
     reports.write_scores(options.out, benchmark, pairs, scores, lengths)
     voices, items = {pair.voice for pair in pairs} - {""}, {pair.item for pair in pairs}
     ties = {system: int((a == b).sum()) for system, (a, b) in scores.items()}

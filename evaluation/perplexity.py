@@ -12,34 +12,31 @@ import numpy as np
 from evaluation import accuracy, reports
 
 
-def seconds_of(shards):
-    """Length of every document as audio, (D,); zeros for text."""
-    lines = (line for *_, path in shards.parts for line in Path(path).read_text().splitlines())
-    return np.array([json.loads(line)["seconds"] for line in lines])
-
-
 def run(evaluation, folder):
-    """exp of the mean nats per unit; documents are what the bootstrap draws."""
+    """Perplexity, loss and bits of one folder -> its section of the result."""
     options, shards = evaluation.options, evaluation.shards(folder)
     documents = [shards.document(i)[0] for i in range(len(shards))]
-    found, seconds = evaluation.log_probabilities(documents), seconds_of(shards)
+    found = evaluation.log_probabilities(documents)
     if not evaluation.dist.is_main:
         return None
+    lines = (line for *_, path in shards.parts for line in Path(path).read_text().splitlines())
+    seconds = np.array([json.loads(line)["seconds"] for line in lines])
     name, rows, scored = f"ppl {Path(folder).name}", [], {}
     for system, values in found.items():
-        kept = np.array([len(part) > 0 for part in values])
+        units = np.array([len(part) for part in values], dtype=np.float64)
+        kept = units > 0
         nats = np.array([-part.sum() for part in values])[kept]
-        scored[system] = [(nats, np.array([len(part) for part in values], dtype=np.float64)[kept])]
+        scored[system] = [(nats, units[kept])]
         mean = accuracy.estimate(scored[system], options.resamples, options.seed)
-        e = accuracy.Estimate(*(float(np.exp(value)) for value in (mean.value, mean.low, mean.high)), mean.n)
-        rows += [reports.row(name, "perplexity", system, "per unit", e), reports.row(name, "loss", system, "nats per unit", mean)]
+        rows += [reports.row(name, "perplexity", system, "per unit", mean.through(np.exp)),
+                 reports.row(name, "loss", system, "nats per unit", mean)]
         if seconds.sum():
             bits = accuracy.estimate([(nats / np.log(2), seconds[kept])], options.resamples, options.seed)
             rows.append(reports.row(name, "bits of speech", system, "per second", bits))
         if system == "versus" and evaluation.main.bos == evaluation.lms["versus"].bos:  # else they score different units
             apart = accuracy.difference(scored["model"], scored["versus"], options.resamples, options.seed)
             rows.append(reports.row(name, "loss", "model - versus", "nats per unit", apart))
-    notes = [*filter(None, [evaluation.counts[1]]), "bits per second count units, not how long each lasts"]
+    notes = [note for note in (evaluation.counts[1], "bits per second count units, not how long each lasts") if note]
     longer = sum(len(units) > evaluation.window for units in documents)
     if longer:
         notes.append(f"{longer} of {len(documents)} documents are longer than the window of {evaluation.window} units: scored by "

@@ -8,6 +8,7 @@ Their other parts describe a system and are the user's to write: `zrc submission
 """
 import csv
 import io
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,16 +19,12 @@ SUBMISSION = {"swuggy": "lexical", "sblimp": "syntactic"}
 MOST_ROWS = 20  # of one label (type, voice, ...) on screen; the files have all
 
 
-def row(benchmark, subset, system, measure, estimate, scale=1.0):
+def row(benchmark, subset, system, measure, estimate):
     """An accuracy.Estimate as a row of the result."""
-    values = {key: value * scale for key, value in asdict(estimate).items() if key in ("value", "low", "high")}
-    return {"benchmark": benchmark, "subset": subset, "system": system, "measure": measure, **values,
-            "n": estimate.n, "p": estimate.p}
+    return {"benchmark": benchmark, "subset": subset, "system": system, "measure": measure, **asdict(estimate)}
 
 
 def cell(found):
-    if found is None:
-        return ""
     if found["value"] is None:
         return "n/a"
     digits = 4 if found["measure"].startswith("nats") else 3 if abs(found["value"]) < 2 and found["measure"] != "%" else 2
@@ -40,23 +37,17 @@ def cell(found):
 def table(rows):
     """Rows of one benchmark -> text: a line a subset, a column a system."""
     systems = list(dict.fromkeys(each["system"] for each in rows))
-    lines, places = [["subset", "measure", "n", *systems]], {}
-    counts = {}
+    subsets = Counter(name.partition(" = ")[0] for name in {each["subset"] for each in rows})  # by label
+    hidden = sorted(label for label, count in subsets.items() if count > MOST_ROWS)
+    lines = {"head": ["subset", "measure", "n", *systems]}  # then those on screen, by subset and measure
     for each in rows:
-        label = each["subset"].partition(" = ")[0] if " = " in each["subset"] else None
-        counts.setdefault(label, set()).add(each["subset"])
-    hidden = {label for label, names in counts.items() if label and len(names) > MOST_ROWS}
-    for each in rows:
-        if each["subset"].partition(" = ")[0] in hidden:
-            continue
-        key = each["subset"], each["measure"]
-        if key not in places:
-            places[key] = len(lines)
-            lines.append([each["subset"], each["measure"], f"{each['n']:,}", *[""] * len(systems)])
-        lines[places[key]][3 + systems.index(each["system"])] = cell(each)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  " + "  ".join(f"{value:<{width}}" for value, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join(text + [f"  ({label}: {len(counts[label])} rows in result.csv)" for label in sorted(hidden)])
+        if each["subset"].partition(" = ")[0] not in hidden:
+            start = [each["subset"], each["measure"], f"{each['n']:,}", *[""] * len(systems)]
+            line = lines.setdefault((each["subset"], each["measure"]), start)
+            line[3 + systems.index(each["system"])] = cell(each)
+    widths = [max(map(len, column)) for column in zip(*lines.values())]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines.values()]
+    return "\n".join(f"  {line}" for line in [*text, *(f"({label}: {subsets[label]} rows in result.csv)" for label in hidden)])
 
 
 def text_of(sections, conventions, systems):
@@ -69,8 +60,7 @@ def text_of(sections, conventions, systems):
 
 def csv_text(header, rows):
     out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerows([header, *rows])
+    csv.writer(out, lineterminator="\n").writerows([header, *rows])
     return out.getvalue()
 
 
@@ -82,10 +72,6 @@ def write(out, sections, conventions, systems, options):
     files.write_text(Path(out) / "result.csv", csv_text(FIELDS, rows))
 
 
-def file_name(benchmark):
-    return f"{benchmark.task}_{benchmark.name}".replace("/", "_").replace(" ", "_")
-
-
 def write_scores(out, benchmark, pairs, scores, lengths):
     """pairs of one benchmark with the scores of every system: scores {system: (positive (N,), negative (N,))}."""
     systems = list(scores)
@@ -93,14 +79,12 @@ def write_scores(out, benchmark, pairs, scores, lengths):
               *(f"{system}_{side}" for system in systems for side in ("positive", "negative"))]
     rows = [[pair.positive, pair.negative, pair.item, pair.voice, lengths[pair.positive], lengths[pair.negative],
              *(repr(float(side[i])) for system in systems for side in scores[system])] for i, pair in enumerate(pairs)]
-    files.write_text(Path(out) / f"{file_name(benchmark)}_pairs.csv", csv_text(header, rows))
+    name = f"{benchmark.task}_{benchmark.name}_pairs.csv".replace("/", "_").replace(" ", "_")
+    files.write_text(Path(out) / name, csv_text(header, rows))
 
 
-def write_submission(out, benchmark, pairs, scores):
-    """submission/lexical/dev.txt or its like: `stem score` for every recording of the pairs, in the order of gold.csv."""
-    by_path = {}
-    for pair, positive, negative in zip(pairs, *scores):
-        by_path[pair.positive], by_path[pair.negative] = positive, negative
-    lines = [f"{stem} {float(by_path[path])!r}\n" for path, stem in benchmark.stems.items() if path in by_path]
+def write_submission(out, benchmark, score_of):
+    """submission/lexical/dev.txt or its like: `stem score` for every recording in score_of, in the order of gold.csv."""
+    lines = [f"{stem} {float(score_of[path])!r}\n" for path, stem in benchmark.stems.items() if path in score_of]
     folder = Path(out) / "submission" / SUBMISSION[benchmark.task]
     files.write_text(folder / f"{benchmark.split or 'dev'}.txt", "".join(lines))

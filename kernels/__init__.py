@@ -1,13 +1,15 @@
-"""The one place where an implementation is chosen: attention(), cross_entropy() and linear_cross_entropy() for the model.
+"""The one place where an implementation is chosen: attention(), linear_cross_entropy() and cross_entropy().
 
 choose() is a pure function of what is asked for and returns (backend, reason); nothing is tried and swallowed. Backends:
 
-    triton  our kernels: attention.py, decode.py, cross_entropy.py. On CUDA GPUs, and in Triton's interpreter for the tests.
+    triton  our kernels, on CUDA GPUs and in Triton's interpreter for the tests: flash_attention.py, fused_cross_entropy.py, and
+            flash_decoding.py, which never runs unless TWIST_KERNELS=triton forces it, until it has been measured to be faster.
     torch   PyTorch's scaled_dot_product_attention and cross_entropy, on any device.
 
-The same maths, written out to be read, stands in reference.py. TWIST_KERNELS=triton|torch forces a backend; forcing one that
-cannot run is an error that says why. Values (targets, document starts) are checked on CPUs only: on a GPU every look at them
-would wait for it. There a target out of range makes the loss NaN, and nothing is read out of bounds.
+The model's loss is linear_cross_entropy(); cross_entropy(), on given logits, is for callers outside. The same maths, written out
+to be read, stands in reference.py. TWIST_KERNELS=triton|torch forces a backend; forcing one that cannot run is an error that says
+why. Values (targets, document starts) are checked on CPUs only: on a GPU every look at them would wait for it. There a target out
+of range makes the loss NaN, and nothing is read out of bounds.
 """
 import importlib.util
 import os
@@ -15,15 +17,12 @@ import os
 import torch
 import torch.nn.functional as F
 
-from kernels.checks import check_attention, check_range, check_targets
+from kernels.checks import DTYPES, check_attention, check_range, check_targets
 
 triton = importlib.util.find_spec("triton")  # not made for macOS and Windows
 
-# Imported before the functions of the same names are defined: kernels.attention is the function, not kernels/attention.py.
 if triton is not None:
-    from kernels import attention as attention_kernels
-    from kernels import cross_entropy as cross_entropy_kernels
-    from kernels import decode as decode_kernels
+    from kernels import flash_attention, flash_decoding, fused_cross_entropy
 
 BACKENDS = ("triton", "torch")
 OPERATIONS = ("attention", "decode_attention", "cross_entropy", "linear_cross_entropy")
@@ -57,10 +56,10 @@ def choose(operation, device, dtype=None, head_dim=None, forced=None):
         obstacle = "Triton's interpreter computes bfloat16 wrongly"
     elif device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         obstacle = "Triton's kernels need an Ampere GPU (compute capability 8.0) or a newer one"
-    elif dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+    elif dtype not in (None, *DTYPES):
         obstacle = f"Triton's kernels do not take {dtype}"
-    elif "attention" in operation and head_dim is not None and head_dim not in attention_kernels.HEAD_DIMS:
-        obstacle = f"no tiles for head dimension {head_dim} (there are {', '.join(map(str, attention_kernels.HEAD_DIMS))})"
+    elif "attention" in operation and head_dim is not None and head_dim not in flash_attention.HEAD_DIMS:
+        obstacle = f"no tiles for head dimension {head_dim} (there are {', '.join(map(str, flash_attention.HEAD_DIMS))})"
     if forced == "triton" and obstacle:
         raise ValueError(f"TWIST_KERNELS=triton cannot run {operation}: {obstacle}")
     if forced:
@@ -77,11 +76,7 @@ def choose(operation, device, dtype=None, head_dim=None, forced=None):
 def explain(device=None, dtype=None, head_dim=None):
     """What runs where, and why, as text of one line an operation."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lines = []
-    for operation in OPERATIONS:
-        backend, reason = choose(operation, device, dtype, head_dim)
-        lines.append(f"{operation}: {backend} ({reason})")
-    return "\n".join(lines)
+    return "\n".join("{}: {} ({})".format(operation, *choose(operation, device, dtype, head_dim)) for operation in OPERATIONS)
 
 
 def autocast_to(*tensors):
@@ -111,9 +106,9 @@ def attention(q, k, v, *, scale=None, alibi_slopes=None, document_starts=None):
     operation = "attention" if T == S else "decode_attention"
     backend, _ = choose(operation, q.device.type, q.dtype, q.shape[-1])
     if backend == "triton" and T == S:
-        return attention_kernels.attention(q, k, v, scale, alibi_slopes, document_starts)
+        return flash_attention.attention(q, k, v, scale, alibi_slopes, document_starts)
     if backend == "triton" and T == 1:
-        return decode_kernels.decode(q, k, v, scale, alibi_slopes)
+        return flash_decoding.decode(q, k, v, scale, alibi_slopes)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, length, D)
     mask = None
     if alibi_slopes is not None or document_starts is not None or 1 < T < S:
@@ -139,7 +134,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100):
     Raises: ValueError for shapes that do not fit, and (on CPUs) for targets outside [0, V).
     """
     if choose("cross_entropy", logits.device.type, logits.dtype)[0] == "triton":
-        return cross_entropy_kernels.cross_entropy(logits, targets, ignore_index)
+        return fused_cross_entropy.cross_entropy(logits, targets, ignore_index)
     check_targets(logits, targets)
     check_range(targets, logits.shape[1], ignore_index)
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index)
@@ -153,7 +148,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100):
     """
     x, weight = autocast_to(x, weight)
     if choose("linear_cross_entropy", x.device.type, x.dtype)[0] == "triton":
-        return cross_entropy_kernels.linear_cross_entropy(x, weight, targets, ignore_index)
+        return fused_cross_entropy.linear_cross_entropy(x, weight, targets, ignore_index)
     check_targets(x, targets)
     check_range(targets, len(weight), ignore_index)
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=ignore_index)

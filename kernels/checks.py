@@ -4,9 +4,11 @@ Values are looked at on CPUs only, where it costs nothing: a GPU would have to b
 """
 import torch
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that Triton's kernels take
+
 
 def check_attention(q, k, v, scale, alibi_slopes, document_starts):
-    """ValueError, before anything is launched, for what attention() cannot mean."""
+    """The arguments of kernels.attention."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention takes q (B, T, H, D) and k, v (B, S, K, D), got {tuple(q.shape)}, {tuple(k.shape)} and "
                          f"{tuple(v.shape)}")

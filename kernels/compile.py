@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,18 +26,65 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.attention import configurations as attention_configurations
-from kernels.cross_entropy import configurations as cross_entropy_configurations
-from kernels.decode import configurations as decode_configurations
+from kernels import flash_attention, flash_decoding, fused_cross_entropy
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that one program can have
+DTYPES = {2: "bf16", 4: "fp32"}  # by bytes per number; float16 is as bfloat16
+STRIDES = {f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do") for axis in "bth"}
+# Types of arguments; those that are not here are constants, or addresses of the dtype that is compiled for.
+ATTENTION = (dict.fromkeys(("LSE", "DELTA", "SLOPES", "ACC", "M", "L"), "*fp32") | dict.fromkeys(("STARTS", "ENDS"), "*i32")
+             | dict.fromkeys(("T", "H", "GROUP", "S", "heads", "parts", "length", *STRIDES), "i32") | {"scale": "fp32"})
+ROWS = (dict.fromkeys(("losses", "statistics", "factor"), "*fp32") | {"targets": "*i64"}
+        | dict.fromkeys(("V", "logits_stride", "gradient_stride", "ignore_index"), "i32"))
+
+
+def variant(name, kernel, dtype, constants, types=ATTENTION, sixteens=STRIDES):
+    """What triton.compiler.ASTSource needs. sixteens: arguments that are multiples of 16, as all addresses are."""
+    launch = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+    signature = {argument: "constexpr" if argument in constants else types.get(argument, f"*{dtype}")
+                 for argument in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, (argument, kind) in enumerate(signature.items())
+                  if kind[0] == "*" or argument in sixteens}
+    return {"name": name, "kernel": kernel, "signature": signature, "constexprs": constants, "attrs": attributes, **launch}
+
+
+def attention_variants(arch):
+    """Each row of the TILES of attention, plain and with everything switched on (there D = 80 stands for 128)."""
+    for (name, D, itemsize), extras in product(flash_attention.TILES[arch], (False, True)):
+        kernel, D = getattr(flash_attention, f"{name}_kernel"), 80 if extras and D == 128 else D
+        constants = dict(D=D, ALIBI=extras, DOCUMENTS=extras, PRECISION=flash_attention.precision(itemsize),
+                         **flash_attention.tile(name, D, itemsize, arch))
+        constants |= {} if extras else dict.fromkeys({"SLOPES", "STARTS", "ENDS"} & set(kernel.arg_names))
+        name = f"attention_{name}_{D}_{DTYPES[itemsize]}{'_alibi_documents' if extras else ''}"
+        yield variant(name, kernel, DTYPES[itemsize], constants)
+
+
+def decoding_variants():
+    """Both kernels, with eight query heads a key head."""
+    for D, (itemsize, dtype), alibi in product((64, 80, 128), DTYPES.items(), (False, True)):
+        constants = flash_decoding.constants(D, 8, itemsize) | {"ALIBI": alibi} | ({} if alibi else {"SLOPES": None})
+        name = f"decode_attention_{D}_{dtype}{'_alibi' if alibi else ''}"
+        yield variant(name, flash_decoding.part_kernel, dtype, constants)
+        if alibi:
+            constants = dict(D=D, BLOCK_D=constants["BLOCK_D"], BLOCK_PARTS=flash_decoding.MOST_PARTS, num_warps=4, num_stages=3)
+            yield variant(f"decode_join_{D}_{dtype}", flash_decoding.join_kernel, dtype, constants)
+
+
+def row_variants():
+    """Of cross-entropy. Aligned ones have V and strides divisible by 16: a thread loads 16 bytes at a time; others take any V."""
+    tasks = {"loss": ["gradient", "factor"], "loss_gradient": ["factor"], "gradient": ["losses"]}  # with the arguments each lacks
+    shapes = [(*tile, True) for tile in fused_cross_entropy.TILES] + [(*fused_cross_entropy.TILES[-1], False)]
+    for dtype, (BLOCK_V, num_warps, one_tile), task, aligned in product(DTYPES.values(), shapes, tasks, (True, False)):
+        constants = dict(BLOCK_V=BLOCK_V, ONE_TILE=one_tile, **dict.fromkeys(tasks[task]), num_warps=num_warps, num_stages=3)
+        name = f"row_{task}_{dtype}_{BLOCK_V}{'' if one_tile else '_loop'}{'' if aligned else '_unaligned'}"
+        sixteens = {"V", "logits_stride", "gradient_stride"} if aligned else ()
+        yield variant(name, fused_cross_entropy.row_kernel, dtype, constants, ROWS, sixteens)
 
 
 @functools.cache
 def variants(arch):
     """{name: what a compiler needs} of everything that the project launches on an architecture."""
-    found = [*attention_configurations(arch), *decode_configurations(), *cross_entropy_configurations()]
-    return {variant["name"]: variant for variant in found}
+    return {found["name"]: found for found in (*attention_variants(arch), *decoding_variants(), *row_variants())}
 
 
 def compile_variant(arch, name):

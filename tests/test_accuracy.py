@@ -11,7 +11,7 @@ from evaluation import accuracy
 
 def one_stratum(values, questions=None):
     values = np.asarray(values, float)
-    return [accuracy.totals(values, np.arange(len(values)) if questions is None else np.asarray(questions))]
+    return accuracy.stratify(values, np.arange(len(values)) if questions is None else np.asarray(questions))
 
 
 def test_outcomes_are_1_half_and_0():
@@ -32,7 +32,7 @@ def test_averages_equal_plain_loops(rows):
     array = np.array(values)
 
     def average(way):
-        return accuracy.average([accuracy.totals(array, questions, way)])
+        return accuracy.average(accuracy.stratify(array, questions, way=way))
 
     assert average("micro") == pytest.approx(sum(means.values()) / len(means), abs=1e-12)
     assert average("recordings") == pytest.approx(sum(values) / len(values), abs=1e-12)
@@ -41,7 +41,7 @@ def test_averages_equal_plain_loops(rows):
     for question, mean in means.items():
         by_type.setdefault(question[0], []).append(mean)
     macro = sum(sum(found) / len(found) for found in by_type.values()) / len(by_type)
-    assert accuracy.average(accuracy.divided(array, questions, types)) == pytest.approx(macro, abs=1e-12)
+    assert accuracy.average(accuracy.stratify(array, questions, types)) == pytest.approx(macro, abs=1e-12)
 
 
 @pytest.mark.parametrize("n, p", [(200, 0.5), (1871, 0.52), (6300, 0.85)])

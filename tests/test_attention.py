@@ -1,5 +1,4 @@
-"""kernels/attention.py and decode.py against float64: on the GPU where there is one, in Triton's interpreter otherwise."""
-import importlib
+"""flash_attention.py and flash_decoding.py against float64: on the GPU where there is one, in Triton's interpreter otherwise."""
 import itertools
 
 import pytest
@@ -9,9 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import reference
+from kernels import flash_attention, flash_decoding, reference
 
-file = importlib.import_module("kernels.attention")  # kernels.attention is the dispatch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 in the interpreter is silently wrong
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -168,7 +166,7 @@ def test_one_token_over_a_cache(S, H, K, alibi, dtype):
     q, k, v = draw(2, 1, H, K, 80, dtype)[0].detach(), k[:, :S].detach(), v[:, :S].detach()
     slopes = torch.rand(H, device=DEVICE) if alibi else None
     expected = reference.attention(q.double(), k.double(), v.double(), alibi_slopes=slopes)
-    assert_near([kernels.decode_kernels.decode(q, k, v, 80**-0.5, slopes)], [expected], dtype)
+    assert_near([flash_decoding.decode(q, k, v, 80**-0.5, slopes)], [expected], dtype)
     assert_near([kernels.attention(q, k, v, alibi_slopes=slopes)], [expected], dtype)
 
 
@@ -190,11 +188,12 @@ def test_errors_in_bfloat16_are_those_of_sdpa(D):
 def test_the_operators_pass_opcheck():
     q, k, v = draw(1, 20, 2, 1, 32, torch.float32)
     slopes, starts = torch.rand(2, device=DEVICE), starts_of([3, 17])
-    torch.library.opcheck(file.forward, (q, k, v, 0.2, None, None))
-    torch.library.opcheck(file.forward, (q, k, v, 0.2, slopes, starts))
-    o, lse = file.forward(q, k, v, 0.2, slopes, starts)
-    torch.library.opcheck(file.backward, (torch.randn_like(o), *(x.detach() for x in (q, k, v, o, lse)), 0.2, slopes, starts))
-    torch.library.opcheck(kernels.decode_kernels.decode, (q[:, :1].detach(), k.detach(), v.detach(), 0.2, None))
+    torch.library.opcheck(flash_attention.forward, (q, k, v, 0.2, None, None))
+    torch.library.opcheck(flash_attention.forward, (q, k, v, 0.2, slopes, starts))
+    o, lse = flash_attention.forward(q, k, v, 0.2, slopes, starts)
+    torch.library.opcheck(flash_attention.backward,
+                          (torch.randn_like(o), *(x.detach() for x in (q, k, v, o, lse)), 0.2, slopes, starts))
+    torch.library.opcheck(flash_decoding.decode, (q[:, :1].detach(), k.detach(), v.detach(), 0.2, None))
 
 
 def test_a_function_around_it_compiles_without_a_break_and_may_be_recomputed():
@@ -217,8 +216,8 @@ def test_its_products_are_counted_as_a_full_square():
 
 
 def test_every_tile_divides_and_every_row_of_the_table_exists():
-    for arch, table in file.TILES.items():
+    for arch, table in flash_attention.TILES.items():
         assert set(table) == set(itertools.product(("forward", "keys", "queries"), (64, 128), (2, 4)))
-        for D in file.HEAD_DIMS:
-            launch = file.tile("forward", D, 2, arch)
+        for D in flash_attention.HEAD_DIMS:
+            launch = flash_attention.tile("forward", D, 2, arch)
             assert launch["BLOCK_D"] >= D and launch["BLOCK_M"] % 16 == 0 and launch["BLOCK_N"] % 16 == 0

@@ -1,16 +1,13 @@
-"""kernels/cross_entropy.py against float64: on the GPU where there is one, in Triton's interpreter otherwise."""
-import importlib
-
+"""kernels/fused_cross_entropy.py against float64: on the GPU where there is one, in Triton's interpreter otherwise."""
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels  # noqa: F401  the package's own cross_entropy() hides the file of that name, hence import_module
-from kernels import reference
+from kernels import fused_cross_entropy, reference
+from kernels.compile import row_variants
 
-file = importlib.import_module("kernels.cross_entropy")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 in the interpreter is silently wrong
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -28,7 +25,7 @@ def quiet(recwarn):
 
 def loss_and_gradient(logits, targets, incoming=1.0, ignore_index=-100):
     logits = logits.detach().requires_grad_()
-    loss = file.cross_entropy(logits, targets, ignore_index)
+    loss = fused_cross_entropy.cross_entropy(logits, targets, ignore_index)
     return loss.detach(), torch.autograd.grad(loss, logits, torch.tensor(incoming, device=DEVICE))[0]
 
 
@@ -120,10 +117,10 @@ def test_no_target_that_counts_gives_nan_and_no_gradient_as_in_pytorch():
     loss, gradient = loss_and_gradient(logits, targets)
     assert loss.isnan() and (gradient == 0).all()
     x, weight = torch.randn(3, 8, device=DEVICE, requires_grad=True), torch.randn(20, 8, device=DEVICE, requires_grad=True)
-    loss = file.linear_cross_entropy(x, weight, targets)
+    loss = fused_cross_entropy.linear_cross_entropy(x, weight, targets)
     assert loss.isnan() and not any(grad.any() for grad in torch.autograd.grad(loss, (x, weight)))
-    assert file.cross_entropy(logits[:0], targets[:0]).isnan()
-    assert file.linear_cross_entropy(x[:0], weight, targets[:0]).isnan()
+    assert fused_cross_entropy.cross_entropy(logits[:0], targets[:0]).isnan()
+    assert fused_cross_entropy.linear_cross_entropy(x[:0], weight, targets[:0]).isnan()
 
 
 @each_dtype
@@ -144,7 +141,7 @@ def test_a_target_out_of_range_gives_nan_in_its_row_and_touches_nothing_else(V, 
     values, _ = draw(3, V, torch.float32)
     logits.copy_(values)
     losses, statistics = torch.empty(3, device=DEVICE), torch.empty(3, 2, device=DEVICE)
-    file.run_rows(logits, targets, -100, losses, statistics, logits)
+    fused_cross_entropy.run_rows(logits, targets, -100, losses, statistics, logits)
     wanted = [expected(values[row:row + 1], targets[row:row + 1]) for row in (0, 2)]
     assert losses.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(losses[::2].double(), torch.stack([loss for loss, _ in wanted]), rtol=1e-6, atol=1e-6)
@@ -171,7 +168,7 @@ def linear_expected(x, weight, targets, incoming=1.0):
 @pytest.mark.parametrize("V, chunk", [(50, 1), (50, 8), (50, 23), (50, None), (4500, 8), (4500, None)])
 def test_linear_cross_entropy_equals_float64_in_any_chunks(V, chunk, dtype):
     x, weight, targets = linear_case(23, 16, V, dtype)  # chunks of 8 leave 7
-    loss = file.linear_cross_entropy(x, weight, targets, chunk=chunk)
+    loss = fused_cross_entropy.linear_cross_entropy(x, weight, targets, chunk=chunk)
     got = torch.autograd.grad(loss, (x, weight), torch.tensor(256.0, device=DEVICE))
     wanted = linear_expected(x, weight, targets, 256.0)
     assert loss.dtype == torch.float32 and loss.shape == ()
@@ -191,7 +188,7 @@ def test_small_probabilities_survive_float16_with_many_targets():
     weight[1:, 0] = -6  # each of the 511 others has 6e-6, after 1 / 256 2e-8
     weight[0, 0] = 6
     weight.requires_grad_()
-    loss = file.linear_cross_entropy(x, weight, torch.zeros(N, dtype=torch.int64, device=DEVICE))
+    loss = fused_cross_entropy.linear_cross_entropy(x, weight, torch.zeros(N, dtype=torch.int64, device=DEVICE))
     gradient, = torch.autograd.grad(loss, weight, torch.tensor(2.0**14, device=DEVICE))
     wanted = 2.0**14 * torch.tensor([0.0] + [-12.0] * (V - 1), dtype=torch.float64).softmax(0)
     torch.testing.assert_close(gradient[1:, 0].double().cpu(), wanted[1:], rtol=0.02, atol=0)
@@ -202,7 +199,7 @@ def test_only_the_gradients_asked_for_are_computed(chosen):
     x, weight, targets = linear_case(9, 8, 30, torch.float32)
     wanted = linear_expected(x, weight, targets)
     (weight if chosen == "x" else x).requires_grad_(False)
-    file.linear_cross_entropy(x, weight, targets, chunk=4).backward()
+    fused_cross_entropy.linear_cross_entropy(x, weight, targets, chunk=4).backward()
     got, other, value = (x.grad, weight.grad, wanted[1]) if chosen == "x" else (weight.grad, x.grad, wanted[2])
     assert other is None
     torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-6)
@@ -211,39 +208,39 @@ def test_only_the_gradients_asked_for_are_computed(chosen):
 def test_without_gradients_no_gradient_is_computed(monkeypatch):
     x, weight, targets = linear_case(9, 8, 30, torch.float32)
     wanted = linear_expected(x, weight, targets)[0].float()
-    run_rows, written = file.run_rows, []
+    run_rows, written = fused_cross_entropy.run_rows, []
 
     def watched(logits, targets, ignore_index, losses, statistics, gradient=None, factor=None):
         written.append(gradient is not None)
         run_rows(logits, targets, ignore_index, losses, statistics, gradient, factor)
 
-    monkeypatch.setattr(file, "run_rows", watched)
+    monkeypatch.setattr(fused_cross_entropy, "run_rows", watched)
     with torch.no_grad():
-        torch.testing.assert_close(file.linear_cross_entropy(x, weight, targets), wanted)
-        torch.testing.assert_close(file.cross_entropy(x @ weight.t(), targets), wanted)
-    torch.testing.assert_close(file.linear_cross_entropy(x.detach(), weight.detach(), targets), wanted)
+        torch.testing.assert_close(fused_cross_entropy.linear_cross_entropy(x, weight, targets), wanted)
+        torch.testing.assert_close(fused_cross_entropy.cross_entropy(x @ weight.t(), targets), wanted)
+    torch.testing.assert_close(fused_cross_entropy.linear_cross_entropy(x.detach(), weight.detach(), targets), wanted)
     assert written == [False] * 3
-    assert file.linear_cross_entropy(x, weight, targets).requires_grad and written == [False] * 3 + [True]
+    assert fused_cross_entropy.linear_cross_entropy(x, weight, targets).requires_grad and written == [False] * 3 + [True]
 
 
 def test_chunks_have_4096_rows_or_256_megabytes_and_are_even():
-    assert file.chunk_rows(16384, 152000, 2) == 4096
-    assert file.chunk_rows(4097, 152000, 2) == 2049  # not 4096 and 1
-    assert file.chunk_rows(65536, 512, 2) == 65536
-    assert file.chunk_rows(1, 512, 2) == 1 and file.chunk_rows(0, 512, 2) == 0
+    assert fused_cross_entropy.chunk_rows(16384, 152000, 2) == 4096
+    assert fused_cross_entropy.chunk_rows(4097, 152000, 2) == 2049  # not 4096 and 1
+    assert fused_cross_entropy.chunk_rows(65536, 512, 2) == 65536
+    assert fused_cross_entropy.chunk_rows(1, 512, 2) == 1 and fused_cross_entropy.chunk_rows(0, 512, 2) == 0
 
 
 def test_the_operators_pass_opcheck():
     logits, targets = draw(6, 20, torch.float32)
     strided = torch.randn(6, 40, device=DEVICE)[:, :20]
     for values in (logits.clone().requires_grad_(), logits, strided.requires_grad_()):
-        torch.library.opcheck(file.cross_entropy_forward, (values, targets, -100))
-    torch.library.opcheck(file.cross_entropy_backward, (torch.tensor(1.0, device=DEVICE), logits, targets,
-                                                        torch.ones(6, 2, device=DEVICE), -100))
+        torch.library.opcheck(fused_cross_entropy.cross_entropy_forward, (values, targets, -100))
+    torch.library.opcheck(fused_cross_entropy.cross_entropy_backward,
+                          (torch.tensor(1.0, device=DEVICE), logits, targets, torch.ones(6, 2, device=DEVICE), -100))
     x, weight, targets = linear_case(6, 8, 20, torch.float32)
-    torch.library.opcheck(file.linear_forward, (x, weight, targets, -100, 4, True, True))
-    torch.library.opcheck(file.linear_forward, (x, weight.detach(), targets, -100, None, True, False))
-    torch.library.opcheck(file.linear_forward, (x.detach(), weight.detach(), targets, -100, None, False, False))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight, targets, -100, 4, True, True))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight.detach(), targets, -100, None, True, False))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x.detach(), weight.detach(), targets, -100, None, False, False))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
@@ -253,8 +250,8 @@ def test_a_model_around_it_compiles_without_a_break_and_may_be_recomputed(fused)
     def model(x, weight, targets):
         hidden = x.tanh()
         if fused:
-            return 2 * file.linear_cross_entropy(hidden, weight, targets)
-        return 2 * file.cross_entropy(hidden @ weight.t(), targets)
+            return 2 * fused_cross_entropy.linear_cross_entropy(hidden, weight, targets)
+        return 2 * fused_cross_entropy.cross_entropy(hidden @ weight.t(), targets)
 
     wanted = torch.autograd.grad(model(x, weight, targets), (x, weight))
     compiled = torch.compile(model, fullgraph=True)
@@ -266,7 +263,8 @@ def test_a_model_around_it_compiles_without_a_break_and_may_be_recomputed(fused)
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
 def test_differentiating_twice_is_refused(fused):
     x, weight, targets = linear_case(5, 8, 20, torch.float32)
-    loss = file.linear_cross_entropy(x, weight, targets) if fused else file.cross_entropy(x @ weight.t(), targets)
+    loss = (fused_cross_entropy.linear_cross_entropy(x, weight, targets) if fused
+            else fused_cross_entropy.cross_entropy(x @ weight.t(), targets))
     with pytest.raises(RuntimeError):
         first, = torch.autograd.grad(loss, weight, create_graph=True)
         first.sum().backward()
@@ -275,7 +273,7 @@ def test_differentiating_twice_is_refused(fused):
 def test_its_three_products_are_counted():
     x, weight, targets = linear_case(5, 8, 20, torch.float32)
     with FlopCounterMode(display=False) as counter:
-        file.linear_cross_entropy(x, weight, targets)
+        fused_cross_entropy.linear_cross_entropy(x, weight, targets)
     assert counter.get_total_flops() == 3 * 2 * 5 * 8 * 20
 
 
@@ -287,32 +285,32 @@ def test_its_three_products_are_counted():
 def test_logits_and_targets_that_do_not_fit_are_refused_in_a_sentence(change, words):
     arguments = dict(logits=torch.zeros(4, 20), targets=torch.zeros(4, dtype=torch.int64)) | change
     with pytest.raises(ValueError, match=words):
-        file.cross_entropy(**arguments)
+        fused_cross_entropy.cross_entropy(**arguments)
     with pytest.raises(ValueError, match=words):
-        file.linear_cross_entropy(arguments["logits"], torch.zeros(5, 20), arguments["targets"])
+        fused_cross_entropy.linear_cross_entropy(arguments["logits"], torch.zeros(5, 20), arguments["targets"])
 
 
 @pytest.mark.parametrize("weight, words", [(torch.zeros(8, 20), r"\(V, C\)"), (torch.zeros(8), r"\(V, C\)"),
                                            (torch.zeros(20, 8, dtype=torch.float16), "float16")])
 def test_a_head_that_does_not_fit_is_refused_in_a_sentence(weight, words):
     with pytest.raises(ValueError, match=words):
-        file.linear_cross_entropy(torch.zeros(4, 8), weight, torch.zeros(4, dtype=torch.int64))
+        fused_cross_entropy.linear_cross_entropy(torch.zeros(4, 8), weight, torch.zeros(4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("target", [20, -1])
 def test_a_target_out_of_range_is_named_where_reading_it_costs_nothing(target):
     targets = torch.tensor([0, 1, target, 3])
     with pytest.raises(ValueError, match=rf"targets\[2\] is {target}: expected a class in \[0, 20\)"):
-        file.cross_entropy(torch.zeros(4, 20), targets)
+        fused_cross_entropy.cross_entropy(torch.zeros(4, 20), targets)
     with pytest.raises(ValueError, match=r"targets\[2\]"):
-        file.linear_cross_entropy(torch.zeros(4, 8), torch.zeros(20, 8), targets)
+        fused_cross_entropy.linear_cross_entropy(torch.zeros(4, 8), torch.zeros(20, 8), targets)
 
 
-def test_configurations_name_every_argument_of_the_kernel_once():
-    found = list(file.configurations())
+def test_variants_name_every_argument_of_the_kernel_once():
+    found = list(row_variants())
     assert len({row["name"] for row in found}) == len(found)
     for row in found:
         names = list(row["signature"])
         assert {names[i] for i, in row["attrs"]} >= {name for name, kind in row["signature"].items() if kind[0] == "*"}
         assert {name for name, kind in row["signature"].items() if kind == "constexpr"} == set(row["constexprs"])
-    assert {(row["constexprs"]["BLOCK_V"], row["num_warps"]) for row in found} == set(file.TILES)
+    assert {(row["constexprs"]["BLOCK_V"], row["num_warps"]) for row in found} == set(fused_cross_entropy.TILES)

@@ -225,6 +225,6 @@ def test_there_are_more_sets_than_a_cache_holds():
 
 def test_every_case_is_one_that_our_kernels_take():
     for case in kernel_bench.CASES:
-        assert case.D in kernels.attention_kernels.HEAD_DIMS and case.H % case.K == 0 and case.S >= case.T
+        assert case.D in kernels.flash_attention.HEAD_DIMS and case.H % case.K == 0 and case.S >= case.T
         assert case.T == case.S or case.T == 1
     assert replace(TINY[1], B=8).shape == "8, 32, 4/2, 32"

@@ -328,24 +328,13 @@ def test_work_of_another_recipe_is_refused_with_the_way_out(tmp_path):
     for call in (lambda: Journal(tmp_path, other, 1), lambda: assemble(tmp_path, other, [])):
         with pytest.raises(ValueError, match="layer is 3, now 4.*another --out, or delete .*work"):
             call()
-    Journal(tmp_path, other, resume=False).close()  # the other way out
+    shutil.rmtree(tmp_path / "work")
+    Journal(tmp_path, other).close()  # the other way out
     shutil.rmtree(tmp_path / "work")
     extract(tmp_path)
     with pytest.raises(ValueError, match="layer is 3, now 4.*another --out, or delete that folder"):
         Journal(tmp_path, other)
     assert complete(tmp_path, RECIPE, NAMES)
-
-
-def test_without_resume_the_first_process_forgets_and_the_others_do_not(tmp_path):
-    one = Journal(tmp_path, RECIPE)
-    encode(one, NAMES[:3])
-    one.close()
-    assert Journal(tmp_path, RECIPE, rank=1, resume=False).finished == set(NAMES[:3])
-    one = Journal(tmp_path, RECIPE, resume=False)
-    assert one.finished == set()
-    encode(one, NAMES[:1])
-    one.close()
-    assert Journal(tmp_path, RECIPE, rank=1, resume=False).finished == set(NAMES[:1])
 
 
 def test_an_unfinished_folder_says_so(tmp_path):
@@ -652,6 +641,14 @@ def test_a_fairseq_pair_is_imported_as_it_is_or_deduplicated(swapped, tmp_path):
 
 
 IMPORT = ("--num-units=8", "--frame-rate=50")
+
+
+def test_run_lengths_of_equal_neighbours_are_added_up(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"units": [5, 5, 2, 5, 5], "duration": [1, 2, 3, 4, 9]}\n{"units": []}\n')
+    run(tmp_path / "x.jsonl", f"--out={tmp_path}/out", *IMPORT, "--dedup")
+    shards = UnitShards(tmp_path / "out")
+    assert [part.tolist() for part in shards.document(0)] == [[5, 2, 5], [3, 3, 13]]
+    assert len(shards.document(1)[0]) == 0 and shards.recipe["dedup"]
 
 
 @pytest.mark.parametrize("line, words", [

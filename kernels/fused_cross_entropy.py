@@ -30,7 +30,6 @@ Sources: Milakov & Gimelshein 2018 (arXiv 1805.02867), algorithm 3: the running 
 Your Losses (arXiv 2411.09009): why logits are the memory of a small model with a large vocabulary.
 """
 import functools
-from itertools import product
 
 import torch
 import triton
@@ -38,13 +37,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.checks import check_range, check_targets
+from kernels.checks import DTYPES, check_range, check_targets
 
 # (BLOCK_V, num_warps): the first row with BLOCK_V >= V holds a whole row of logits; a longer row takes several of the
 # last. 16 logits a thread is two 16-byte loads of bfloat16 in flight for each and a small part of its registers. Beyond
 # 4096 a wider tile would only have more threads wait for each other at each sum. Reasoned, not measured.
 TILES = ((512, 1), (1024, 2), (2048, 4), (4096, 8))
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -231,29 +229,16 @@ def refuse_unusable(values, targets):
 
 
 def cross_entropy(logits, targets, ignore_index=-100):
-    """Mean of -log softmax(logits)[target] over the targets that count.
-
-    Args:
-        logits: (N, V) float32, float16 or bfloat16, rows at any stride; left as they are.
-        targets: (N,) int64 in [0, V), or ignore_index where there is none. Outside both: ValueError on the CPU, a NaN
-            loss on a GPU.
-    Returns: () float32, NaN where no target counts.
-    Raises: ValueError for shapes, dtypes or devices that do not fit.
-    """
+    """As kernels.cross_entropy, for logits in a dtype of DTYPES, rows at any stride; they are left as they are."""
     refuse_unusable(logits, targets)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     return cross_entropy_forward(logits, targets.contiguous(), ignore_index)[0]
 
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-100, chunk=None):
-    """cross_entropy(x @ weight.T, targets), holding the logits of one chunk of rows at a time.
+    """As kernels.linear_cross_entropy, for x and weight in one dtype of DTYPES, on one device.
 
-    Args:
-        x: (N, C) float32, float16 or bfloat16. weight: (V, C) in the same dtype, on the same device.
-        targets, ignore_index: as in cross_entropy.
-        chunk: rows of logits held at once, at least 1; None: chunk_rows() decides.
-    Returns: () float32, NaN where no target counts.
-    Raises: ValueError for shapes, dtypes or devices that do not fit.
+    chunk: rows of logits held at once, at least 1; None: chunk_rows() decides.
     """
     refuse_unusable(x, targets)
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
@@ -265,22 +250,3 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, chunk=None):
     wanted = torch.is_grad_enabled()
     return linear_forward(x, weight, targets.contiguous(), ignore_index, chunk, wanted and x.requires_grad,
                           wanted and weight.requires_grad)[0]
-
-
-def configurations():
-    """What a compiler needs for each variant of row_kernel, as dicts: see triton.compiler.ASTSource. float16 is as bfloat16.
-
-    Aligned variants have V and strides divisible by 16, so that a thread loads 16 bytes at a time; the others take any V.
-    """
-    tasks = {"loss": ["gradient", "factor"], "loss_gradient": ["factor"], "gradient": ["losses"]}  # with the arguments each lacks
-    shapes = [(*tile, True) for tile in TILES] + [(*TILES[-1], False)]
-    for dtype, (BLOCK_V, num_warps, one_tile), task, aligned in product(("bf16", "fp32"), shapes, tasks, (True, False)):
-        signature = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32", "statistics": "*fp32", "gradient": f"*{dtype}",
-                     "factor": "*fp32", "V": "i32", "logits_stride": "i32", "gradient_stride": "i32", "ignore_index": "i32",
-                     "BLOCK_V": "constexpr", "ONE_TILE": "constexpr"} | dict.fromkeys(tasks[task], "constexpr")
-        sixteens = [i for i, (name, kind) in enumerate(signature.items())
-                    if kind[0] == "*" or aligned and name in ("V", "logits_stride", "gradient_stride")]
-        yield {"name": f"row_{task}_{dtype}_{BLOCK_V}{'' if one_tile else '_loop'}{'' if aligned else '_unaligned'}",
-               "kernel": row_kernel, "signature": signature,
-               "constexprs": {"BLOCK_V": BLOCK_V, "ONE_TILE": one_tile} | dict.fromkeys(tasks[task]),
-               "attrs": {(i,): [["tt.divisibility", 16]] for i in sixteens}, "num_warps": num_warps, "num_stages": 3}

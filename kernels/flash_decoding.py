@@ -16,13 +16,12 @@ Shapes: q, o (B, 1, H, D); k, v (B, S, K, D), slices of a longer cache.
 Source: Flash-Decoding, Dao et al. 2023 (pytorch.org/blog/flash-decoding).
 """
 import functools
-from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import LOG2E, compiled_as, load_rows, precision, rows_contiguous
+from kernels.flash_attention import LOG2E, load_rows, precision, rows_contiguous
 
 BLOCKS = {2: (64, 4, 2), 4: (16, 8, 2)}  # keys a tile, warps and pipeline stages by bytes per number: nothing spills
 MOST_PARTS = 64  # of a head: all are in one program's registers when they are joined
@@ -43,7 +42,7 @@ def part_kernel(Q, K, V, ACC, M, L, SLOPES, scale, q_b, q_h, k_b, k_t, k_h, v_b,
     K += b * k_b + kh * k_h
     V += b * v_b + kh * v_h
 
-    # 2. The one-pass soft-max of attention.py over the part. Every part has a key, so m is finite after its first tile.
+    # 2. The one-pass soft-max of flash_attention.py over the part. Every part has a key, so m is finite after its first tile.
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -123,14 +122,3 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, alib
 @decode.register_fake
 def _(q, k, v, scale, alibi_slopes):
     return q.new_empty(q.shape)
-
-
-def configurations():
-    """What a compiler needs for part_kernel and join_kernel: see triton.compiler.ASTSource."""
-    for D, (dtype, itemsize), alibi in product((64, 80, 128), (("bf16", 2), ("fp32", 4)), (False, True)):
-        fixed = constants(D, 8, itemsize) | {"ALIBI": alibi} | ({} if alibi else {"SLOPES": None})
-        launch = [fixed.pop(key) for key in ("num_warps", "num_stages")]
-        yield compiled_as(part_kernel, f"decode_attention_{D}_{dtype}{'_alibi' if alibi else ''}", dtype, fixed, *launch)
-        if alibi:
-            fixed = {"D": D, "BLOCK_D": triton.next_power_of_2(D), "BLOCK_PARTS": MOST_PARTS}
-            yield compiled_as(join_kernel, f"decode_join_{D}_{dtype}", dtype, fixed, 4, 3)

@@ -32,7 +32,6 @@ Sources: Milakov & Gimelshein 2018 (soft-max in one pass); FlashAttention, Dao e
 Dao 2023, sections 3.1 and 3.2 (rows over programs, masks on the diagonal only); ALiBi, Press et al. 2022.
 """
 import functools
-from itertools import product
 
 import torch
 import triton
@@ -42,7 +41,6 @@ from torch.utils.flop_counter import register_flop_formula
 LOG2E = tl.constexpr(1.4426950408889634)  # a global that kernels read has to be a constexpr
 LN2 = tl.constexpr(0.6931471805599453)
 HEAD_DIMS = (32, 64, 80, 96, 128)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tiles: (BLOCK_M rows, BLOCK_N columns, warps, pipeline stages) by kernel, padded head dimension (up to 64 or 128) and bytes per
 # number. Found by compiling: large ones that neither spill a register nor need more shared memory than the GPU has, whatever is
@@ -376,11 +374,10 @@ def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         ends = torch.searchsorted(document_starts, columns.contiguous(), right=True, out_int32=True)
     strides, sizes, constants = shared_arguments(q, k, v, alibi_slopes, document_starts)
     scale, do_strides = scale * LOG2E.value, do.stride()[:3]
-    arch, rows, given = architecture(q.device), 64, (alibi_slopes, document_starts)
+    arch, given = architecture(q.device), (alibi_slopes, document_starts)
     by_keys, by_queries = (tile(name, D, itemsize, arch) for name in ("keys", "queries"))
     with torch.cuda.device_of(q):
-        delta_kernel[(triton.cdiv(T, rows) * B * H,)](o, do, delta, *do_strides, T, H, D=D, BLOCK_D=by_keys["BLOCK_D"],
-                                                      BLOCK_M=rows)
+        delta_kernel[(triton.cdiv(T, 64) * B * H,)](o, do, delta, *do_strides, T, H, D=D, BLOCK_D=by_keys["BLOCK_D"], BLOCK_M=64)
         keys_kernel[(triton.cdiv(T, by_keys["BLOCK_N"]) * B * heads,)](
             q, k, v, do, dk, dv, lse, delta, *given, ends, scale, *strides, *do_strides, *sizes, **constants, **by_keys)
         queries_kernel[(triton.cdiv(T, by_queries["BLOCK_M"]) * B * H,)](
@@ -420,29 +417,3 @@ def _(do_shape, q_shape, *_, **__):
 def attention(q, k, v, scale, alibi_slopes=None, document_starts=None):
     """kernels.attention for what its choose() lets through: S = T, one dtype of DTYPES, D of HEAD_DIMS, scale > 0."""
     return forward(q, k, v, scale, alibi_slopes, document_starts)[0]
-
-
-# ------------------------------------------------------------------------------------------------ for the compiler alone
-
-def compiled_as(kernel, name, dtype, constants, num_warps, num_stages):
-    """What triton.compiler.ASTSource needs. Capital letters are addresses, of dtype unless they always are another."""
-    types = dict.fromkeys(("LSE", "DELTA", "SLOPES", "ACC", "M", "L"), "*fp32") | dict.fromkeys(("STARTS", "ENDS"), "*i32")
-    types |= dict.fromkeys(("T", "H", "GROUP", "S", "heads", "parts", "length"), "i32") | {"scale": "fp32"}
-    signature = {argument: "constexpr" if argument in constants else types.get(
-        argument, "i32" if argument.islower() else f"*{dtype}") for argument in kernel.arg_names}
-    aligned = [i for i, (argument, kind) in enumerate(signature.items())  # addresses, and strides: multiples of 16
-               if kind[0] == "*" or argument not in types and kind == "i32"]
-    return {"name": name, "kernel": kernel, "signature": signature, "constexprs": constants,
-            "attrs": {(i,): [["tt.divisibility", 16]] for i in aligned}, "num_warps": num_warps, "num_stages": num_stages}
-
-
-def configurations(arch):
-    """What a compiler needs for each row of TILES, plain and with everything switched on (there D = 80 stands for 128)."""
-    kernels = {"forward": forward_kernel, "keys": keys_kernel, "queries": queries_kernel}
-    for (name, D, itemsize), extras in product(TILES[arch], (False, True)):
-        kernel, dtype, D = kernels[name], "bf16" if itemsize == 2 else "fp32", 80 if extras and D == 128 else D
-        constants = dict(D=D, ALIBI=extras, DOCUMENTS=extras, PRECISION=precision(itemsize), **tile(name, D, itemsize, arch))
-        launch = [constants.pop(key) for key in ("num_warps", "num_stages")]
-        constants |= {} if extras else dict.fromkeys({"SLOPES", "STARTS", "ENDS"} & set(kernel.arg_names))
-        name = f"attention_{name}_{D}_{dtype}{'_alibi_documents' if extras else ''}"
-        yield compiled_as(kernel, name, dtype, constants, *launch)
