@@ -65,7 +65,7 @@ def write_large_model(folder, options, dtype, kind):
         for name, shard in files.read_json(index)["weight_map"].items():
             renamed[name] = f"pytorch_{Path(shard).stem}.bin"
             if (folder / shard).exists():
-                torch.save(files.read_file(folder / shard), folder / renamed[name])
+                torch.save(files.read_tensors(folder / shard), folder / renamed[name])
                 (folder / shard).unlink()
         index.unlink()
         files.write_json(folder / "pytorch_model.bin.index.json",

@@ -30,14 +30,14 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from checkpoints.archive import model_folder, room_for, unzip
+from checkpoints.archive import room_for, unpacked_model, unzip
 
 ATTEMPTS = 3  # connections a file may cost; each goes on where the last one broke
 WAIT = 1.0  # seconds before the second attempt, twice as long before the third
 TIMEOUT = 30.0  # seconds of silence after which a connection counts as broken
 CHUNK = 1 << 20  # bytes between two looks at the progress bar
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # in the order in which files.read_tensors looks:
-           "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first that exists is the one that is read
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # of a model folder, the first that exists
+           "pytorch_model.bin", "pytorch_model.bin.index.json")  # is the one that is read
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # org/name
 SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)", re.ASCII)  # a plain file name: no folder, nothing hidden
 FROM_HUB = ("lm", "model", "tokenizer")  # kinds that org/name can be
@@ -153,25 +153,27 @@ def trusted(path, sha256):
     return True
 
 
-def shards_of(index):
-    """The weight files that an index names. They come from a stranger, so they must be plain file names."""
+def read_index(index):
+    """{name of a tensor: its weight file} of an index. It comes from a stranger, so the files must be plain names."""
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        strange = [name for name in names if not SHARD.fullmatch(name)]
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        strange = [name for name in weight_map.values() if not SHARD.fullmatch(name)]
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; get it again") from None
-    if strange or not names:
-        raise ValueError(f"{index} names {strange[:1] or 'no file'} instead of weight files in its folder; refusing to follow it")
-    return sorted(names)
+        weight_map = None
+    if not weight_map:
+        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; get it again")
+    if strange:
+        raise ValueError(f"{index} points outside its folder, or to no weight file ({strange[0]!r}); refusing to follow it")
+    return weight_map
 
 
 def complete(folder):
-    """Whether a folder of the hub's layout has config.json and all weights. The first of WEIGHTS decides: readers take it."""
-    present = [name for name in WEIGHTS if whole(folder / name)]
-    if not present or not whole(folder / "config.json"):
+    """Whether a folder of the hub's layout has config.json and all weights."""
+    weights = next((folder / name for name in WEIGHTS if whole(folder / name)), None)
+    if weights is None or not whole(folder / "config.json"):
         return False
     try:
-        return not present[0].endswith(".json") or all(whole(folder / name) for name in shards_of(folder / present[0]))
+        return weights.suffix != ".json" or all(whole(folder / name) for name in set(read_index(weights).values()))
     except ValueError:
         return False
 
@@ -382,7 +384,7 @@ def find_zip(path):
     with locked(folder):
         if not folder.is_dir():
             unzip(path, folder)
-    return model_folder(folder)
+    return unpacked_model(folder)
 
 
 def known_files(kind, name, files):
@@ -421,7 +423,7 @@ def known_model(name, file):
                     fetch(f"{host('NANOTWIST_MIRROR')}/{file.url}", archive)
                 unzip(archive, folder)
                 archive.unlink()
-    return model_folder(folder)
+    return unpacked_model(folder)
 
 
 def hub_folder(repository):
@@ -453,11 +455,11 @@ def download_repository(repository, folder):
             continue
         if name.endswith(".json"):
             try:
-                shards = shards_of(folder / name)
+                shards = set(read_index(folder / name).values())
             except ValueError:
                 (folder / name).unlink()  # or it would be in the way of a repaired one
                 raise
-            for shard in shards:
+            for shard in sorted(shards):
                 get(shard)
         return
     raise FileNotFoundError(f"{address} has none of {', '.join(WEIGHTS)}; a model in another format cannot be read")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoints import download, pickles
+from checkpoints.archive import model_folder
 
 POCKET = Path(__file__).parent.parent / "pocket"
 KINDS = {  # what an option asks for -> where the pocket world keeps it
@@ -52,10 +53,8 @@ def find(name, kind):
 
 
 def find_model(name, kind):
-    """As find, for a model: the folder that holds config.json. An archive may have been unpacked with one folder around it."""
-    folder = find(str(name), kind)
-    nested = [] if (folder / "config.json").exists() else list(folder.glob("*/config.json"))
-    return nested[0].parent if len(nested) == 1 else folder
+    """As find, for a model: the folder that holds config.json, which may stand in the one that was named."""
+    return model_folder(find(str(name), kind))
 
 
 def read_json(path):
@@ -104,7 +103,7 @@ class Tensors(Mapping):
             with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
                 return file.get_tensor(name)
         if self.pickle[0] != path:
-            self.pickle = path, read_file(path)
+            self.pickle = path, read_pickle(path)
         return self.pickle[1][name]
 
     def __iter__(self):
@@ -115,38 +114,33 @@ class Tensors(Mapping):
 
 
 def open_tensors(path):
-    """All tensors of a weight file or model folder, unread: Tensors.
+    """All tensors of a weight file or model folder (there of the first of download.WEIGHTS), unread: Tensors.
 
-    In a folder the order of preference is model.safetensors, its index, pytorch_model.bin, its index.
     Raises: FileNotFoundError naming what was looked for; ValueError for a truncated or foreign file.
     """
     path = Path(path)
     if path.is_dir():
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
-                return open_tensors(path / name)
-            if (path / f"{name}.index.json").is_file():
-                return open_tensors(path / f"{name}.index.json")
-        raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin (or their .index.json) in {path}")
+        present = [name for name in download.WEIGHTS if (path / name).is_file()]
+        if not present:
+            raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin (or their .index.json) in {path}")
+        path = path / present[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
     if path.name.endswith(".index.json"):
         return open_sharded(path)
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             return Tensors(dict.fromkeys(file.keys(), path))
-    tensors = read_file(path)
+    tensors = read_pickle(path)
     opened = Tensors(dict.fromkeys(tensors, path))
     opened.pickle = path, tensors
     return opened
 
 
 def open_sharded(index):
-    """The shards named by `weight_map`; every tensor must be where the index says, and nothing may be missing."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; copy the file again")
+    """The shards that an index names; every tensor must be where it says, and nothing may be missing."""
+    weight_map = download.read_index(index)
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or shard in ("", ".."):
-            raise ValueError(f"{index} points outside its folder ({shard!r}); refusing to follow it")
         found = open_tensors(index.parent / shard)
         missing = sorted(name for name, place in weight_map.items() if place == shard and name not in found.files)
         if missing:
@@ -155,8 +149,6 @@ def open_sharded(index):
 
 
 def open_safetensors(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -168,17 +160,8 @@ def read_tensors(path):
     return dict(open_tensors(path))
 
 
-def read_file(path):
-    """One weight file, by its ending safetensors or a pickle of tensors -> {name: tensor}.
-
-    A pickle may also hold other entries (a trainer's step, settings), as long as they are plain data.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
+def read_pickle(path):
+    """A pickle of tensors -> {name: tensor}, with any other entries (a trainer's step) that are plain data."""
     tensors = pickles.load(path)
     if not isinstance(tensors, dict) or not tensors:
         raise ValueError(f"{path} holds a {type(tensors).__name__} of no tensors, expected a dictionary of tensors")
@@ -212,7 +195,7 @@ def read_kmeans(path):
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors = read_file(path)
+        tensors = read_tensors(path)
         if "centers" not in tensors:
             raise ValueError(f"{path} has no tensor `centers`, only {sorted(tensors)[:3]}")
         return tensors["centers"].float(), read_metadata(path)

@@ -19,10 +19,11 @@ import csv
 import io
 import os
 import re
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from checkpoints import archive
 
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon", "pairs")
 SALMON = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender_consistency", "rir_consistency",
@@ -78,27 +79,18 @@ def scan(root):
                 zips.append(Path(folder, name))
             elif not name.startswith("."):
                 folders[Path(folder)][name] = os.path.join(folder, name)
-    for archive in sorted(zips):
-        try:
-            with zipfile.ZipFile(archive) as file:
-                members = [name for name in file.namelist() if not name.startswith("__MACOSX") and not name.endswith("/")]
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{archive} is no zip archive, or damaged ({error}); copy it again") from None
-        for member in members:
-            path = archive / member
-            if not path.name.startswith("."):
+    for packed in sorted(zips):
+        for name in archive.names_in(packed):
+            path = packed / name
+            if not name.startswith("__MACOSX") and not name.endswith("/") and not path.name.startswith("."):
                 folders[path.parent][path.name] = str(path)
     return dict(folders)
 
 
 def read_rows(path, needed):
     """A table with a header, inside a zip too -> list of dictionaries. Raises ValueError that names the columns it lacks."""
-    archive = next((folder for folder in Path(path).parents if folder.suffix.lower() == ".zip" and folder.is_file()), None)
-    if archive:
-        with zipfile.ZipFile(archive) as file:
-            content = file.read(Path(path).relative_to(archive).as_posix())
-    else:
-        content = Path(path).read_bytes()
+    with archive.open_file(path) as file:
+        content = file.read()
     try:
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
