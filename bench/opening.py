@@ -25,7 +25,7 @@ from model import Transformer, TransformerConfig
 
 def open_all_at_once(folder):
     """The plain way, as a yardstick: every tensor read and converted, then copied into a model that was built before."""
-    family, options = pretrained.lm_options(pretrained.read_settings(folder))
+    family, options = pretrained.lm_architecture(pretrained.read_settings(folder))
     model = Transformer(TransformerConfig(**options, family=family))
     held = {name: tensor.float() for name, tensor in files.read_tensors(folder).items()}
     model.load_state_dict(dict(pretrained.Ours(held, pretrained.FAMILIES[family], options, folder)))

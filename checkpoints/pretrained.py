@@ -23,6 +23,8 @@ from checkpoints.families import (
     HUBERT_FIXED,
     HUBERT_ROWS,
     POS_CONV,
+    READ,
+    WRITE,
 )
 
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
@@ -51,35 +53,56 @@ def open_lm(folder, dtype=None):
 
     dtype: of the tensors, None: as stored.
     """
-    family, options = lm_options(read_settings(folder), folder)
-    return family, options, Ours(files.open_tensors(folder), FAMILIES[family], options, folder, dtype)
+    family, architecture = lm_architecture(read_settings(folder), folder)
+    return family, architecture, Ours(files.open_tensors(folder), FAMILIES[family], architecture, folder, dtype)
 
 
-def lm_options(settings, where="config.json"):
+def lm_architecture(settings, where="config.json"):
     """config.json of a text LM -> (family name, keyword arguments of TransformerConfig)."""
     family = settings.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
     try:
-        options = FAMILIES[family].read_config(settings)
+        architecture = read_architecture(FAMILIES[family], settings)
     except KeyError as error:
         raise ValueError(f"{where}: config.json lacks {error} which a {family} model needs") from None
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: a value in config.json is of the wrong type ({error}); copy the file again") from None
     for key in SIZES:
-        largest = MOST_LAYERS if key == "n_layer" else LARGEST_SIZE
-        if type(options[key]) is not int or not 1 <= options[key] <= largest:
-            raise ValueError(f"{where}: config.json makes {key} {options[key]!r}, expected a whole number from 1 to {largest}")
-    return family, options
+        size, largest = architecture[key], MOST_LAYERS if key == "n_layer" else LARGEST_SIZE
+        if type(size) is not int or not 1 <= size <= largest:
+            raise ValueError(f"{where}: config.json makes {key} {size!r}, expected a whole number from 1 to {largest}")
+    return family, architecture
 
 
-def write_lm(family, options, tensors):
+def read_architecture(family, c):
+    """Their config -> keyword arguments of TransformerConfig, by the family's table. Where there is a default, null means it."""
+    for key, value in family.demanded.items():
+        if c.get(key, value) not in (value, None):
+            raise ValueError(f"config.json: {key} = {c[key]!r} is not supported, expected {value!r}")
+    given = {**{key: c[other] for other, key in family.aliases.items() if other in c}, **c}
+    given |= {key: value for key, value in family.defaults.items() if given.get(key) is None}
+    found = {**family.fixed, **family.derive(c)}
+    for theirs, ours in family.keys.items():
+        if ours not in found:
+            if given[theirs] is None and theirs not in family.defaults:
+                raise TypeError(f"{theirs} is null")
+            found[ours] = READ[ours](theirs, given[theirs]) if ours in READ else given[theirs]
+    usual = dict(n_kv_head=found["n_head"], head_dim=found["n_embd"] // found["n_head"], n_inner=4 * found["n_embd"],
+                 embed_dim=found["n_embd"])
+    found |= {name: found.get(name) or value for name, value in usual.items()}
+    return {"out_bias": found["attention_bias"], **found}
+
+
+def write_lm(family, architecture, tensors):
     """The reverse of open_lm: (their config.json, {their name: tensor})."""
-    settings = {"architectures": [FAMILIES[family].architecture], "model_type": family,
-                **FAMILIES[family].write_config(options)}
+    table = FAMILIES[family]
+    keys = {theirs: WRITE.get(ours, lambda value: value)(architecture[ours]) for theirs, ours in table.keys.items()}
+    settings = {"architectures": [table.class_name], "model_type": family,
+                **{key: value for key, value in keys.items() if value is not None}, **table.extra}
     left, result = dict(tensors), {}
-    for row, layer in expand(FAMILIES[family].rows, options):
-        parts = row.layout.write(left.pop(row.ours.format(layer)), options)
+    for row, layer in expand(FAMILIES[family].rows, architecture):
+        parts = row.layout.write(left.pop(row.ours.format(layer)), architecture)
         result.update(zip((template.format(layer) for template in row.theirs), parts))
     assert not left, f"tensors without a row in the family's table: {sorted(left)[:3]}"
     return settings, result
@@ -100,15 +123,15 @@ class Ours(Mapping):
     Args: source: {their name: tensor}, best files.open_tensors. dtype: of what is read; None: as stored.
     """
 
-    def __init__(self, source, family, options, where, dtype=None):
-        self.source, self.options, self.where, self.dtype = source, options, where, dtype
+    def __init__(self, source, family, architecture, where, dtype=None):
+        self.source, self.architecture, self.where, self.dtype = source, architecture, where, dtype
         left, self.rows = {full_name(name, family): name for name in source}, {}
         missing = []
-        for row, layer in expand(family.rows, options):
+        for row, layer in expand(family.rows, architecture):
             names = [template.format(layer) for template in row.theirs]
             missing += [name for name in names if name not in left]
             self.rows[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
-        if options["tie_embeddings"]:
+        if architecture["tie_embeddings"]:
             left.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
         left = [name for name in left if not re.fullmatch(family.dropped, name)]
         if missing or left:
@@ -118,7 +141,7 @@ class Ours(Mapping):
         row, names = self.rows[name]
         parts = [self.source[part] for part in names]
         try:
-            value = row.layout.read(parts, self.options)
+            value = row.layout.read(parts, self.architecture)
         except RuntimeError:
             raise ValueError(f"{self.where}: {names[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
                              "they belong to different models") from None
@@ -143,13 +166,13 @@ def check_shapes(expected, tensors, where):
                              f"{tuple(tensors[name].shape)}; they belong to different models")
 
 
-def expand(rows, options, count=None):
-    """Every (row, layer) of a model with these options, layer after layer, as shards store them; None outside the stack.
+def expand(rows, architecture, count=None):
+    """Every (row, layer) of a model with these architecture, layer after layer, as shards store them; None outside the stack.
 
-    count: row -> how many layers it has; default options["n_layer"].
+    count: row -> how many layers it has; default architecture["n_layer"].
     """
-    rows = [row for row in rows if row.when(options)]
-    count = count or (lambda row: options["n_layer"])
+    rows = [row for row in rows if row.when(architecture)]
+    count = count or (lambda row: architecture["n_layer"])
     stack = [row for row in rows if "{}" in row.ours]
     for row in rows:
         if row not in stack:
@@ -164,29 +187,29 @@ def read_hubert(path):
     """A Hugging Face HuBERT folder or a fairseq .pt file -> (keyword arguments of HubertConfig, {our name: tensor})."""
     path = Path(path)
     if path.is_dir():
-        options, left = hugging_face_hubert(path)
+        architecture, left = hugging_face_hubert(path)
     else:
-        options, left = fairseq_hubert(path)
+        architecture, left = fairseq_hubert(path)
     left, result, missing = fold_weight_norm(left), {}, []
-    for row, layer in expand_hubert(options):
+    for row, layer in expand_hubert(architecture):
         names = [template.format(layer) for template in row.theirs]
         if all(name in left for name in names):
-            result[row.ours.format(layer)] = row.layout.read([left.pop(name) for name in names], options)
+            result[row.ours.format(layer)] = row.layout.read([left.pop(name) for name in names], architecture)
         elif row.ours == "mask_embedding":  # encoding never masks, and stripped files lack it
-            result[row.ours] = torch.zeros(options["n_embd"])
+            result[row.ours] = torch.zeros(architecture["n_embd"])
         elif row.ours == "pos_norm.num_batches_tracked":
             result[row.ours] = torch.tensor(0)
         else:
             missing += [name for name in names if name not in left]
     if missing or left:
         raise ValueError(f"{path}: the weights do not fit its config; missing {shown(missing)}, unexpected {shown(sorted(left))}")
-    return options, result
+    return architecture, result
 
 
-def expand_hubert(options):
+def expand_hubert(architecture):
     """Every (row, layer); the front end has as many layers as convolutions."""
-    return expand(HUBERT_ROWS, options,
-                  lambda row: len(options["conv_dim"]) if row.ours.startswith("convs.") else options["n_layer"])
+    return expand(HUBERT_ROWS, architecture,
+                  lambda row: len(architecture["conv_dim"]) if row.ours.startswith("convs.") else architecture["n_layer"])
 
 
 def hugging_face_hubert(folder):
@@ -201,10 +224,10 @@ def hugging_face_hubert(folder):
     lacking = [key for key in HUBERT_CONFIG if key not in settings]
     if lacking:
         raise ValueError(f"{folder}: config.json lacks {', '.join(lacking)} which a HuBERT needs")
-    options = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    architecture = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
+    architecture = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
     # preprocessor_config.json may ask for normalised waveforms; no published pipeline does that with these models
-    return options, {name.removeprefix("hubert."): tensor for name, tensor in files.read_tensors(folder).items()}
+    return architecture, {name.removeprefix("hubert."): tensor for name, tensor in files.read_tensors(folder).items()}
 
 
 def fairseq_hubert(path):
@@ -228,7 +251,7 @@ def fairseq_hubert(path):
         layers = {int(name.split(".")[2]) for name in left if name.startswith("encoder.layers.")}
         width = left["feature_projection.projection.weight"].shape[0]
         pos = next(left[name] for name in (f"{POS_CONV}.weight_v", f"{POS_CONV}.weight") if name in left)  # (C, C / groups, taps)
-        options = dict(
+        architecture = dict(
             conv_dim=tuple(w.shape[0] for w in convs), conv_kernel=tuple(w.shape[2] for w in convs), n_embd=width,
             n_layer=len(layers), n_head=settings.get("encoder_attention_heads") or width // 64,
             n_inner=left["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0], pos_kernel=pos.shape[2],
@@ -237,21 +260,21 @@ def fairseq_hubert(path):
     except (KeyError, IndexError, StopIteration, ValueError) as error:
         raise ValueError(f"{path} is no HuBERT: a tensor is missing or of another shape ({error}); give a fairseq HuBERT "
                          "checkpoint or a Hugging Face folder") from None
-    return options | {"conv_stride": strides(settings.get("conv_feature_layers"), options, path)}, left
+    return architecture | {"conv_stride": strides(settings.get("conv_feature_layers"), architecture, path)}, left
 
 
-def strides(text, options, where):
+def strides(text, architecture, where):
     """Stride of every convolution, from fairseq's conv_feature_layers; without one, what HuBERT base has for each kernel."""
     if text is None:
         usual = {10: 5, 3: 2, 2: 2}
-        if not set(options["conv_kernel"]) <= set(usual):
-            raise ValueError(f"{where} has no settings, and convolutions of {options['conv_kernel']} taps whose strides "
+        if not set(architecture["conv_kernel"]) <= set(usual):
+            raise ValueError(f"{where} has no settings, and convolutions of {architecture['conv_kernel']} taps whose strides "
                              "cannot be told; give a file with its settings")
-        return tuple(usual[taps] for taps in options["conv_kernel"])
+        return tuple(usual[taps] for taps in architecture["conv_kernel"])
     layers = parse_conv_layers(text)
-    if [layer[:2] for layer in layers] != list(zip(options["conv_dim"], options["conv_kernel"])):
-        raise ValueError(f"{where}: conv_feature_layers says {text}, but the weights have widths {options['conv_dim']} and "
-                         f"kernels {options['conv_kernel']}; settings and weights belong to different models")
+    if [layer[:2] for layer in layers] != list(zip(architecture["conv_dim"], architecture["conv_kernel"])):
+        raise ValueError(f"{where}: conv_feature_layers says {text}, but the weights have widths {architecture['conv_dim']} and "
+                         f"kernels {architecture['conv_kernel']}; settings and weights belong to different models")
     return tuple(layer[2] for layer in layers)
 
 
@@ -284,16 +307,16 @@ def parse_conv_layers(text):
     return layers
 
 
-def write_hubert(options, tensors):
+def write_hubert(architecture, tensors):
     """The reverse of read_hubert: (their config.json, {their name: tensor})."""
     settings = {"architectures": ["HubertModel"], "model_type": "hubert", **HUBERT_FIXED,
-                **{key: options[ours] for key, ours in HUBERT_CONFIG.items()},
-                "num_feat_extract_layers": len(options["conv_dim"]), "vocab_size": 32}
+                **{key: architecture[ours] for key, ours in HUBERT_CONFIG.items()},
+                "num_feat_extract_layers": len(architecture["conv_dim"]), "vocab_size": 32}
     theirs = {}
-    for row, layer in expand_hubert(options):
-        parts = row.layout.write(tensors[row.ours.format(layer)], options)
+    for row, layer in expand_hubert(architecture):
+        parts = row.layout.write(tensors[row.ours.format(layer)], architecture)
         theirs.update(zip((template.format(layer) for template in row.theirs), parts))
-    if not options["pos_batch_norm"]:  # transformers wants weight norm there, and any direction with its own length is one
+    if not architecture["pos_batch_norm"]:  # transformers wants weight norm there, and any direction with its own length is one
         v = theirs.pop(f"{POS_CONV}.weight")
         new = f"{POS_CONV}.parametrizations.weight.original"
         theirs |= {f"{new}0": torch.linalg.vector_norm(v.float(), dim=(0, 1), keepdim=True).to(v.dtype), f"{new}1": v}
