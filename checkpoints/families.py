@@ -84,10 +84,10 @@ def head(theirs="lm_head.weight"):
 class Family:
     class_name: str  # the transformers class that opens our exports
     keys: dict  # key of config.json -> field of TransformerConfig, in the order in which an export has them
-    fixed: dict  # fields that are the same in all models of the family; they are only written, whatever the key says
+    fixed: dict  # fields that are the same in all models of the family, whatever a key says
     rows: tuple[Row, ...]
     prefix: str  # what a full name starts with; older files leave it out
-    defaults: dict = field(default_factory=dict)  # of keys that may be absent; all others must be there
+    defaults: dict = field(default_factory=dict)  # of keys that may be absent or null; all others must be there
     demanded: dict = field(default_factory=dict)  # keys that would change the network: the one value that we compute
     aliases: dict = field(default_factory=dict)  # other spelling of a key -> the key
     derive: Callable = lambda c: {}  # their config -> fields that no single key gives
@@ -96,7 +96,7 @@ class Family:
     dropped: str = r"(?!)"  # regular expression of the tensors that carry no information: causal masks, rotary tables
 
 
-# theirs -> ours; the tanh approximation has three spellings
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # the order of our tuple
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}
 
 
@@ -106,14 +106,10 @@ def read_activation(key, name):
     return ACTIVATIONS[name]
 
 
-def write_rope_scaling(scaling):
-    return scaling and {"rope_type": "llama3", **dict(zip(ROPE_SCALING, scaling))}
-
-
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-READ = {"mlp": read_activation, "norm_order": lambda key, before: "pre" if before else "post"}  # fields with another value here
+# fields whose value is another here: how it is read from a key, and written
+READ = {"mlp": read_activation, "norm_order": lambda key, before: "pre" if before else "post"}
 WRITE = {"mlp": lambda mlp: {"gelu_tanh": "gelu_new", "swiglu": "silu"}.get(mlp, mlp), "norm_order": lambda order: order == "pre",
-         "rope_scaling": write_rope_scaling}
+         "rope_scaling": lambda scaling: scaling and {"rope_type": "llama3", **dict(zip(ROPE_SCALING, scaling))}}
 
 # ---------------------------------------------------------------------------------------------- LLaMA and its kin
 
@@ -299,6 +295,7 @@ HUBERT_CONFIG = {  # theirs -> ours, where the value is the same
     "conv_pos_batch_norm": "pos_batch_norm", "layer_norm_eps": "norm_eps"}
 HUBERT_FIXED = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False,
                 "feat_proj_layer_norm": True, "feat_extract_activation": "gelu", "hidden_act": "gelu"}
+FAIRSEQ_FIXED = {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": False, "sample_rate": 16_000}
 POS_CONV = "encoder.pos_conv_embed.conv"
 THIRDS = Layout(lambda parts, _: torch.cat(parts), lambda x, _: x.chunk(3))  # q, k and v are multiplied at once
 batch_norm = having("pos_batch_norm")

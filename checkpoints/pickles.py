@@ -27,6 +27,7 @@ import sys
 import zipfile
 import zlib
 from bz2 import BZ2Decompressor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,27 +48,23 @@ DTYPES = {str(dtype): dtype for dtype in (*STORAGES.values(), torch.uint16, torc
                                           torch.float8_e5m2)}
 # Names of the standard library can do anything to a machine: those that hold data are let in as labels, others are an error.
 DATA = re.compile(r"(collections(\.abc)?|typing|enum|pathlib(\._local)?|datetime)\.\w+|argparse\.Namespace|"
-                  r"types\.SimpleNamespace|"
-                  r"builtins\.(bool|dict|float|int|list|long|object|range|slice|str|tuple|type|unicode)")
+                  r"types\.SimpleNamespace|builtins\.(bool|dict|float|int|list|long|object|range|slice|str|tuple|type|unicode)")
 
 
+@dataclass(eq=False, slots=True, repr=False)
 class Inert:
-    """What a pickle says about an object whose class was not executed, or (args None) about a class itself.
+    """What a pickle says about an object whose class was not executed, or (args None) about a class itself."""
 
-    kind: "module.name"; args: tuple its class was called with; state: what would have set its attributes, mostly a dict;
-    items: list of what was appended, dict of what was set by key, or None.
-    """
-    __slots__ = ("kind", "args", "state", "items")
-
-    def __init__(self, kind, args=None, items=None):
-        self.kind, self.args, self.state, self.items = kind, args, None, items
+    kind: str  # "module.name"
+    args: tuple | None = None  # what its class was called with
+    state: object = None  # what would have set its attributes, mostly a dict
+    items: list | dict | None = None  # what was appended, or set by key
 
     def __repr__(self):
         return f"<Inert {'class ' if self.args is None else ''}{self.kind}>"
 
 
 # ---------------------------------------------------------------------------------------------- what may be called
-
 
 def check_keys(keys):
     """Hashing follows nested tuples on the C stack: a million of them crash the interpreter, and forty pairs take for ever."""
@@ -161,7 +158,6 @@ OURS = {
 
 # ---------------------------------------------------------------------------------------------- the stack machine
 
-
 class Unpickler(pickle._Unpickler):
     """The machine in pure Python. Every instruction that looks up, calls or reaches into an object is replaced.
 
@@ -194,12 +190,12 @@ class Unpickler(pickle._Unpickler):
             raise ValueError(f"it asks for {kind}, which has no place in a checkpoint; nothing was executed")
         return DTYPES.get(kind) or Inert(kind)
 
-    def make(self, name, args, options=None):
+    def make(self, name, args, keywords=None):
         """Every call in a pickle comes through here."""
         if type(name) is not Inert or name.args is not None or type(args) is not tuple:
             raise ValueError(f"it calls a {type(name).__name__}")
         if name.kind not in OURS:
-            return Inert(name.kind, (*args, options) if options else args)
+            return Inert(name.kind, (*args, keywords) if keywords else args)
         self.spend(args)
         return OURS[name.kind](*args)
 
@@ -264,8 +260,7 @@ class Unpickler(pickle._Unpickler):
         raise ValueError("it has an instruction that no checkpoint has")
 
     dispatch = {**dict.fromkeys(range(256), refuse), **pickle._Unpickler.dispatch, **{code[0]: method for code, method in {
-        pickle.REDUCE: lambda self: self.push(self.make(self.stack.pop(-2), self.stack.pop())),
-        pickle.NEWOBJ: lambda self: self.push(self.make(self.stack.pop(-2), self.stack.pop())),
+        **dict.fromkeys([pickle.REDUCE, pickle.NEWOBJ], lambda self: self.push(self.make(self.stack.pop(-2), self.stack.pop()))),
         pickle.NEWOBJ_EX: lambda self: self.push(self.make(self.stack.pop(-3), self.stack.pop(-2), self.stack.pop())),
         pickle.BUILD: build,
         pickle.APPEND: lambda self: self.add(list, [self.stack.pop()]),
@@ -283,7 +278,6 @@ class Unpickler(pickle._Unpickler):
 
 
 # ---------------------------------------------------------------------------------------------- containers
-
 
 def zip_members(file, size):
     """{name: zipfile.ZipInfo}. Nothing is extracted; names that would lead elsewhere tell of an attack all the same."""
@@ -421,7 +415,6 @@ def load(path):
 
 
 # ---------------------------------------------------------------------------------------------- Inert -> what it holds
-
 
 def held(value):
     """What an Inert stands for, where that is known; anything else is itself."""

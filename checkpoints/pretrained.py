@@ -13,19 +13,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import files
-from checkpoints.families import (
-    FAIRSEQ_BATCH_NORM,
-    FAIRSEQ_DROPPED,
-    FAIRSEQ_NAMES,
-    FAMILIES,
-    HUBERT_CONFIG,
-    HUBERT_FIXED,
-    HUBERT_ROWS,
-    POS_CONV,
-    READ,
-    WRITE,
-)
+from checkpoints import families, files
+from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_FIXED, HUBERT_ROWS, POS_CONV
 
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
@@ -75,11 +64,16 @@ def lm_architecture(settings, where="config.json"):
     return family, architecture
 
 
+def demand(settings, values, where):
+    """Raises ValueError where a setting that would change the network has another value than the one that we compute."""
+    for key, value in values.items():
+        if settings.get(key, value) not in (value, None):
+            raise ValueError(f"{where}: {key} = {settings[key]!r} is not supported, expected {value!r}")
+
+
 def read_architecture(family, c):
     """Their config -> keyword arguments of TransformerConfig, by the family's table. Where there is a default, null means it."""
-    for key, value in family.demanded.items():
-        if c.get(key, value) not in (value, None):
-            raise ValueError(f"config.json: {key} = {c[key]!r} is not supported, expected {value!r}")
+    demand(c, family.demanded, "config.json")
     given = {**{key: c[other] for other, key in family.aliases.items() if other in c}, **c}
     given |= {key: value for key, value in family.defaults.items() if given.get(key) is None}
     found = {**family.fixed, **family.derive(c)}
@@ -87,7 +81,7 @@ def read_architecture(family, c):
         if ours not in found:
             if given[theirs] is None and theirs not in family.defaults:
                 raise TypeError(f"{theirs} is null")
-            found[ours] = READ[ours](theirs, given[theirs]) if ours in READ else given[theirs]
+            found[ours] = families.READ[ours](theirs, given[theirs]) if ours in families.READ else given[theirs]
     usual = dict(n_kv_head=found["n_head"], head_dim=found["n_embd"] // found["n_head"], n_inner=4 * found["n_embd"],
                  embed_dim=found["n_embd"])
     found |= {name: found.get(name) or value for name, value in usual.items()}
@@ -97,15 +91,10 @@ def read_architecture(family, c):
 def write_lm(family, architecture, tensors):
     """The reverse of open_lm: (their config.json, {their name: tensor})."""
     table = FAMILIES[family]
-    keys = {theirs: WRITE.get(ours, lambda value: value)(architecture[ours]) for theirs, ours in table.keys.items()}
+    keys = {theirs: families.WRITE.get(ours, lambda value: value)(architecture[ours]) for theirs, ours in table.keys.items()}
     settings = {"architectures": [table.class_name], "model_type": family,
                 **{key: value for key, value in keys.items() if value is not None}, **table.extra}
-    left, result = dict(tensors), {}
-    for row, layer in expand(FAMILIES[family].rows, architecture):
-        parts = row.layout.write(left.pop(row.ours.format(layer)), architecture)
-        result.update(zip((template.format(layer) for template in row.theirs), parts))
-    assert not left, f"tensors without a row in the family's table: {sorted(left)[:3]}"
-    return settings, result
+    return settings, write_rows(table.rows, architecture, tensors)
 
 
 def full_name(name, family):
@@ -125,17 +114,11 @@ class Ours(Mapping):
 
     def __init__(self, source, family, architecture, where, dtype=None):
         self.source, self.architecture, self.where, self.dtype = source, architecture, where, dtype
-        left, self.rows = {full_name(name, family): name for name in source}, {}
-        missing = []
-        for row, layer in expand(family.rows, architecture):
-            names = [template.format(layer) for template in row.theirs]
-            missing += [name for name in names if name not in left]
-            self.rows[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
+        names = {full_name(name, family): name for name in source}
         if architecture["tie_embeddings"]:
-            left.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
-        left = [name for name in left if not re.fullmatch(family.dropped, name)]
-        if missing or left:
-            raise ValueError(f"{where}: the weights do not fit config.json; missing {shown(missing)}, unexpected {shown(left)}")
+            names.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
+        names = {name: stored for name, stored in names.items() if not re.fullmatch(family.dropped, name)}
+        self.rows = fit(family.rows, architecture, names, where)
 
     def __getitem__(self, name):
         row, names = self.rows[name]
@@ -154,10 +137,6 @@ class Ours(Mapping):
         return len(self.rows)
 
 
-def shown(names):
-    return f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}"
-
-
 def check_shapes(expected, tensors, where):
     """Raises ValueError where a weight differs in shape from `expected`, the state_dict of the network of config.json."""
     for name, tensor in expected.items():
@@ -166,13 +145,12 @@ def check_shapes(expected, tensors, where):
                              f"{tuple(tensors[name].shape)}; they belong to different models")
 
 
-def expand(rows, architecture, count=None):
-    """Every (row, layer) of a model with these architecture, layer after layer, as shards store them; None outside the stack.
+def expand(rows, architecture):
+    """Every (row, layer) of a model of this architecture, layer after layer, as shards store them; None outside the stack."""
+    def count(row):  # HuBERT's front end has as many layers as convolutions
+        return len(architecture["conv_dim"]) if row.ours.startswith("convs.") else architecture["n_layer"]
 
-    count: row -> how many layers it has; default architecture["n_layer"].
-    """
     rows = [row for row in rows if row.when(architecture)]
-    count = count or (lambda row: architecture["n_layer"])
     stack = [row for row in rows if "{}" in row.ours]
     for row in rows:
         if row not in stack:
@@ -181,35 +159,41 @@ def expand(rows, architecture, count=None):
             for layer in range(max(map(count, stack))):
                 yield from ((other, layer) for other in stack if layer < count(other))
 
+
+def fit(rows, architecture, stored, where):
+    """{their name: anything} -> {our name: (row, [what is stored under the row's names])}; both must be complete."""
+    left, fitted, missing = dict(stored), {}, []
+    for row, layer in expand(rows, architecture):
+        names = [template.format(layer) for template in row.theirs]
+        missing += [name for name in names if name not in left]
+        fitted[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
+    if missing or left:
+        missing, left = (f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}" for names in (missing, sorted(left)))
+        raise ValueError(f"{where}: the weights do not fit their config; missing {missing}, unexpected {left}")
+    return fitted
+
+
+def write_rows(rows, architecture, tensors):
+    """The reverse: {our name: tensor} -> {their name: tensor}."""
+    left, theirs = dict(tensors), {}
+    for row, layer in expand(rows, architecture):
+        parts = row.layout.write(left.pop(row.ours.format(layer)), architecture)
+        theirs.update(zip((template.format(layer) for template in row.theirs), parts))
+    assert not left, f"tensors without a row in the table: {sorted(left)[:3]}"
+    return theirs
+
+
 # ---------------------------------------------------------------------------------------------- HuBERT, both directions
 
 def read_hubert(path):
     """A Hugging Face HuBERT folder or a fairseq .pt file -> (keyword arguments of HubertConfig, {our name: tensor})."""
     path = Path(path)
-    if path.is_dir():
-        architecture, left = hugging_face_hubert(path)
-    else:
-        architecture, left = fairseq_hubert(path)
-    left, result, missing = fold_weight_norm(left), {}, []
-    for row, layer in expand_hubert(architecture):
-        names = [template.format(layer) for template in row.theirs]
-        if all(name in left for name in names):
-            result[row.ours.format(layer)] = row.layout.read([left.pop(name) for name in names], architecture)
-        elif row.ours == "mask_embedding":  # encoding never masks, and stripped files lack it
-            result[row.ours] = torch.zeros(architecture["n_embd"])
-        elif row.ours == "pos_norm.num_batches_tracked":
-            result[row.ours] = torch.tensor(0)
-        else:
-            missing += [name for name in names if name not in left]
-    if missing or left:
-        raise ValueError(f"{path}: the weights do not fit its config; missing {shown(missing)}, unexpected {shown(sorted(left))}")
-    return architecture, result
-
-
-def expand_hubert(architecture):
-    """Every (row, layer); the front end has as many layers as convolutions."""
-    return expand(HUBERT_ROWS, architecture,
-                  lambda row: len(architecture["conv_dim"]) if row.ours.startswith("convs.") else architecture["n_layer"])
+    architecture, tensors = hugging_face_hubert(path) if path.is_dir() else fairseq_hubert(path)
+    unused = {"masked_spec_embed": torch.zeros(architecture["n_embd"])}  # encoding never masks, and stripped files lack it
+    if architecture["pos_batch_norm"]:
+        unused["encoder.pos_conv_embed.batch_norm.num_batches_tracked"] = torch.tensor(0)
+    fitted = fit(HUBERT_ROWS, architecture, unused | fold_weight_norm(tensors), path)
+    return architecture, {name: row.layout.read(parts, architecture) for name, (row, parts) in fitted.items()}
 
 
 def hugging_face_hubert(folder):
@@ -217,9 +201,7 @@ def hugging_face_hubert(folder):
     settings = files.read_json(folder / "config.json")
     if settings.get("model_type") != "hubert":
         raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'")
-    for key, value in HUBERT_FIXED.items():
-        if settings.get(key, value) != value:
-            raise ValueError(f"{folder}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
+    demand(settings, HUBERT_FIXED, f"{folder} is no HuBERT base")
     settings.setdefault("conv_pos_batch_norm", False)  # a key newer than the first releases
     lacking = [key for key in HUBERT_CONFIG if key not in settings]
     if lacking:
@@ -236,15 +218,13 @@ def fairseq_hubert(path):
     The shapes of the tensors say most of the architecture; the file's settings, which stripped copies lack, say the rest.
     """
     settings, tensors = files.read_fairseq(path)
-    table = FAIRSEQ_BATCH_NORM + FAIRSEQ_NAMES if "encoder.pos_conv.0.running_mean" in tensors else FAIRSEQ_NAMES
+    table = families.FAIRSEQ_BATCH_NORM + FAIRSEQ_NAMES if "encoder.pos_conv.0.running_mean" in tensors else FAIRSEQ_NAMES
     left = {}
     for name, tensor in tensors.items():
-        if not re.fullmatch(FAIRSEQ_DROPPED, name):
+        if not re.fullmatch(families.FAIRSEQ_DROPPED, name):
             new = next((re.sub(f"^{old}", new, name) for old, new in table if re.match(old, name)), name)
             left[new] = tensor
-    for key, value in (("extractor_mode", "default"), ("layer_norm_first", False), ("conv_bias", False), ("sample_rate", 16_000)):
-        if settings.get(key) not in (value, None):
-            raise ValueError(f"{path}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
+    demand(settings, families.FAIRSEQ_FIXED, f"{path} is no HuBERT base")
     try:
         convs = [left[f"feature_extractor.conv_layers.{i}.conv.weight"]
                  for i in range(sum(name.endswith(".conv.weight") and "conv_layers" in name for name in left))]
@@ -281,26 +261,24 @@ def strides(text, architecture, where):
 def parse_conv_layers(text):
     """"[(512,10,5)] + [(512,3,2)] * 4" -> [(512, 10, 5), (512, 3, 2), ...]. Python's syntax, but nothing is evaluated."""
     def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int and 0 < node.value < 10_000:
-            return node.value
-        if isinstance(node, ast.List):
-            return [value(item) for item in node.elts]
-        if isinstance(node, ast.Tuple):
-            return tuple(value(item) for item in node.elts)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
-            left, right = value(node.left), value(node.right)
-            if isinstance(left, list) and type(right) is (list if isinstance(node.op, ast.Add) else int) \
-                    and (isinstance(right, list) or len(left) * right <= 64):  # nobody has more convolutions
-                return left + right if isinstance(right, list) else left * right
-        raise ValueError
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return value(node.left) + value(node.right)
+        times = 1
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            layers, times = value(node.left), ast.literal_eval(node.right)
+        else:
+            layers = ast.literal_eval(node)
+        numbers = [n for layer in layers for n in (layer if type(layer) is tuple and len(layer) == 3 else (None,))]
+        if type(layers) is not list or not all(type(n) is int and 0 < n < 10_000 for n in [times, *numbers]):
+            raise ValueError
+        if not 0 < len(layers) * times <= 64:  # nobody has more convolutions
+            raise ValueError
+        return layers * times
 
     try:
         if not isinstance(text, str) or len(text) > 1000:
             raise ValueError
         layers = value(ast.parse(text.strip(), mode="eval").body)
-        if not layers or not all(type(layer) is tuple and len(layer) == 3 and {type(n) for n in layer} == {int}
-                                 for layer in layers):
-            raise ValueError
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise ValueError(f"conv_feature_layers {text!r:.80} is no list of (width, kernel, stride); nothing was evaluated"
                          ) from None
@@ -312,10 +290,7 @@ def write_hubert(architecture, tensors):
     settings = {"architectures": ["HubertModel"], "model_type": "hubert", **HUBERT_FIXED,
                 **{key: architecture[ours] for key, ours in HUBERT_CONFIG.items()},
                 "num_feat_extract_layers": len(architecture["conv_dim"]), "vocab_size": 32}
-    theirs = {}
-    for row, layer in expand_hubert(architecture):
-        parts = row.layout.write(tensors[row.ours.format(layer)], architecture)
-        theirs.update(zip((template.format(layer) for template in row.theirs), parts))
+    theirs = write_rows(HUBERT_ROWS, architecture, tensors)
     if not architecture["pos_batch_norm"]:  # transformers wants weight norm there, and any direction with its own length is one
         v = theirs.pop(f"{POS_CONV}.weight")
         new = f"{POS_CONV}.parametrizations.weight.original"
