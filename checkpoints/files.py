@@ -7,6 +7,7 @@
 No foreign pickle is executed: pickles.py reads them all. Everything that this project writes is safetensors and JSON, under
 a temporary name first, so a file that exists is whole.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -79,13 +80,19 @@ def write_text(path, text):
 
 
 def write_bytes(path, content, temporary=None):
-    """Bytes -> file, atomically: they are on the disk under a temporary name before the file has its own."""
+    """temporary: the name to write under where several processes write the same file."""
+    with replacing(path, temporary) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path, temporary=None):
+    """Yields a temporary name to write under; what stands there is on the disk before the file has its own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -171,13 +178,67 @@ def read_pickle(path):
     return tensors
 
 
+def held(value):
+    """What an Inert stands for, where that is known; anything else is itself."""
+    seen = set()
+    while type(value) is pickles.Inert and value.args is not None and id(value) not in seen:  # a forged one may hold itself
+        seen.add(id(value))
+        state = value.state if type(value.state) is dict else {}
+        if value.kind in ("argparse.Namespace", "types.SimpleNamespace"):
+            value = state
+        elif value.kind.startswith("omegaconf."):
+            value = state.get("_content", state.get("_val", value))
+        elif value.kind == "fairseq.data.dictionary.Dictionary":
+            value = state.get("symbols", value)
+        elif value.items is not None:
+            value = value.items
+        elif value.state is None and len(value.args) == 1 and type(value.args[0]) in (str, int, float, bool):
+            value = value.args[0]
+    return value
+
+
+def convert(value, done):
+    """done: {id: (value, its conversion)}; holding the value keeps its id from being given to another."""
+    value = held(value)
+    if type(value) not in (dict, list, tuple):
+        return value
+    if id(value) in done:
+        return done[id(value)][1]
+    if type(value) is tuple:
+        result = tuple([convert(item, done) for item in value])
+    else:
+        result = type(value)()
+        done[id(value)] = value, result  # before its items, which may hold it
+        if type(value) is list:
+            result.extend([convert(item, done) for item in value])
+        else:
+            for key, item in value.items():
+                result[held(key) if type(held(key)) in (str, int, float, bool) else key] = convert(item, done)
+    done[id(value)] = value, result
+    return result
+
+
+def plain(value):
+    """Inert objects -> what they hold, in dicts, lists and tuples at any depth; shared ones stay shared.
+
+    argparse.Namespace -> dict; enum -> its value (as is anything made of one string or number, e.g. torch.device);
+    omegaconf containers and nodes -> their content; fairseq's Dictionary -> list of symbols; other classes' items -> dict or
+    list. Anything else stays an Inert, and sets and arrays stay as they are.
+    Raises: ValueError for values nested hundreds deep.
+    """
+    try:
+        return convert(value, {})
+    except RecursionError:
+        raise ValueError("the values of a pickle are nested too deeply; convert it to safetensors where you trust it") from None
+
+
 def read_fairseq(path):
     """A fairseq checkpoint -> (its settings as one flat dictionary, {name: tensor} of the network).
 
     The settings stand in `args` (a Namespace) in files before fairseq 0.11, in `cfg` (sections of dictionaries, Namespaces or
     omegaconf containers) after; stripped copies have neither.
     """
-    value = pickles.plain(pickles.load(path))
+    value = plain(pickles.load(path))
     tensors = value.get("model") if isinstance(value, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is no fairseq checkpoint: it has no `model` that is a dictionary of tensors; give the .pt file "
@@ -213,20 +274,15 @@ def read_kmeans(path):
 
 def write_tensors(path, tensors, metadata=None):
     """Write {name: tensor} as one safetensors file, atomically. Shared storage is written once a name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     plain, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
 
 
 def read_metadata(path):
