@@ -97,6 +97,7 @@ class Family:
 
 
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # the order of our tuple
+# theirs -> ours; the tanh approximation has three spellings
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}
 
 

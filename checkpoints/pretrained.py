@@ -189,10 +189,12 @@ def read_hubert(path):
     """A Hugging Face HuBERT folder or a fairseq .pt file -> (keyword arguments of HubertConfig, {our name: tensor})."""
     path = Path(path)
     architecture, tensors = hugging_face_hubert(path) if path.is_dir() else fairseq_hubert(path)
-    unused = {"masked_spec_embed": torch.zeros(architecture["n_embd"])}  # encoding never masks, and stripped files lack it
+    tensors = fold_weight_norm(tensors)
+    if "masked_spec_embed" not in tensors:  # encoding never masks, and stripped files lack it
+        tensors["masked_spec_embed"] = torch.zeros(architecture["n_embd"])
     if architecture["pos_batch_norm"]:
-        unused["encoder.pos_conv_embed.batch_norm.num_batches_tracked"] = torch.tensor(0)
-    fitted = fit(HUBERT_ROWS, architecture, unused | fold_weight_norm(tensors), path)
+        tensors.setdefault("encoder.pos_conv_embed.batch_norm.num_batches_tracked", torch.tensor(0))
+    fitted = fit(HUBERT_ROWS, architecture, tensors, path)
     return architecture, {name: row.layout.read(parts, architecture) for name, (row, parts) in fitted.items()}
 
 
