@@ -229,7 +229,7 @@ def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
 def load_lm_config(folder_or_name="pocket"):
     """The architecture alone: TransformerConfig from a folder's config.json (the weights need not be there)."""
     folder = files.find_model(folder_or_name, "lm")
-    family, options = pretrained.lm_options(pretrained.read_settings(folder), folder)
+    family, options = pretrained.lm_architecture(pretrained.read_settings(folder), folder)
     return TransformerConfig(**options, family=family)
 
 

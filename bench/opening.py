@@ -23,7 +23,7 @@ from model import Transformer, TransformerConfig
 
 def open_all_at_once(folder):
     """The plain way, as a yardstick: every tensor read and converted, then copied into a model that was built before."""
-    family, options = pretrained.lm_options(pretrained.read_settings(folder))
+    family, options = pretrained.lm_architecture(pretrained.read_settings(folder))
     model = Transformer(TransformerConfig(**options, family=family))
     held = {name: tensor.float() for name, tensor in files.read_tensors(folder).items()}
     model.load_state_dict(dict(pretrained.Ours(held, pretrained.FAMILIES[family], options, folder)))
@@ -63,7 +63,7 @@ def write_large_model(folder, options, dtype, kind):
         for name, shard in files.read_json(index)["weight_map"].items():
             renamed[name] = f"pytorch_{Path(shard).stem}.bin"
             if (folder / shard).exists():
-                torch.save(files.read_file(folder / shard), folder / renamed[name])
+                torch.save(files.read_tensors(folder / shard), folder / renamed[name])
                 (folder / shard).unlink()
         index.unlink()
         files.write_json(folder / "pytorch_model.bin.index.json",

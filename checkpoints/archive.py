@@ -1,10 +1,13 @@
-"""A zip archive of a model, from a stranger -> a folder, whole or not at all.
+"""Zip archives, from strangers: a model's -> a folder, whole or not at all; any other is read in place.
 
     NAME.zip --every member's name, kind and size looked at first--> NAME.tmp/ --all bytes written, checksums right--> NAME/
+    NAME.zip/folder/a.wav --open_file--> the bytes of that member, checksum right; of any other path, the file
 
 An archive may lie: names that lead out of the folder, links, members larger than they declare. None of it is followed.
 Sources: PKWARE's APPNOTE.TXT, section 4.4; the warnings in the documentation of Python's zipfile.
 """
+import functools
+import io
 import os
 import re
 import shutil
@@ -16,6 +19,43 @@ from pathlib import Path
 from tqdm import tqdm
 
 CHUNK = 1 << 20  # bytes written at a time
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError,
+           RuntimeError)  # what zipfile raises for damage; RuntimeError: a password, or a method of packing that it has not
+
+
+def zip_of(path):
+    """The archive that a path leads into, archive.zip/a.wav, and the member's name; None, None for any other path."""
+    for folder in Path(path).parents:
+        if folder.suffix.lower() == ".zip" and folder.is_file():
+            return folder, Path(path).relative_to(folder).as_posix()
+    return None, None
+
+
+@functools.lru_cache(maxsize=16)
+def open_zip(archive, changed):
+    """An archive with its table of contents, kept open: an evaluation reads thousands of members. changed: its date."""
+    return zipfile.ZipFile(archive)
+
+
+def names_in(archive):
+    """The names of all members, those of folders end in /. Raises ValueError."""
+    try:
+        return open_zip(archive, archive.stat().st_mtime_ns).namelist()
+    except (*DAMAGED, OSError) as error:
+        raise ValueError(f"{archive} is no zip archive, or damaged ({error}); copy it again") from None
+
+
+def open_file(path):
+    """The bytes of a file, open for reading; those of a zip's member are held in memory. Raises OSError or ValueError."""
+    archive, member = zip_of(path)
+    if archive is None:
+        return open(path, "rb")
+    try:
+        return io.BytesIO(open_zip(archive, archive.stat().st_mtime_ns).read(member))
+    except KeyError:
+        raise FileNotFoundError(f"no {member} in {archive}; check the path") from None
+    except DAMAGED as error:
+        raise ValueError(f"cannot read {member} in {archive} ({error}); copy or download it again") from None
 
 
 def room_for(size, folder):
@@ -45,7 +85,7 @@ def unzip(archive, folder):
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None):
                 unpack(file, member, temporary)
         os.replace(temporary, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{archive} is damaged or no zip archive ({error}); delete it and get it again") from None
     except OSError as error:
         if error.errno is None:
@@ -89,13 +129,16 @@ def unpack(file, member, folder):
 
 
 def model_folder(folder):
-    """The folder that holds config.json: this one, or the only one in it that does."""
-    folder = Path(folder)
-    if (folder / "config.json").is_file():
-        return folder
-    nested = [path.parent for path in folder.glob("*/config.json")]
-    if len(nested) != 1:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{folder} holds {found}: expected config.json there or in exactly one folder below, "
-                         f"found it in {len(nested)}; check the archive, then delete this folder to unpack it again")
-    return nested[0]
+    """The folder that holds config.json: this one, or the only one in it that does, as archives are often packed."""
+    nested = [] if (folder / "config.json").is_file() else list(folder.glob("*/config.json"))
+    return nested[0].parent if len(nested) == 1 else folder
+
+
+def unpacked_model(folder):
+    """The same of a folder that was an archive. Raises ValueError, with what it holds instead."""
+    found = model_folder(folder)
+    if not (found / "config.json").is_file():
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(f"{folder} holds {held}: expected config.json there or in exactly one folder below; "
+                         "check the archive, then delete this folder to unpack it again")
+    return found

@@ -1,6 +1,6 @@
-"""The known names -> local files: a table, the caches that are searched, the downloads.
+"""The known names -> local files: the caches that are searched, the downloads.
 
-    name of the table | org/name of the Hugging Face hub --find--> our cache, ~/.textless, the Hugging Face cache: here already?
+    name of known.py | org/name of the Hugging Face hub --find--> our cache, ~/.textless, the Hugging Face cache: here already?
     if not: network --> NAME.part (goes on where it broke) --size, sha256--> renamed to NAME --a zip--> unpacked to a folder
 
 A file under its own name is whole: writing happens under another name, and the rename comes last. Foreign caches are read
@@ -11,8 +11,8 @@ only; what they hold of the table is linked into ours, so a vocoder's four files
     TEXTLESS_CHECKPOINT_ROOT  textlesslib's cache, default ~/.textless
     HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME, HF_HUB_OFFLINE: as in huggingface_hub, but OFFLINE holds for every host
 
-Sources: addresses and hashes as textlesslib publishes them (textless/checkpoint_manager); resuming, RFC 9110 sections
-13.1.5 (If-Range) and 14 (Range); addresses of the hub, its cache and its X-Linked-ETag, the documentation of huggingface_hub.
+Sources: resuming, RFC 9110 sections 13.1.5 (If-Range) and 14 (Range); addresses of the hub, its cache and its X-Linked-ETag,
+the documentation of huggingface_hub.
 """
 import contextlib
 import fcntl
@@ -25,84 +25,25 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from checkpoints.archive import model_folder, room_for, unzip
+from checkpoints.archive import room_for, unpacked_model, unzip
+from checkpoints.known import KNOWN
 
 ATTEMPTS = 3  # connections a file may cost; each goes on where the last one broke
 WAIT = 1.0  # seconds before the second attempt, twice as long before the third
 TIMEOUT = 30.0  # seconds of silence after which a connection counts as broken
 CHUNK = 1 << 20  # bytes between two looks at the progress bar
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # in the order in which files.read_tensors looks:
-           "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first that exists is the one that is read
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # of a model folder, the first that exists
+           "pytorch_model.bin", "pytorch_model.bin.index.json")  # is the one that is read
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # org/name
 SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)", re.ASCII)  # a plain file name: no folder, nothing hidden
 FROM_HUB = ("lm", "model", "tokenizer")  # kinds that org/name can be
 CACHES = {"NANOTWIST_HOME": "~/.cache/nanotwist", "TEXTLESS_CHECKPOINT_ROOT": "~/.textless",
           "HF_HUB_CACHE": "~/.cache/huggingface/hub"}  # environment variable -> the folder where it is not set
 HOSTS = {"NANOTWIST_MIRROR": "https://dl.fbaipublicfiles.com", "HF_ENDPOINT": "https://huggingface.co"}  # likewise
-
-
-# ---------------------------------------------------------------------------------------------- the table
-
-class File(NamedTuple):
-    url: str  # below the host; its last word is the name in our cache
-    sha256: str | None = None  # None where none was published
-    textless: str | None = None  # textlesslib's name of it, where that is another
-
-    @property
-    def name(self):
-        return self.url.rpartition("/")[2]
-
-
-class Entry(NamedTuple):
-    files: list[File]  # the first is what find() returns, the others stand beside it
-    layer: int | None = None  # k-means: the HuBERT layer whose features it divides
-    kmeans: str | None = None  # tokenizer: the k-means that is meant when none is named
-
-
-SPEECH = "textless_nlp/twist/speech_tokenizer/"
-MHUBERT = SPEECH + "mhubert_base_25hz_cp_mls_cv_sp_fisher"
-HIFIGAN = SPEECH + "hifigan_lj_mhubert_base_25hz"  # one speaker, LJ
-EXPRESSO = "hifigan_expresso_lj_vctk_hubert_base_ls960_L9_km500"  # several speakers and styles
-KNOWN = {
-    "lm": {},
-    "model": {name: Entry([File(f"textless_nlp/twist/lms/{name}.zip")]) for name in ("TWIST-350M", "TWIST-1.3B", "TWIST-7B")},
-    "tokenizer": {
-        "mhubert-base-25hz": Entry(kmeans="mhubert-base-25hz-kmeans-500", files=[
-            File(MHUBERT + ".pt", "edf0f5be2581a568a236aeb2781a5607c5af25806e12f40f7f2391e861fe3cf0")]),
-        "hubert-base-ls960": Entry(kmeans="hubert-base-ls960-layer-9-kmeans-500", files=[
-            File("hubert/hubert_base_ls960.pt", "1703cf8d2cdc76f8c046f5f6a9bcd224e0e6caf4744cad1a1f4199c32cac8c8d")]),
-    },
-    "kmeans": {
-        "mhubert-base-25hz-kmeans-500": Entry(layer=11, files=[
-            File(MHUBERT + "_L11_km500.bin", "03cc04a9c24fec4285e73e709c485756d8f116aa8e724eac555de6a7cf8d28ad")]),
-        "hubert-base-ls960-layer-9-kmeans-500": Entry(layer=9, files=[
-            File("hubert/hubert_base_ls960_L9_km500.bin", "4450dcbc90aa7d0553306a4b0fafef35c9b3c840468f02969273dfbb9db89a23",
-                 textless="hubert_base_ls960_L9_km500.pt")]),
-        **{f"hubert-base-ls960-kmeans-{k}": Entry(layer=6, files=[
-            File(f"textless_nlp/gslm/hubert/km{k}/km.bin", sha256, textless=f"hubert_base_ls960_km{k}.pt")])
-           for k, sha256 in ((50, "d01a7d5bc2c54b7b5f25f321ba525b4d230b06e3927f90bad0394198bc89f494"),
-                             (100, "f14a3104615485381fc489701d6761c9abbdbb0d43607cf55518a1e2891023fe"),
-                             (200, "b3c46c9cdd1707ad852dd53c359aa73942e79d53c432a9a8a419ed046408024b"),
-                             (500, "411c8668e1314751404f58636f935fc73540a6793890435da4a8ffadf157398e"))},
-    },
-    "vocoder": {
-        "mhubert-base-25hz-kmeans-500-hifigan": Entry([
-            File(HIFIGAN + ".pt", "d88224e95c501e2cd59a6e4014753169cfe060fb7ade3cc0da03c809fef73b79"),
-            File(HIFIGAN + "_config.json", "116dc39be4970cd393e562acd0a0ec70a86aaba7e9ca469b8b836cb3fe46afc7")]),
-        "hubert-base-ls960-layer-9-kmeans-500-hifigan": Entry([
-            File(f"textless_nlp/expresso/checkpoints/{EXPRESSO}/{name}", sha256, textless=f"{EXPRESSO}_{name}")
-            for name, sha256 in (("generator.pt", "d50f4704e961c29cb386924ef32cd0c3a4d1089a3f9be856f8a3b6dcfdd6147a"),
-                                 ("config.json", "31e65ef5e100cb43de08f2c8d225496ace1ed87a49fcb8ee44bd6805f079b1f0"),
-                                 ("speakers.txt", "2efabb7a4ad786da34fe6fbe99c3906b7abd40b2e01c81b7efde76142ae3d552"),
-                                 ("styles.txt", "a6f63206518448277c63c3a251ac13484784829cf2e1b0a23b0860dd32543520"))]),
-    },
-}
-
 
 # ---------------------------------------------------------------------------------------------- what the environment says
 
@@ -153,25 +94,27 @@ def trusted(path, sha256):
     return True
 
 
-def shards_of(index):
-    """The weight files that an index names. They come from a stranger, so they must be plain file names."""
+def read_index(index):
+    """{name of a tensor: its weight file} of an index. It comes from a stranger, so the files must be plain names."""
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        strange = [name for name in names if not SHARD.fullmatch(name)]
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        strange = [name for name in weight_map.values() if not SHARD.fullmatch(name)]
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; get it again") from None
-    if strange or not names:
-        raise ValueError(f"{index} names {strange[:1] or 'no file'} instead of weight files in its folder; refusing to follow it")
-    return sorted(names)
+        weight_map = None
+    if not weight_map:
+        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; get it again")
+    if strange:
+        raise ValueError(f"{index} points outside its folder, or to no weight file ({strange[0]!r}); refusing to follow it")
+    return weight_map
 
 
 def complete(folder):
-    """Whether a folder of the hub's layout has config.json and all weights. The first of WEIGHTS decides: readers take it."""
-    present = [name for name in WEIGHTS if whole(folder / name)]
-    if not present or not whole(folder / "config.json"):
+    """Whether a folder of the hub's layout has config.json and all weights."""
+    weights = next((folder / name for name in WEIGHTS if whole(folder / name)), None)
+    if weights is None or not whole(folder / "config.json"):
         return False
     try:
-        return not present[0].endswith(".json") or all(whole(folder / name) for name in shards_of(folder / present[0]))
+        return weights.suffix != ".json" or all(whole(folder / name) for name in set(read_index(weights).values()))
     except ValueError:
         return False
 
@@ -382,7 +325,7 @@ def find_zip(path):
     with locked(folder):
         if not folder.is_dir():
             unzip(path, folder)
-    return model_folder(folder)
+    return unpacked_model(folder)
 
 
 def known_files(kind, name, files):
@@ -391,13 +334,12 @@ def known_files(kind, name, files):
     if not all(trusted(place / file.name, file.sha256) for file in files):
         with locked(place):
             for file in files:
-                known_file(file, place / file.name)
+                if not trusted(place / file.name, file.sha256):
+                    known_file(file, place / file.name)
     return place / files[0].name
 
 
 def known_file(file, target):
-    if trusted(target, file.sha256):
-        return
     if target.is_symlink():
         target.unlink()  # what it points to has changed or gone
     elif whole(target):
@@ -421,7 +363,7 @@ def known_model(name, file):
                     fetch(f"{host('NANOTWIST_MIRROR')}/{file.url}", archive)
                 unzip(archive, folder)
                 archive.unlink()
-    return model_folder(folder)
+    return unpacked_model(folder)
 
 
 def hub_folder(repository):
@@ -453,11 +395,11 @@ def download_repository(repository, folder):
             continue
         if name.endswith(".json"):
             try:
-                shards = shards_of(folder / name)
+                shards = set(read_index(folder / name).values())
             except ValueError:
                 (folder / name).unlink()  # or it would be in the way of a repaired one
                 raise
-            for shard in shards:
+            for shard in sorted(shards):
                 get(shard)
         return
     raise FileNotFoundError(f"{address} has none of {', '.join(WEIGHTS)}; a model in another format cannot be read")

@@ -1,16 +1,17 @@
 """The families of text LMs, and HuBERT, as tables: what their files call what model.py and speech/hubert.py compute.
 
-    Family = how config.json spells the options + one Row (theirs, ours) a tensor
+    Family = keys of config.json, theirs -> ours + one Row (theirs, ours) a tensor
 
 A row holds templates; {} is the layer number. Its layout says how their tensors form ours: q, k and v stored apart are
 stacked, because we multiply them at once; q, k and v interleaved head by head are sorted; the matrices of GPT-2 are
-transposed. The same row writes it back. A new family is a new table; pretrained.py holds the machinery that reads them.
+transposed. The same key and the same row write it back. A new family is a new table; pretrained.py holds the machinery that
+reads them. `architecture` is everywhere a dictionary of keyword arguments: of TransformerConfig, or of HubertConfig.
 
 Sources: the config.json and tensor names of the Hugging Face releases of OPT, GPT-2, GPT-NeoX, BLOOM, LLaMA, Mistral, Qwen
 and HuBERT; fairseq's HuBERT checkpoints.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,33 +20,33 @@ import torch
 
 @dataclass(frozen=True)
 class Layout:
-    read: Callable  # ([their tensor, ...], options of the model) -> our tensor
-    write: Callable  # (our tensor, options) -> [their tensor, ...]
+    read: Callable  # ([their tensor, ...], architecture) -> our tensor
+    write: Callable  # (our tensor, architecture) -> [their tensor, ...]
 
 
-def sort_heads(parts, options):
+def sort_heads(parts, architecture):
     """Rows in the order head, (q, k, v), dimension -> rows of all q heads, then all k, then all v."""
     x = parts[0]
-    return x.view(options["n_head"], 3, options["head_dim"], *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+    return x.view(architecture["n_head"], 3, architecture["head_dim"], *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 
-def interleave_heads(x, options):
-    return [x.view(3, options["n_head"], options["head_dim"], *x.shape[1:]).transpose(0, 1).reshape(x.shape)]
+def interleave_heads(x, architecture):
+    return [x.view(3, architecture["n_head"], architecture["head_dim"], *x.shape[1:]).transpose(0, 1).reshape(x.shape)]
 
 
-def split_qkv(x, options):
-    return x.split([options["head_dim"] * n for n in (options["n_head"], options["n_kv_head"], options["n_kv_head"])])
+def split_qkv(x, architecture):
+    return x.split([architecture["head_dim"] * architecture[n] for n in ("n_head", "n_kv_head", "n_kv_head")])
 
 
-PLAIN = Layout(lambda parts, options: parts[0], lambda x, options: [x])
-STACKED = Layout(lambda parts, options: torch.cat(parts), split_qkv)
+PLAIN = Layout(lambda parts, _: parts[0], lambda x, _: [x])
+STACKED = Layout(lambda parts, _: torch.cat(parts), split_qkv)
 PER_HEAD = Layout(sort_heads, interleave_heads)
-TRANSPOSED = Layout(lambda parts, options: parts[0].t(), lambda x, options: [x.t().contiguous()])  # a bias stays as it is
+TRANSPOSED = Layout(lambda parts, _: parts[0].t(), lambda x, _: [x.t().contiguous()])  # a bias stays as it is
 # OPT's positions begin at row 2; transformers wants the two rows before to exist, and never reads them.
-FROM_ROW_2 = Layout(lambda parts, options: parts[0][2:], lambda x, options: [torch.cat([x.new_zeros(2, x.shape[1]), x])])
+FROM_ROW_2 = Layout(lambda parts, _: parts[0][2:], lambda x, _: [torch.cat([x.new_zeros(2, x.shape[1]), x])])
 
 
-def always(options):
+def always(architecture):
     return True
 
 
@@ -54,12 +55,12 @@ class Row:
     theirs: tuple[str, ...]
     ours: str
     layout: Layout = PLAIN
-    when: Callable = always  # does a model with these options have this tensor?
+    when: Callable = always  # does a model of this architecture have this tensor?
 
 
-def having(field):
-    """The condition that an option is set."""
-    return lambda options: options[field]
+def having(name):
+    """The condition that a field of the architecture is set."""
+    return lambda architecture: architecture[name]
 
 
 def linear(theirs, ours, bias=always, when=always, layout=PLAIN):
@@ -67,7 +68,7 @@ def linear(theirs, ours, bias=always, when=always, layout=PLAIN):
     theirs = (theirs,) if isinstance(theirs, str) else theirs
     return (Row(tuple(f"{name}.weight" for name in theirs), f"{ours}.weight", layout, when),
             Row(tuple(f"{name}.bias" for name in theirs), f"{ours}.bias", layout,
-                lambda options: when(options) and bias(options)))
+                lambda architecture: when(architecture) and bias(architecture)))
 
 
 def scale(theirs, ours, when=always):
@@ -76,98 +77,65 @@ def scale(theirs, ours, when=always):
 
 
 def head(theirs="lm_head.weight"):
-    return Row((theirs,), "lm_head.weight", when=lambda options: not options["tie_embeddings"])
+    return Row((theirs,), "lm_head.weight", when=lambda architecture: not architecture["tie_embeddings"])
 
 
 @dataclass(frozen=True)
 class Family:
-    architecture: str  # the transformers class that opens our exports
-    read_config: Callable  # their config -> keyword arguments of TransformerConfig
-    write_config: Callable  # TransformerConfig fields -> their config
+    class_name: str  # the transformers class that opens our exports
+    keys: dict  # key of config.json -> field of TransformerConfig, in the order in which an export has them
+    fixed: dict  # fields that are the same in all models of the family, whatever a key says
     rows: tuple[Row, ...]
     prefix: str  # what a full name starts with; older files leave it out
+    defaults: dict = field(default_factory=dict)  # of keys that may be absent or null; all others must be there
+    demanded: dict = field(default_factory=dict)  # keys that would change the network: the one value that we compute
+    aliases: dict = field(default_factory=dict)  # other spelling of a key -> the key
+    derive: Callable = lambda c: {}  # their config -> fields that no single key gives
+    extra: dict = field(default_factory=dict)  # what an export says besides
     head: str = "lm_head.weight"  # the one name outside the prefix
     dropped: str = r"(?!)"  # regular expression of the tensors that carry no information: causal masks, rotary tables
 
 
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # the order of our tuple
 # theirs -> ours; the tanh approximation has three spellings
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}
 
 
-def activation(c, key, default):
-    name = c.get(key) or default
+def read_activation(key, name):
     if name not in ACTIVATIONS:
         raise ValueError(f"config.json: {key} {name!r} is not supported, expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def write_activation(mlp):
-    return {"gelu_tanh": "gelu_new"}.get(mlp, mlp)
-
-
-def demand(c, **values):
-    """Raises ValueError where a key that would change the network has another value than the one we compute."""
-    for key, value in values.items():
-        if c.get(key, value) not in (value, None):
-            raise ValueError(f"config.json: {key} = {c[key]!r} is not supported, expected {value!r}")
-
-
-def square(width, heads):
-    """n_embd, n_head, n_kv_head and head_dim of a family whose heads divide the width among them."""
-    return dict(n_embd=width, n_head=heads, n_kv_head=heads, head_dim=width // heads)
-
+# fields whose value is another here: how it is read from a key, and written
+READ = {"mlp": read_activation, "norm_order": lambda key, before: "pre" if before else "post"}
+WRITE = {"mlp": lambda mlp: {"gelu_tanh": "gelu_new", "swiglu": "silu"}.get(mlp, mlp), "norm_order": lambda order: order == "pre",
+         "rope_scaling": lambda scaling: scaling and {"rope_type": "llama3", **dict(zip(ROPE_SCALING, scaling))}}
 
 # ---------------------------------------------------------------------------------------------- LLaMA and its kin
 
+
 def read_rope(c):
-    """Rotary options in the spelling of transformers 5 (rope_parameters) or of older files."""
+    """Rotary fields, in the spelling of transformers 5 (rope_parameters) or of older files."""
     new = c.get("rope_parameters") or {}
     scaling = new or c.get("rope_scaling") or {}
-    kind, stretch = scaling.get("rope_type", scaling.get("type", "default")), None
-    if kind == "llama3":
-        stretch = tuple(scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor",
-                                                 "original_max_position_embeddings"))
-    elif kind != "default":
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
         raise ValueError(f"config.json: rope scaling of type {kind!r} is not supported, expected 'default' or 'llama3'")
     theta = new.get("rope_theta") or c.get("rope_theta") or c.get("rotary_emb_base") or 10000.0
-    return dict(position="rope", rope_theta=float(theta), rope_scaling=stretch)
+    return {"rope_theta": float(theta),
+            "rope_scaling": tuple(scaling[key] for key in ROPE_SCALING) if kind == "llama3" else None}
 
 
-def write_rope(o):
-    if o["rope_scaling"] is None:
-        return {"rope_theta": o["rope_theta"]}
-    factor, low, high, original = o["rope_scaling"]
-    return {"rope_theta": o["rope_theta"],
-            "rope_scaling": {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                             "original_max_position_embeddings": original}}
+def within(window):
+    """What LLaMA's kin derive. Up to the length of a sliding window, attention is plain: the model is opened for that length.
 
-
-def read_llama_config(c, bias=None, out_bias=None, qk_norm=False, head_dim=None, window=None):
-    """bias, out_bias: what the family fixes, None: config's attention_bias; head_dim: the family's default, None: C / H."""
-    demand(c, hidden_act="silu")
-    heads, bias = c["num_attention_heads"], c.get("attention_bias", False) if bias is None else bias
-    positions = c.get("max_position_embeddings", 2048)
-    return dict(
-        # up to the length of a sliding window, attention is plain causal attention: the model is opened for that length
-        vocab_size=c["vocab_size"], block_size=min(positions, window) if window else positions,
-        n_layer=c["num_hidden_layers"], n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads,
-        n_embd=c["hidden_size"], head_dim=c.get("head_dim") or head_dim or c["hidden_size"] // heads,
-        n_inner=c["intermediate_size"], norm="rmsnorm", norm_eps=c.get("rms_norm_eps", 1e-6), **read_rope(c), mlp="swiglu",
-        attention_bias=bias, out_bias=bias if out_bias is None else out_bias, mlp_bias=c.get("mlp_bias", False), qk_norm=qk_norm,
-        tie_embeddings=c.get("tie_word_embeddings", False), init_std=c.get("initializer_range", 0.02))
-
-
-def write_llama_config(o):
-    return {"vocab_size": o["vocab_size"], "max_position_embeddings": o["block_size"], "num_hidden_layers": o["n_layer"],
-            "num_attention_heads": o["n_head"], "num_key_value_heads": o["n_kv_head"], "hidden_size": o["n_embd"],
-            "head_dim": o["head_dim"], "intermediate_size": o["n_inner"], "rms_norm_eps": o["norm_eps"], **write_rope(o),
-            "hidden_act": "silu", "attention_bias": o["attention_bias"], "mlp_bias": o["mlp_bias"],
-            "tie_word_embeddings": o["tie_embeddings"], "initializer_range": o["init_std"]}
-
-
-def read_mistral_config(c):
-    demand(c, attention_bias=False, mlp_bias=False)
-    return read_llama_config(c, window=c.get("sliding_window", 4096))
+    window: their config -> length of the window, or None.
+    """
+    def derive(c):
+        positions, longest = c.get("max_position_embeddings", 2048), window(c)
+        return {**read_rope(c), "block_size": min(positions, longest) if longest else positions}
+    return derive
 
 
 def qwen_window(c):
@@ -187,40 +155,42 @@ LLAMA_ROWS = (
       for row in linear(f"model.layers.{{}}.mlp.{name}_proj", f"h.{{}}.mlp.{name}", having("mlp_bias"))),
     scale("model.norm", "ln_f"),
     head())
-
-
-def llama_like(architecture, read_config, extra=None):
-    """A family of LLaMA's tensors; extra: what its config.json says besides."""
-    return Family(architecture, read_config, lambda o: {**write_llama_config(o), **(extra or {})}, LLAMA_ROWS, "model.",
-                  dropped=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-
+LLAMA = Family(
+    "LlamaForCausalLM", prefix="model.", rows=LLAMA_ROWS, derive=within(lambda c: None),
+    dropped=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    keys={"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+          "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd", "head_dim": "head_dim",
+          "intermediate_size": "n_inner", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
+          "hidden_act": "mlp", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias",
+          "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std"},
+    fixed=dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=False), demanded=dict(hidden_act="silu"),
+    defaults=dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False,
+                  tie_word_embeddings=False, initializer_range=0.02))
+MISTRAL = replace(LLAMA, class_name="MistralForCausalLM", derive=within(lambda c: c.get("sliding_window", 4096)),
+                  demanded=LLAMA.demanded | dict(attention_bias=False, mlp_bias=False), extra={"sliding_window": None})
+QWEN2 = replace(LLAMA, class_name="Qwen2ForCausalLM", derive=within(qwen_window), extra={"use_sliding_window": False},
+                fixed=LLAMA.fixed | dict(attention_bias=True, out_bias=False))
+QWEN3 = replace(LLAMA, class_name="Qwen3ForCausalLM", derive=within(qwen_window), extra={"use_sliding_window": False},
+                fixed=LLAMA.fixed | dict(qk_norm=True), defaults=LLAMA.defaults | dict(head_dim=128))
 
 # ---------------------------------------------------------------------------------------------- OPT
 
-def read_opt_config(c):
-    demand(c, enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False)
-    return dict(
-        vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
-        **square(c["hidden_size"], c["num_attention_heads"]), n_inner=c["ffn_dim"], norm="layernorm", norm_eps=1e-5,
-        norm_order="pre" if c.get("do_layer_norm_before", True) else "post", position="learned",
-        mlp=activation(c, "activation_function", "relu"), attention_bias=True, mlp_bias=True,
-        tie_embeddings=c.get("tie_word_embeddings", True), embed_dim=c.get("word_embed_proj_dim") or c["hidden_size"],
-        init_std=c.get("init_std", 0.02))
+
+def projected(architecture):
+    return architecture["embed_dim"] != architecture["n_embd"]
 
 
-def write_opt_config(o):
-    return {"vocab_size": o["vocab_size"], "max_position_embeddings": o["block_size"], "num_hidden_layers": o["n_layer"],
-            "num_attention_heads": o["n_head"], "hidden_size": o["n_embd"], "ffn_dim": o["n_inner"],
-            "word_embed_proj_dim": o["embed_dim"], "do_layer_norm_before": o["norm_order"] == "pre",
-            "activation_function": write_activation(o["mlp"]), "tie_word_embeddings": o["tie_embeddings"],
-            "init_std": o["init_std"], "dropout": 0.0}
-
-
-def projected(options):
-    return options["embed_dim"] != options["n_embd"]
-
-
-OPT = Family("OPTForCausalLM", read_opt_config, write_opt_config, prefix="model.", rows=(
+OPT = Family(
+    "OPTForCausalLM", prefix="model.",
+    keys={"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+          "num_attention_heads": "n_head", "hidden_size": "n_embd", "ffn_dim": "n_inner", "word_embed_proj_dim": "embed_dim",
+          "do_layer_norm_before": "norm_order", "activation_function": "mlp", "tie_word_embeddings": "tie_embeddings",
+          "init_std": "init_std"},
+    fixed=dict(norm="layernorm", norm_eps=1e-5, position="learned", attention_bias=True, mlp_bias=True),
+    demanded=dict(enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False),
+    defaults=dict(word_embed_proj_dim=None, do_layer_norm_before=True, activation_function="relu", tie_word_embeddings=True,
+                  init_std=0.02),
+    extra={"dropout": 0.0}, rows=(
     Row(("model.decoder.embed_tokens.weight",), "wte.weight"),
     Row(("model.decoder.embed_positions.weight",), "wpe.weight", FROM_ROW_2),
     Row(("model.decoder.project_in.weight",), "project_in.weight", when=projected),
@@ -231,31 +201,23 @@ OPT = Family("OPTForCausalLM", read_opt_config, write_opt_config, prefix="model.
     *linear("model.decoder.layers.{}.fc1", "h.{}.mlp.up"),
     *linear("model.decoder.layers.{}.fc2", "h.{}.mlp.down"),
     # the post-norm 350M has no norm after the last layer
-    *linear("model.decoder.final_layer_norm", "ln_f", when=lambda options: options["norm_order"] == "pre"),
+    *linear("model.decoder.final_layer_norm", "ln_f", when=lambda architecture: architecture["norm_order"] == "pre"),
     Row(("model.decoder.project_out.weight",), "project_out.weight", when=projected),
     head()))
 
 # ---------------------------------------------------------------------------------------------- GPT-2
 
 
-def read_gpt2_config(c):
-    demand(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    return dict(
-        vocab_size=c["vocab_size"], block_size=c["n_positions"], n_layer=c["n_layer"], **square(c["n_embd"], c["n_head"]),
-        n_inner=c.get("n_inner") or 4 * c["n_embd"], norm="layernorm", norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        position="learned", mlp=activation(c, "activation_function", "gelu_new"), attention_bias=True, mlp_bias=True,
-        tie_embeddings=c.get("tie_word_embeddings", True), init_std=c.get("initializer_range", 0.02))
-
-
-def write_gpt2_config(o):
-    return {"vocab_size": o["vocab_size"], "n_positions": o["block_size"], "n_layer": o["n_layer"], "n_head": o["n_head"],
-            "n_embd": o["n_embd"], "n_inner": o["n_inner"], "layer_norm_epsilon": o["norm_eps"],
-            "activation_function": write_activation(o["mlp"]), "tie_word_embeddings": o["tie_embeddings"],
-            "initializer_range": o["init_std"], "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-GPT2 = Family("GPT2LMHeadModel", read_gpt2_config, write_gpt2_config, prefix="transformer.",
-              dropped=r"transformer\.h\.\d+\.attn\.(masked_)?bias", rows=(
+GPT2 = Family(
+    "GPT2LMHeadModel", prefix="transformer.", dropped=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
+    keys={"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+          "n_inner": "n_inner", "layer_norm_epsilon": "norm_eps", "activation_function": "mlp",
+          "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std"},
+    fixed=dict(norm="layernorm", position="learned", attention_bias=True, mlp_bias=True),
+    demanded=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+    defaults=dict(n_inner=None, layer_norm_epsilon=1e-5, activation_function="gelu_new", tie_word_embeddings=True,
+                  initializer_range=0.02),
+    extra={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, rows=(
     Row(("transformer.wte.weight",), "wte.weight"),
     Row(("transformer.wpe.weight",), "wpe.weight"),
     *linear("transformer.h.{}.ln_1", "h.{}.ln_1"),
@@ -270,28 +232,22 @@ GPT2 = Family("GPT2LMHeadModel", read_gpt2_config, write_gpt2_config, prefix="tr
 # ---------------------------------------------------------------------------------------------- GPT-NeoX and Pythia
 
 
-def read_neox_config(c):
-    rope = read_rope(c)
-    fraction = (c.get("rope_parameters") or {}).get("partial_rotary_factor", c.get("rotary_pct", 0.25))
-    return dict(
-        vocab_size=c["vocab_size"], block_size=c["max_position_embeddings"], n_layer=c["num_hidden_layers"],
-        **square(c["hidden_size"], c["num_attention_heads"]), n_inner=c["intermediate_size"], norm="layernorm",
-        norm_eps=c.get("layer_norm_eps", 1e-5), parallel_residual=c.get("use_parallel_residual", True), **rope,
-        rope_fraction=fraction, mlp=activation(c, "hidden_act", "gelu"), attention_bias=c.get("attention_bias", True),
-        mlp_bias=True, tie_embeddings=c.get("tie_word_embeddings", False), init_std=c.get("initializer_range", 0.02))
+def derive_neox(c):
+    new = c.get("rope_parameters") or {}
+    return {**read_rope(c), "rope_fraction": new.get("partial_rotary_factor", c.get("rotary_pct", 0.25))}
 
 
-def write_neox_config(o):
-    return {"vocab_size": o["vocab_size"], "max_position_embeddings": o["block_size"], "num_hidden_layers": o["n_layer"],
-            "num_attention_heads": o["n_head"], "hidden_size": o["n_embd"], "intermediate_size": o["n_inner"],
-            "layer_norm_eps": o["norm_eps"], "use_parallel_residual": o["parallel_residual"], **write_rope(o),
-            "rotary_pct": o["rope_fraction"], "rotary_emb_base": o["rope_theta"], "hidden_act": write_activation(o["mlp"]),
-            "attention_bias": o["attention_bias"], "tie_word_embeddings": o["tie_embeddings"],
-            "initializer_range": o["init_std"]}
-
-
-NEOX = Family("GPTNeoXForCausalLM", read_neox_config, write_neox_config, prefix="gpt_neox.", head="embed_out.weight",
-              dropped=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)", rows=(
+NEOX = Family(
+    "GPTNeoXForCausalLM", prefix="gpt_neox.", head="embed_out.weight", derive=derive_neox,
+    dropped=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+    keys={"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+          "num_attention_heads": "n_head", "hidden_size": "n_embd", "intermediate_size": "n_inner", "layer_norm_eps": "norm_eps",
+          "use_parallel_residual": "parallel_residual", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
+          "rotary_pct": "rope_fraction", "rotary_emb_base": "rope_theta", "hidden_act": "mlp", "attention_bias": "attention_bias",
+          "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std"},
+    fixed=dict(norm="layernorm", position="rope", mlp_bias=True),
+    defaults=dict(layer_norm_eps=1e-5, use_parallel_residual=True, hidden_act="gelu", attention_bias=True,
+                  tie_word_embeddings=False, initializer_range=0.02), rows=(
     Row(("gpt_neox.embed_in.weight",), "wte.weight"),
     *linear("gpt_neox.layers.{}.input_layernorm", "h.{}.ln_1"),
     *linear("gpt_neox.layers.{}.attention.query_key_value", "h.{}.attn.qkv", having("attention_bias"), layout=PER_HEAD),
@@ -305,32 +261,17 @@ NEOX = Family("GPTNeoXForCausalLM", read_neox_config, write_neox_config, prefix=
 # ---------------------------------------------------------------------------------------------- BLOOM
 
 
-def either(c, *keys):
-    """The value of the key that this file uses; the official files and later re-saves spell some differently."""
-    for key in keys:
-        if key in c:
-            return c[key]
-    raise KeyError(keys[0])
-
-
-def read_bloom_config(c):
-    demand(c, apply_residual_connection_post_layernorm=False)
-    width = either(c, "hidden_size", "n_embed")
-    return dict(
-        # ALiBi has no longest sequence; seq_length is the one that the model was trained on
-        vocab_size=c["vocab_size"], block_size=c.get("seq_length") or 2048, n_layer=either(c, "n_layer", "num_hidden_layers"),
-        **square(width, either(c, "n_head", "num_attention_heads")), n_inner=4 * width, norm="layernorm",
-        norm_eps=c.get("layer_norm_epsilon", 1e-5), position="alibi", mlp="gelu_tanh", attention_bias=True, mlp_bias=True,
-        embed_norm=True, tie_embeddings=c.get("tie_word_embeddings", True), init_std=c.get("initializer_range", 0.02))
-
-
-def write_bloom_config(o):
-    return {"vocab_size": o["vocab_size"], "seq_length": o["block_size"], "n_layer": o["n_layer"], "n_head": o["n_head"],
-            "hidden_size": o["n_embd"], "layer_norm_epsilon": o["norm_eps"], "tie_word_embeddings": o["tie_embeddings"],
-            "initializer_range": o["init_std"], "hidden_dropout": 0.0, "attention_dropout": 0.0}
-
-
-BLOOM = Family("BloomForCausalLM", read_bloom_config, write_bloom_config, prefix="transformer.", rows=(
+BLOOM = Family(
+    "BloomForCausalLM", prefix="transformer.",
+    keys={"vocab_size": "vocab_size", "seq_length": "block_size", "n_layer": "n_layer", "n_head": "n_head",
+          "hidden_size": "n_embd", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings",
+          "initializer_range": "init_std"},
+    aliases={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    fixed=dict(norm="layernorm", position="alibi", mlp="gelu_tanh", attention_bias=True, mlp_bias=True, embed_norm=True),
+    demanded=dict(apply_residual_connection_post_layernorm=False),
+    # ALiBi has no longest sequence; seq_length is the one that the model was trained on
+    defaults=dict(seq_length=2048, layer_norm_epsilon=1e-5, tie_word_embeddings=True, initializer_range=0.02),
+    extra={"hidden_dropout": 0.0, "attention_dropout": 0.0}, rows=(
     Row(("transformer.word_embeddings.weight",), "wte.weight"),
     *linear("transformer.word_embeddings_layernorm", "ln_embed"),
     *linear("transformer.h.{}.input_layernorm", "h.{}.ln_1"),
@@ -343,15 +284,8 @@ BLOOM = Family("BloomForCausalLM", read_bloom_config, write_bloom_config, prefix
     head()))
 
 # model_type in config.json -> family
-FAMILIES = {
-    "opt": OPT, "gpt2": GPT2, "gpt_neox": NEOX, "bloom": BLOOM,
-    "llama": llama_like("LlamaForCausalLM", read_llama_config),
-    "mistral": llama_like("MistralForCausalLM", read_mistral_config, {"sliding_window": None}),
-    "qwen2": llama_like("Qwen2ForCausalLM", lambda c: read_llama_config(c, bias=True, out_bias=False, window=qwen_window(c)),
-                        {"use_sliding_window": False}),
-    "qwen3": llama_like("Qwen3ForCausalLM", lambda c: read_llama_config(c, qk_norm=True, head_dim=128, window=qwen_window(c)),
-                        {"use_sliding_window": False}),
-}
+FAMILIES = {"opt": OPT, "gpt2": GPT2, "gpt_neox": NEOX, "bloom": BLOOM, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2,
+            "qwen3": QWEN3}
 
 # ---------------------------------------------------------------------------------------------- HuBERT
 
@@ -362,10 +296,11 @@ HUBERT_CONFIG = {  # theirs -> ours, where the value is the same
     "conv_pos_batch_norm": "pos_batch_norm", "layer_norm_eps": "norm_eps"}
 HUBERT_FIXED = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False,
                 "feat_proj_layer_norm": True, "feat_extract_activation": "gelu", "hidden_act": "gelu"}
+FAIRSEQ_FIXED = {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": False, "sample_rate": 16_000}
 POS_CONV = "encoder.pos_conv_embed.conv"
 # A convolution's weight (out, channels, taps) <-> (out, taps, channels), which is the matrix that multiplies patches.
-TAPS_FIRST = Layout(lambda parts, options: parts[0].transpose(1, 2), lambda x, options: [x.transpose(1, 2).contiguous()])
-THIRDS = Layout(lambda parts, options: torch.cat(parts), lambda x, options: x.chunk(3))  # q, k and v are multiplied at once
+TAPS_FIRST = Layout(lambda parts, _: parts[0].transpose(1, 2), lambda x, _: [x.transpose(1, 2).contiguous()])
+THIRDS = Layout(lambda parts, _: torch.cat(parts), lambda x, _: x.chunk(3))  # q, k and v are multiplied at once
 batch_norm = having("pos_batch_norm")
 
 HUBERT_ROWS = (

@@ -7,6 +7,7 @@
 No foreign pickle is executed: pickles.py reads them all. Everything that this project writes is safetensors and JSON, under
 a temporary name first, so a file that exists is whole.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoints import download, pickles
+from checkpoints.archive import model_folder
 
 POCKET = Path(__file__).parent.parent / "pocket"
 KINDS = {  # what an option asks for -> where the pocket world keeps it
@@ -52,10 +54,8 @@ def find(name, kind):
 
 
 def find_model(name, kind):
-    """As find, for a model: the folder that holds config.json. An archive may have been unpacked with one folder around it."""
-    folder = find(str(name), kind)
-    nested = [] if (folder / "config.json").exists() else list(folder.glob("*/config.json"))
-    return nested[0].parent if len(nested) == 1 else folder
+    """As find, for a model: the folder that holds config.json, which may stand in the one that was named."""
+    return model_folder(find(str(name), kind))
 
 
 def read_json(path):
@@ -80,13 +80,19 @@ def write_text(path, text):
 
 
 def write_bytes(path, content, temporary=None):
-    """Bytes -> file, atomically: they are on the disk under a temporary name before the file has its own."""
+    """temporary: the name to write under where several processes write the same file."""
+    with replacing(path, temporary) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path, temporary=None):
+    """Yields a temporary name to write under; what stands there is on the disk before the file has its own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -104,7 +110,7 @@ class Tensors(Mapping):
             with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
                 return file.get_tensor(name)
         if self.pickle[0] != path:
-            self.pickle = path, read_file(path)
+            self.pickle = path, read_pickle(path)
         return self.pickle[1][name]
 
     def __iter__(self):
@@ -115,38 +121,33 @@ class Tensors(Mapping):
 
 
 def open_tensors(path):
-    """All tensors of a weight file or model folder, unread: Tensors.
+    """All tensors of a weight file or model folder (there of the first of download.WEIGHTS), unread: Tensors.
 
-    In a folder the order of preference is model.safetensors, its index, pytorch_model.bin, its index.
     Raises: FileNotFoundError naming what was looked for; ValueError for a truncated or foreign file.
     """
     path = Path(path)
     if path.is_dir():
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
-                return open_tensors(path / name)
-            if (path / f"{name}.index.json").is_file():
-                return open_tensors(path / f"{name}.index.json")
-        raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin (or their .index.json) in {path}")
+        present = [name for name in download.WEIGHTS if (path / name).is_file()]
+        if not present:
+            raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin (or their .index.json) in {path}")
+        path = path / present[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
     if path.name.endswith(".index.json"):
         return open_sharded(path)
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             return Tensors(dict.fromkeys(file.keys(), path))
-    tensors = read_file(path)
+    tensors = read_pickle(path)
     opened = Tensors(dict.fromkeys(tensors, path))
     opened.pickle = path, tensors
     return opened
 
 
 def open_sharded(index):
-    """The shards named by `weight_map`; every tensor must be where the index says, and nothing may be missing."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index} has no table `weight_map` of tensor and file names; copy the file again")
+    """The shards that an index names; every tensor must be where it says, and nothing may be missing."""
+    weight_map = download.read_index(index)
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or shard in ("", ".."):
-            raise ValueError(f"{index} points outside its folder ({shard!r}); refusing to follow it")
         found = open_tensors(index.parent / shard)
         missing = sorted(name for name, place in weight_map.items() if place == shard and name not in found.files)
         if missing:
@@ -155,8 +156,6 @@ def open_sharded(index):
 
 
 def open_safetensors(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -168,17 +167,8 @@ def read_tensors(path):
     return dict(open_tensors(path))
 
 
-def read_file(path):
-    """One weight file, by its ending safetensors or a pickle of tensors -> {name: tensor}.
-
-    A pickle may also hold other entries (a trainer's step, settings), as long as they are plain data.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
+def read_pickle(path):
+    """A pickle of tensors -> {name: tensor}, with any other entries (a trainer's step) that are plain data."""
     tensors = pickles.load(path)
     if not isinstance(tensors, dict) or not tensors:
         raise ValueError(f"{path} holds a {type(tensors).__name__} of no tensors, expected a dictionary of tensors")
@@ -188,13 +178,67 @@ def read_file(path):
     return tensors
 
 
+def held(value):
+    """What an Inert stands for, where that is known; anything else is itself."""
+    seen = set()
+    while type(value) is pickles.Inert and value.args is not None and id(value) not in seen:  # a forged one may hold itself
+        seen.add(id(value))
+        state = value.state if type(value.state) is dict else {}
+        if value.kind in ("argparse.Namespace", "types.SimpleNamespace"):
+            value = state
+        elif value.kind.startswith("omegaconf."):
+            value = state.get("_content", state.get("_val", value))
+        elif value.kind == "fairseq.data.dictionary.Dictionary":
+            value = state.get("symbols", value)
+        elif value.items is not None:
+            value = value.items
+        elif value.state is None and len(value.args) == 1 and type(value.args[0]) in (str, int, float, bool):
+            value = value.args[0]
+    return value
+
+
+def convert(value, done):
+    """done: {id: (value, its conversion)}; holding the value keeps its id from being given to another."""
+    value = held(value)
+    if type(value) not in (dict, list, tuple):
+        return value
+    if id(value) in done:
+        return done[id(value)][1]
+    if type(value) is tuple:
+        result = tuple([convert(item, done) for item in value])
+    else:
+        result = type(value)()
+        done[id(value)] = value, result  # before its items, which may hold it
+        if type(value) is list:
+            result.extend([convert(item, done) for item in value])
+        else:
+            for key, item in value.items():
+                result[held(key) if type(held(key)) in (str, int, float, bool) else key] = convert(item, done)
+    done[id(value)] = value, result
+    return result
+
+
+def plain(value):
+    """Inert objects -> what they hold, in dicts, lists and tuples at any depth; shared ones stay shared.
+
+    argparse.Namespace -> dict; enum -> its value (as is anything made of one string or number, e.g. torch.device);
+    omegaconf containers and nodes -> their content; fairseq's Dictionary -> list of symbols; other classes' items -> dict or
+    list. Anything else stays an Inert, and sets and arrays stay as they are.
+    Raises: ValueError for values nested hundreds deep.
+    """
+    try:
+        return convert(value, {})
+    except RecursionError:
+        raise ValueError("the values of a pickle are nested too deeply; convert it to safetensors where you trust it") from None
+
+
 def read_fairseq(path):
     """A fairseq checkpoint -> (its settings as one flat dictionary, {name: tensor} of the network).
 
     The settings stand in `args` (a Namespace) in files before fairseq 0.11, in `cfg` (sections of dictionaries, Namespaces or
     omegaconf containers) after; stripped copies have neither.
     """
-    value = pickles.plain(pickles.load(path))
+    value = plain(pickles.load(path))
     tensors = value.get("model") if isinstance(value, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is no fairseq checkpoint: it has no `model` that is a dictionary of tensors; give the .pt file "
@@ -212,7 +256,7 @@ def read_kmeans(path):
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors = read_file(path)
+        tensors = read_tensors(path)
         if "centers" not in tensors:
             raise ValueError(f"{path} has no tensor `centers`, only {sorted(tensors)[:3]}")
         return tensors["centers"].float(), read_metadata(path)
@@ -230,20 +274,15 @@ def read_kmeans(path):
 
 def write_tensors(path, tensors, metadata=None):
     """Write {name: tensor} as one safetensors file, atomically. Shared storage is written once a name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     plain, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
 
 
 def read_metadata(path):

@@ -27,6 +27,7 @@ import sys
 import zipfile
 import zlib
 from bz2 import BZ2Decompressor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,27 +48,23 @@ DTYPES = {str(dtype): dtype for dtype in (*STORAGES.values(), torch.uint16, torc
                                           torch.float8_e5m2)}
 # Names of the standard library can do anything to a machine: those that hold data are let in as labels, others are an error.
 DATA = re.compile(r"(collections(\.abc)?|typing|enum|pathlib(\._local)?|datetime)\.\w+|argparse\.Namespace|"
-                  r"types\.SimpleNamespace|"
-                  r"builtins\.(bool|dict|float|int|list|long|object|range|slice|str|tuple|type|unicode)")
+                  r"types\.SimpleNamespace|builtins\.(bool|dict|float|int|list|long|object|range|slice|str|tuple|type|unicode)")
 
 
+@dataclass(eq=False, slots=True, repr=False)
 class Inert:
-    """What a pickle says about an object whose class was not executed, or (args None) about a class itself.
+    """What a pickle says about an object whose class was not executed, or (args None) about a class itself."""
 
-    kind: "module.name"; args: tuple its class was called with; state: what would have set its attributes, mostly a dict;
-    items: list of what was appended, dict of what was set by key, or None.
-    """
-    __slots__ = ("kind", "args", "state", "items")
-
-    def __init__(self, kind, args=None, items=None):
-        self.kind, self.args, self.state, self.items = kind, args, None, items
+    kind: str  # "module.name"
+    args: tuple | None = None  # what its class was called with
+    state: object = None  # what would have set its attributes, mostly a dict
+    items: list | dict | None = None  # what was appended, or set by key
 
     def __repr__(self):
         return f"<Inert {'class ' if self.args is None else ''}{self.kind}>"
 
 
 # ---------------------------------------------------------------------------------------------- what may be called
-
 
 def check_keys(keys):
     """Hashing follows nested tuples on the C stack: a million of them crash the interpreter, and forty pairs take for ever."""
@@ -161,7 +158,6 @@ OURS = {
 
 # ---------------------------------------------------------------------------------------------- the stack machine
 
-
 class Unpickler(pickle._Unpickler):
     """The machine in pure Python. Every instruction that looks up, calls or reaches into an object is replaced.
 
@@ -194,12 +190,12 @@ class Unpickler(pickle._Unpickler):
             raise ValueError(f"it asks for {kind}, which has no place in a checkpoint; nothing was executed")
         return DTYPES.get(kind) or Inert(kind)
 
-    def make(self, name, args, options=None):
+    def make(self, name, args, keywords=None):
         """Every call in a pickle comes through here."""
         if type(name) is not Inert or name.args is not None or type(args) is not tuple:
             raise ValueError(f"it calls a {type(name).__name__}")
         if name.kind not in OURS:
-            return Inert(name.kind, (*args, options) if options else args)
+            return Inert(name.kind, (*args, keywords) if keywords else args)
         self.spend(args)
         return OURS[name.kind](*args)
 
@@ -264,8 +260,7 @@ class Unpickler(pickle._Unpickler):
         raise ValueError("it has an instruction that no checkpoint has")
 
     dispatch = {**dict.fromkeys(range(256), refuse), **pickle._Unpickler.dispatch, **{code[0]: method for code, method in {
-        pickle.REDUCE: lambda self: self.push(self.make(self.stack.pop(-2), self.stack.pop())),
-        pickle.NEWOBJ: lambda self: self.push(self.make(self.stack.pop(-2), self.stack.pop())),
+        **dict.fromkeys([pickle.REDUCE, pickle.NEWOBJ], lambda self: self.push(self.make(self.stack.pop(-2), self.stack.pop()))),
         pickle.NEWOBJ_EX: lambda self: self.push(self.make(self.stack.pop(-3), self.stack.pop(-2), self.stack.pop())),
         pickle.BUILD: build,
         pickle.APPEND: lambda self: self.add(list, [self.stack.pop()]),
@@ -283,7 +278,6 @@ class Unpickler(pickle._Unpickler):
 
 
 # ---------------------------------------------------------------------------------------------- containers
-
 
 def zip_members(file, size):
     """{name: zipfile.ZipInfo}. Nothing is extracted; names that would lead elsewhere tell of an attack all the same."""
@@ -418,60 +412,3 @@ def load(path):
             reason = reason if isinstance(error, (ValueError, EOFError)) and reason else f"{type(error).__name__}: {reason}"
     raise ValueError(f"{path} cannot be opened as plain data ({reason}); download it again, or convert it to safetensors where "
                      "you trust it")
-
-
-# ---------------------------------------------------------------------------------------------- Inert -> what it holds
-
-
-def held(value):
-    """What an Inert stands for, where that is known; anything else is itself."""
-    seen = set()
-    while type(value) is Inert and value.args is not None and id(value) not in seen:  # a forged one may hold itself
-        seen.add(id(value))
-        state = value.state if type(value.state) is dict else {}
-        if value.kind in ("argparse.Namespace", "types.SimpleNamespace"):
-            value = state
-        elif value.kind.startswith("omegaconf."):
-            value = state.get("_content", state.get("_val", value))
-        elif value.kind == "fairseq.data.dictionary.Dictionary":
-            value = state.get("symbols", value)
-        elif value.items is not None:
-            value = value.items
-        elif value.state is None and len(value.args) == 1 and type(value.args[0]) in (str, int, float, bool):
-            value = value.args[0]
-    return value
-
-
-def convert(value, done):
-    """done: {id: (value, its conversion)}; holding the value keeps its id from being given to another."""
-    value = held(value)
-    if type(value) not in (dict, list, tuple):
-        return value
-    if id(value) in done:
-        return done[id(value)][1]
-    if type(value) is tuple:
-        result = tuple([convert(item, done) for item in value])
-    else:
-        result = type(value)()
-        done[id(value)] = value, result  # before its items, which may hold it
-        if type(value) is list:
-            result.extend([convert(item, done) for item in value])
-        else:
-            for key, item in value.items():
-                result[held(key) if type(held(key)) in (str, int, float, bool) else key] = convert(item, done)
-    done[id(value)] = value, result
-    return result
-
-
-def plain(value):
-    """Inert objects -> what they hold, in dicts, lists and tuples at any depth; shared ones stay shared.
-
-    argparse.Namespace -> dict; enum -> its value (as is anything made of one string or number, e.g. torch.device);
-    omegaconf containers and nodes -> their content; fairseq's Dictionary -> list of symbols; other classes' items -> dict or
-    list. Anything else stays an Inert, and sets and arrays stay as they are.
-    Raises: ValueError for values nested hundreds deep.
-    """
-    try:
-        return convert(value, {})
-    except RecursionError:
-        raise ValueError("the values of a pickle are nested too deeply; convert it to safetensors where you trust it") from None

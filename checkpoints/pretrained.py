@@ -13,17 +13,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import files
-from checkpoints.families import (
-    FAIRSEQ_BATCH_NORM,
-    FAIRSEQ_DROPPED,
-    FAIRSEQ_NAMES,
-    FAMILIES,
-    HUBERT_CONFIG,
-    HUBERT_FIXED,
-    HUBERT_ROWS,
-    POS_CONV,
-)
+from checkpoints import families, files
+from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_FIXED, HUBERT_ROWS, POS_CONV
 
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
@@ -51,38 +42,59 @@ def open_lm(folder, dtype=None):
 
     dtype: of the tensors, None: as stored.
     """
-    family, options = lm_options(read_settings(folder), folder)
-    return family, options, Ours(files.open_tensors(folder), FAMILIES[family], options, folder, dtype)
+    family, architecture = lm_architecture(read_settings(folder), folder)
+    return family, architecture, Ours(files.open_tensors(folder), FAMILIES[family], architecture, folder, dtype)
 
 
-def lm_options(settings, where="config.json"):
+def lm_architecture(settings, where="config.json"):
     """config.json of a text LM -> (family name, keyword arguments of TransformerConfig)."""
     family = settings.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
     try:
-        options = FAMILIES[family].read_config(settings)
+        architecture = read_architecture(FAMILIES[family], settings)
     except KeyError as error:
         raise ValueError(f"{where}: config.json lacks {error} which a {family} model needs") from None
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{where}: a value in config.json is of the wrong type ({error}); copy the file again") from None
     for key in SIZES:
-        largest = MOST_LAYERS if key == "n_layer" else LARGEST_SIZE
-        if type(options[key]) is not int or not 1 <= options[key] <= largest:
-            raise ValueError(f"{where}: config.json makes {key} {options[key]!r}, expected a whole number from 1 to {largest}")
-    return family, options
+        size, largest = architecture[key], MOST_LAYERS if key == "n_layer" else LARGEST_SIZE
+        if type(size) is not int or not 1 <= size <= largest:
+            raise ValueError(f"{where}: config.json makes {key} {size!r}, expected a whole number from 1 to {largest}")
+    return family, architecture
 
 
-def write_lm(family, options, tensors):
+def demand(settings, values, where):
+    """Raises ValueError where a setting that would change the network has another value than the one that we compute."""
+    for key, value in values.items():
+        if settings.get(key, value) not in (value, None):
+            raise ValueError(f"{where}: {key} = {settings[key]!r} is not supported, expected {value!r}")
+
+
+def read_architecture(family, c):
+    """Their config -> keyword arguments of TransformerConfig, by the family's table. Where there is a default, null means it."""
+    demand(c, family.demanded, "config.json")
+    given = {**{key: c[other] for other, key in family.aliases.items() if other in c}, **c}
+    given |= {key: value for key, value in family.defaults.items() if given.get(key) is None}
+    found = {**family.fixed, **family.derive(c)}
+    for theirs, ours in family.keys.items():
+        if ours not in found:
+            if given[theirs] is None and theirs not in family.defaults:
+                raise TypeError(f"{theirs} is null")
+            found[ours] = families.READ[ours](theirs, given[theirs]) if ours in families.READ else given[theirs]
+    usual = dict(n_kv_head=found["n_head"], head_dim=found["n_embd"] // found["n_head"], n_inner=4 * found["n_embd"],
+                 embed_dim=found["n_embd"])
+    found |= {name: found.get(name) or value for name, value in usual.items()}
+    return {"out_bias": found["attention_bias"], **found}
+
+
+def write_lm(family, architecture, tensors):
     """The reverse of open_lm: (their config.json, {their name: tensor})."""
-    settings = {"architectures": [FAMILIES[family].architecture], "model_type": family,
-                **FAMILIES[family].write_config(options)}
-    left, result = dict(tensors), {}
-    for row, layer in expand(FAMILIES[family].rows, options):
-        parts = row.layout.write(left.pop(row.ours.format(layer)), options)
-        result.update(zip((template.format(layer) for template in row.theirs), parts))
-    assert not left, f"tensors without a row in the family's table: {sorted(left)[:3]}"
-    return settings, result
+    table = FAMILIES[family]
+    keys = {theirs: families.WRITE.get(ours, lambda value: value)(architecture[ours]) for theirs, ours in table.keys.items()}
+    settings = {"architectures": [table.class_name], "model_type": family,
+                **{key: value for key, value in keys.items() if value is not None}, **table.extra}
+    return settings, write_rows(table.rows, architecture, tensors)
 
 
 def full_name(name, family):
@@ -100,25 +112,19 @@ class Ours(Mapping):
     Args: source: {their name: tensor}, best files.open_tensors. dtype: of what is read; None: as stored.
     """
 
-    def __init__(self, source, family, options, where, dtype=None):
-        self.source, self.options, self.where, self.dtype = source, options, where, dtype
-        left, self.rows = {full_name(name, family): name for name in source}, {}
-        missing = []
-        for row, layer in expand(family.rows, options):
-            names = [template.format(layer) for template in row.theirs]
-            missing += [name for name in names if name not in left]
-            self.rows[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
-        if options["tie_embeddings"]:
-            left.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
-        left = [name for name in left if not re.fullmatch(family.dropped, name)]
-        if missing or left:
-            raise ValueError(f"{where}: the weights do not fit config.json; missing {shown(missing)}, unexpected {shown(left)}")
+    def __init__(self, source, family, architecture, where, dtype=None):
+        self.source, self.architecture, self.where, self.dtype = source, architecture, where, dtype
+        names = {full_name(name, family): name for name in source}
+        if architecture["tie_embeddings"]:
+            names.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
+        names = {name: stored for name, stored in names.items() if not re.fullmatch(family.dropped, name)}
+        self.rows = fit(family.rows, architecture, names, where)
 
     def __getitem__(self, name):
         row, names = self.rows[name]
         parts = [self.source[part] for part in names]
         try:
-            value = row.layout.read(parts, self.options)
+            value = row.layout.read(parts, self.architecture)
         except RuntimeError:
             raise ValueError(f"{self.where}: {names[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
                              "they belong to different models") from None
@@ -131,10 +137,6 @@ class Ours(Mapping):
         return len(self.rows)
 
 
-def shown(names):
-    return f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}"
-
-
 def check_shapes(expected, tensors, where):
     """Raises ValueError where a weight differs in shape from `expected`, the state_dict of the network of config.json."""
     for name, tensor in expected.items():
@@ -143,13 +145,12 @@ def check_shapes(expected, tensors, where):
                              f"{tuple(tensors[name].shape)}; they belong to different models")
 
 
-def expand(rows, options, count=None):
-    """Every (row, layer) of a model with these options, layer after layer, as shards store them; None outside the stack.
+def expand(rows, architecture):
+    """Every (row, layer) of a model of this architecture, layer after layer, as shards store them; None outside the stack."""
+    def count(row):  # HuBERT's front end has as many layers as convolutions
+        return len(architecture["conv_dim"]) if row.ours.startswith("convs.") else architecture["n_layer"]
 
-    count: row -> how many layers it has; default options["n_layer"].
-    """
-    rows = [row for row in rows if row.when(options)]
-    count = count or (lambda row: options["n_layer"])
+    rows = [row for row in rows if row.when(architecture)]
     stack = [row for row in rows if "{}" in row.ours]
     for row in rows:
         if row not in stack:
@@ -158,35 +159,43 @@ def expand(rows, options, count=None):
             for layer in range(max(map(count, stack))):
                 yield from ((other, layer) for other in stack if layer < count(other))
 
+
+def fit(rows, architecture, stored, where):
+    """{their name: anything} -> {our name: (row, [what is stored under the row's names])}; both must be complete."""
+    left, fitted, missing = dict(stored), {}, []
+    for row, layer in expand(rows, architecture):
+        names = [template.format(layer) for template in row.theirs]
+        missing += [name for name in names if name not in left]
+        fitted[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
+    if missing or left:
+        missing, left = (f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}" for names in (missing, sorted(left)))
+        raise ValueError(f"{where}: the weights do not fit their config; missing {missing}, unexpected {left}")
+    return fitted
+
+
+def write_rows(rows, architecture, tensors):
+    """The reverse: {our name: tensor} -> {their name: tensor}."""
+    left, theirs = dict(tensors), {}
+    for row, layer in expand(rows, architecture):
+        parts = row.layout.write(left.pop(row.ours.format(layer)), architecture)
+        theirs.update(zip((template.format(layer) for template in row.theirs), parts))
+    assert not left, f"tensors without a row in the table: {sorted(left)[:3]}"
+    return theirs
+
+
 # ---------------------------------------------------------------------------------------------- HuBERT, both directions
 
 def read_hubert(path):
     """A Hugging Face HuBERT folder or a fairseq .pt file -> (keyword arguments of HubertConfig, {our name: tensor})."""
     path = Path(path)
-    if path.is_dir():
-        options, left = hugging_face_hubert(path)
-    else:
-        options, left = fairseq_hubert(path)
-    left, result, missing = fold_weight_norm(left), {}, []
-    for row, layer in expand_hubert(options):
-        names = [template.format(layer) for template in row.theirs]
-        if all(name in left for name in names):
-            result[row.ours.format(layer)] = row.layout.read([left.pop(name) for name in names], options)
-        elif row.ours == "mask_embedding":  # encoding never masks, and stripped files lack it
-            result[row.ours] = torch.zeros(options["n_embd"])
-        elif row.ours == "pos_norm.num_batches_tracked":
-            result[row.ours] = torch.tensor(0)
-        else:
-            missing += [name for name in names if name not in left]
-    if missing or left:
-        raise ValueError(f"{path}: the weights do not fit its config; missing {shown(missing)}, unexpected {shown(sorted(left))}")
-    return options, result
-
-
-def expand_hubert(options):
-    """Every (row, layer); the front end has as many layers as convolutions."""
-    return expand(HUBERT_ROWS, options,
-                  lambda row: len(options["conv_dim"]) if row.ours.startswith("convs.") else options["n_layer"])
+    architecture, tensors = hugging_face_hubert(path) if path.is_dir() else fairseq_hubert(path)
+    tensors = fold_weight_norm(tensors)
+    if "masked_spec_embed" not in tensors:  # encoding never masks, and stripped files lack it
+        tensors["masked_spec_embed"] = torch.zeros(architecture["n_embd"])
+    if architecture["pos_batch_norm"]:
+        tensors.setdefault("encoder.pos_conv_embed.batch_norm.num_batches_tracked", torch.tensor(0))
+    fitted = fit(HUBERT_ROWS, architecture, tensors, path)
+    return architecture, {name: row.layout.read(parts, architecture) for name, (row, parts) in fitted.items()}
 
 
 def hugging_face_hubert(folder):
@@ -194,17 +203,15 @@ def hugging_face_hubert(folder):
     settings = files.read_json(folder / "config.json")
     if settings.get("model_type") != "hubert":
         raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'")
-    for key, value in HUBERT_FIXED.items():
-        if settings.get(key, value) != value:
-            raise ValueError(f"{folder}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
+    demand(settings, HUBERT_FIXED, f"{folder} is no HuBERT base")
     settings.setdefault("conv_pos_batch_norm", False)  # a key newer than the first releases
     lacking = [key for key in HUBERT_CONFIG if key not in settings]
     if lacking:
         raise ValueError(f"{folder}: config.json lacks {', '.join(lacking)} which a HuBERT needs")
-    options = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    architecture = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
+    architecture = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
     # preprocessor_config.json may ask for normalised waveforms; no published pipeline does that with these models
-    return options, {name.removeprefix("hubert."): tensor for name, tensor in files.read_tensors(folder).items()}
+    return architecture, {name.removeprefix("hubert."): tensor for name, tensor in files.read_tensors(folder).items()}
 
 
 def fairseq_hubert(path):
@@ -213,22 +220,20 @@ def fairseq_hubert(path):
     The shapes of the tensors say most of the architecture; the file's settings, which stripped copies lack, say the rest.
     """
     settings, tensors = files.read_fairseq(path)
-    table = FAIRSEQ_BATCH_NORM + FAIRSEQ_NAMES if "encoder.pos_conv.0.running_mean" in tensors else FAIRSEQ_NAMES
+    table = families.FAIRSEQ_BATCH_NORM + FAIRSEQ_NAMES if "encoder.pos_conv.0.running_mean" in tensors else FAIRSEQ_NAMES
     left = {}
     for name, tensor in tensors.items():
-        if not re.fullmatch(FAIRSEQ_DROPPED, name):
+        if not re.fullmatch(families.FAIRSEQ_DROPPED, name):
             new = next((re.sub(f"^{old}", new, name) for old, new in table if re.match(old, name)), name)
             left[new] = tensor
-    for key, value in (("extractor_mode", "default"), ("layer_norm_first", False), ("conv_bias", False), ("sample_rate", 16_000)):
-        if settings.get(key) not in (value, None):
-            raise ValueError(f"{path}: {key} = {settings[key]!r} is not supported, expected {value!r} (HuBERT base)")
+    demand(settings, families.FAIRSEQ_FIXED, f"{path} is no HuBERT base")
     try:
         convs = [left[f"feature_extractor.conv_layers.{i}.conv.weight"]
                  for i in range(sum(name.endswith(".conv.weight") and "conv_layers" in name for name in left))]
         layers = {int(name.split(".")[2]) for name in left if name.startswith("encoder.layers.")}
         width = left["feature_projection.projection.weight"].shape[0]
         pos = next(left[name] for name in (f"{POS_CONV}.weight_v", f"{POS_CONV}.weight") if name in left)  # (C, C / groups, taps)
-        options = dict(
+        architecture = dict(
             conv_dim=tuple(w.shape[0] for w in convs), conv_kernel=tuple(w.shape[2] for w in convs), n_embd=width,
             n_layer=len(layers), n_head=settings.get("encoder_attention_heads") or width // 64,
             n_inner=left["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0], pos_kernel=pos.shape[2],
@@ -237,63 +242,58 @@ def fairseq_hubert(path):
     except (KeyError, IndexError, StopIteration, ValueError) as error:
         raise ValueError(f"{path} is no HuBERT: a tensor is missing or of another shape ({error}); give a fairseq HuBERT "
                          "checkpoint or a Hugging Face folder") from None
-    return options | {"conv_stride": strides(settings.get("conv_feature_layers"), options, path)}, left
+    return architecture | {"conv_stride": strides(settings.get("conv_feature_layers"), architecture, path)}, left
 
 
-def strides(text, options, where):
+def strides(text, architecture, where):
     """Stride of every convolution, from fairseq's conv_feature_layers; without one, what HuBERT base has for each kernel."""
     if text is None:
         usual = {10: 5, 3: 2, 2: 2}
-        if not set(options["conv_kernel"]) <= set(usual):
-            raise ValueError(f"{where} has no settings, and convolutions of {options['conv_kernel']} taps whose strides "
+        if not set(architecture["conv_kernel"]) <= set(usual):
+            raise ValueError(f"{where} has no settings, and convolutions of {architecture['conv_kernel']} taps whose strides "
                              "cannot be told; give a file with its settings")
-        return tuple(usual[taps] for taps in options["conv_kernel"])
+        return tuple(usual[taps] for taps in architecture["conv_kernel"])
     layers = parse_conv_layers(text)
-    if [layer[:2] for layer in layers] != list(zip(options["conv_dim"], options["conv_kernel"])):
-        raise ValueError(f"{where}: conv_feature_layers says {text}, but the weights have widths {options['conv_dim']} and "
-                         f"kernels {options['conv_kernel']}; settings and weights belong to different models")
+    if [layer[:2] for layer in layers] != list(zip(architecture["conv_dim"], architecture["conv_kernel"])):
+        raise ValueError(f"{where}: conv_feature_layers says {text}, but the weights have widths {architecture['conv_dim']} and "
+                         f"kernels {architecture['conv_kernel']}; settings and weights belong to different models")
     return tuple(layer[2] for layer in layers)
 
 
 def parse_conv_layers(text):
     """"[(512,10,5)] + [(512,3,2)] * 4" -> [(512, 10, 5), (512, 3, 2), ...]. Python's syntax, but nothing is evaluated."""
     def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int and 0 < node.value < 10_000:
-            return node.value
-        if isinstance(node, ast.List):
-            return [value(item) for item in node.elts]
-        if isinstance(node, ast.Tuple):
-            return tuple(value(item) for item in node.elts)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
-            left, right = value(node.left), value(node.right)
-            if isinstance(left, list) and type(right) is (list if isinstance(node.op, ast.Add) else int) \
-                    and (isinstance(right, list) or len(left) * right <= 64):  # nobody has more convolutions
-                return left + right if isinstance(right, list) else left * right
-        raise ValueError
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return value(node.left) + value(node.right)
+        times = 1
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            layers, times = value(node.left), ast.literal_eval(node.right)
+        else:
+            layers = ast.literal_eval(node)
+        numbers = [n for layer in layers for n in (layer if type(layer) is tuple and len(layer) == 3 else (None,))]
+        if type(layers) is not list or not all(type(n) is int and 0 < n < 10_000 for n in [times, *numbers]):
+            raise ValueError
+        if not 0 < len(layers) * times <= 64:  # nobody has more convolutions
+            raise ValueError
+        return layers * times
 
     try:
         if not isinstance(text, str) or len(text) > 1000:
             raise ValueError
         layers = value(ast.parse(text.strip(), mode="eval").body)
-        if not layers or not all(type(layer) is tuple and len(layer) == 3 and {type(n) for n in layer} == {int}
-                                 for layer in layers):
-            raise ValueError
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise ValueError(f"conv_feature_layers {text!r:.80} is no list of (width, kernel, stride); nothing was evaluated"
                          ) from None
     return layers
 
 
-def write_hubert(options, tensors):
+def write_hubert(architecture, tensors):
     """The reverse of read_hubert: (their config.json, {their name: tensor})."""
     settings = {"architectures": ["HubertModel"], "model_type": "hubert", **HUBERT_FIXED,
-                **{key: options[ours] for key, ours in HUBERT_CONFIG.items()},
-                "num_feat_extract_layers": len(options["conv_dim"]), "vocab_size": 32}
-    theirs = {}
-    for row, layer in expand_hubert(options):
-        parts = row.layout.write(tensors[row.ours.format(layer)], options)
-        theirs.update(zip((template.format(layer) for template in row.theirs), parts))
-    if not options["pos_batch_norm"]:  # transformers wants weight norm there, and any direction with its own length is one
+                **{key: architecture[ours] for key, ours in HUBERT_CONFIG.items()},
+                "num_feat_extract_layers": len(architecture["conv_dim"]), "vocab_size": 32}
+    theirs = write_rows(HUBERT_ROWS, architecture, tensors)
+    if not architecture["pos_batch_norm"]:  # transformers wants weight norm there, and any direction with its own length is one
         v = theirs.pop(f"{POS_CONV}.weight")
         new = f"{POS_CONV}.parametrizations.weight.original"
         theirs |= {f"{new}0": torch.linalg.vector_norm(v.float(), dim=(0, 1), keepdim=True).to(v.dtype), f"{new}1": v}

@@ -27,17 +27,14 @@ from checkpoints import files
 MAX_UNIT = 2**16 - 1
 
 
-def read_json(path):
+def read_if_there(path):
     """The dictionary in a JSON file, None where there is no file."""
     try:
-        value = json.loads(path.read_bytes())
-        if isinstance(value, dict):
-            return value
+        return files.read_json(path)
     except FileNotFoundError:
         return None
     except ValueError:
-        pass  # it gets the sentence below
-    raise ValueError(f"{path} is damaged: it holds no JSON dictionary; delete it and start the same command again")
+        raise ValueError(f"{path} is damaged: it holds no JSON dictionary; delete it and start the same command again") from None
 
 
 def refuse_other_recipe(found, recipe, what, remedy):
@@ -108,9 +105,9 @@ class Journal:
         self.folder = Path(folder)
         work = self.folder / "work"
         shutil.rmtree(self.folder / "work.done", ignore_errors=True)  # left by a kill at the very end
-        meta = read_json(self.folder / "meta.json") or {}
+        meta = read_if_there(self.folder / "meta.json") or {}
         refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
-        refuse_other_recipe(read_json(work / "recipe.json"), recipe, f"{work} holds unfinished units", work)
+        refuse_other_recipe(read_if_there(work / "recipe.json"), recipe, f"{work} holds unfinished units", work)
         work.mkdir(parents=True, exist_ok=True)
         self.finished = {row["file_name"] for _, _, row in read_journals(work)}
         start = 0
@@ -152,7 +149,7 @@ def collect(folder, recipe, names):
     Raises: ValueError if some are neither encoded nor failed.
     """
     work = Path(folder) / "work"
-    refuse_other_recipe(read_json(work / "recipe.json"), recipe, f"{work} holds unfinished units", work)
+    refuse_other_recipe(read_if_there(work / "recipe.json"), recipe, f"{work} holds unfinished units", work)
     places, reasons = {}, {}
     for path, offset, row in read_journals(work):
         if "reason" in row:

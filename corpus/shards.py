@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoints.files import write_bytes
 from corpus import journal
-from corpus.journal import as_uint16, read_json, refuse_other_recipe
+from corpus.journal import as_uint16, read_if_there, refuse_other_recipe
 
 FORMAT = 1  # version of the layout above
 SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 3,400 hours at the pocket's 22 a second
@@ -46,7 +46,7 @@ class ShardWriter:
     def __init__(self, folder, recipe, shard=0):
         self.folder, self.shard = Path(folder), f"{shard:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        meta = read_json(self.folder / "meta.json") or {}
+        meta = read_if_there(self.folder / "meta.json") or {}
         refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
         self.streams = []
         self.discard()  # what a killed process left
@@ -168,7 +168,7 @@ def assemble(folder, recipe, names):
 def complete(folder, recipe, names):
     """The meta if the folder holds exactly these recordings, encoded by this recipe; None if there is something to do."""
     folder = Path(folder)
-    meta = read_json(folder / "meta.json")
+    meta = read_if_there(folder / "meta.json")
     if meta is None or (folder / "work").exists() or meta.get("format") != FORMAT:
         return None
     if meta["recipe"] != json.loads(json.dumps(recipe)) or meta.get("names") != fingerprint_names(names):
@@ -184,7 +184,7 @@ class UnitShards:
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.folder, self.meta = folder, read_json(folder / "meta.json")
+        self.folder, self.meta = folder, read_if_there(folder / "meta.json")
         if self.meta is None:
             remedy = ("its work/ is of an extraction that was interrupted: start the same command again"
                       if (folder / "work").is_dir() else "make them with python hubert_units.py AUDIO... --out=FOLDER")

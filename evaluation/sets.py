@@ -19,10 +19,11 @@ import csv
 import io
 import os
 import re
-import zipfile
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from checkpoints import archive
 
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon", "pairs")
 SALMON = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender_consistency", "rir_consistency",
@@ -31,8 +32,7 @@ GOLD = {  # the archive's folder and the columns that are needed of its gold.csv
     "swuggy": ("lexical", ("filename", "id", "voice", "frequency", "correct")),
     "sblimp": ("syntactic", ("filename", "id", "voice", "type", "subtype", "correct"))}
 BANDS = ("out of vocabulary", "1-5", "6-20", "21-100", ">100")  # of how often LibriSpeech has a word
-STORIES = {"sstorycloze": r"(^|[^a-z])s[-_]?(sc|storycloze)($|[^a-z])",  # what their folders are called
-           "tstorycloze": r"(^|[^a-z])t[-_]?(sc|storycloze)($|[^a-z])"}
+STORIES = ("sstorycloze", "tstorycloze")
 WITHOUT_GOLD = ("{folder} has recordings but no gold.csv, so nothing says which are pairs: this is the archive of the 2021 "
                 "challenge (zerospeech2021-dataset.zip). Get sLM21-dataset, which has it (zrc datasets:pull sLM21-dataset), or "
                 "put its gold.csv there")
@@ -78,27 +78,18 @@ def scan(root):
                 zips.append(Path(folder, name))
             elif not name.startswith("."):
                 folders[Path(folder)][name] = os.path.join(folder, name)
-    for archive in sorted(zips):
-        try:
-            with zipfile.ZipFile(archive) as file:
-                members = [name for name in file.namelist() if not name.startswith("__MACOSX") and not name.endswith("/")]
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{archive} is no zip archive, or damaged ({error}); copy it again") from None
-        for member in members:
-            path = archive / member
-            if not path.name.startswith("."):
+    for packed in sorted(zips):
+        for name in archive.names_in(packed):
+            path = packed / name
+            if not name.startswith("__MACOSX") and not name.endswith("/") and not path.name.startswith("."):
                 folders[path.parent][path.name] = str(path)
     return dict(folders)
 
 
 def read_rows(path, needed):
     """A table with a header, inside a zip too -> list of dictionaries. Raises ValueError that names the columns it lacks."""
-    archive = next((folder for folder in Path(path).parents if folder.suffix.lower() == ".zip" and folder.is_file()), None)
-    if archive:
-        with zipfile.ZipFile(archive) as file:
-            content = file.read(Path(path).relative_to(archive).as_posix())
-    else:
-        content = Path(path).read_bytes()
+    with archive.open_file(path) as file:
+        content = file.read()
     try:
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -126,14 +117,6 @@ def wavs_of(files):
 
 # ---------------------------------------------------------------------------------------------- sLM21
 
-def band(frequency):
-    """How often LibriSpeech has a word -> its band, with the ends that the names say.
-
-    The official scorer counts 5, 20 and 100 to the next band, whatever the names say.
-    """
-    return BANDS[sum(frequency > last for last in (0, 5, 20, 100))]
-
-
 def frequency_labels(text, where):
     """The `frequency` column -> labels; an empty one says nothing."""
     try:
@@ -142,14 +125,13 @@ def frequency_labels(text, where):
         raise ValueError(f"{where}: frequency {text!r}; expected a whole number or nothing") from None
     if frequency is None or frequency != frequency:
         return {}
-    return {"vocabulary": "in vocabulary" if frequency > 0 else "out of vocabulary", "frequency": band(frequency)}
+    band = BANDS[sum(frequency > last for last in (0, 5, 20, 100))]  # the official scorer counts 5, 20 and 100 to the next band
+    return {"vocabulary": "in vocabulary" if frequency > 0 else "out of vocabulary", "frequency": band}
 
 
 def read_gold(task, folder, files, name, split):
     """One folder of sLM21. A word and its non-word are joined by (voice, id), sentences by (type, subtype, voice, id)."""
-    kind, needed = GOLD[task]
-    where = Path(folder, "gold.csv")
-    rows = read_rows(files["gold.csv"], needed)
+    where, rows = Path(folder, "gold.csv"), read_rows(files["gold.csv"], GOLD[task][1])
     keys = ("id",) if task == "swuggy" else ("type", "subtype", "id")
     sides, stems = {"1": {}, "0": {}}, {}
     for row in rows:
@@ -164,16 +146,15 @@ def read_gold(task, folder, files, name, split):
             raise ValueError(f"{where}: {stem} and {sides[side][key]['filename']} both have correct={side} for {row['item']} in "
                              f"voice {row['voice']}; expected one of each")
         sides[side][key] = row
-    right, wrong = sides["1"], sides["0"]
-    refuse_unpaired(right, wrong, where)
+    refuse_unpaired(sides["1"], sides["0"], where)
     pairs = []
-    for key, row in right.items():
-        other = wrong[key]
+    for key, row in sides["1"].items():
+        other = sides["0"][key]
         labels = (frequency_labels(row["frequency"] or other["frequency"], f"{where}, {row['filename']}") if task == "swuggy"
                   else {"type": row["type"], "subtype": row["subtype"]})
         pairs.append(Pair(row["path"], other["path"], row["item"], row["voice"], labels))
-    in_rows = [[row for row in rows if row["correct"].strip().startswith(side)] for side in "10"]
-    order = tuple((a["path"], b["path"]) for a, b in zip(*in_rows)) if task == "sblimp" else ()
+    in_rows = [[row["path"] for row in rows if row["correct"].strip().startswith(side)] for side in "10"]
+    order = tuple(zip(*in_rows)) if task == "sblimp" else ()
     return Benchmark(task, name, split, tuple(pairs), row_order=order, stems=stems)
 
 
@@ -216,7 +197,7 @@ def is_gold_of(task, path):
 # ---------------------------------------------------------------------------------------------- pairs by the names of files
 
 def numbered_pairs(wavs, mark):
-    """Names that begin with an integer and `mark` -> [(positive, negative)], names; one that lacks its partner stands with None.
+    """Names that begin with an integer and `mark` -> {item: (positive, negative)}, names; None for a partner that is absent.
 
     2i and 2i + 1 belong together, or 2i - 1 and 2i where only that leaves none alone. Returns None if a name has no integer.
     """
@@ -228,10 +209,11 @@ def numbered_pairs(wavs, mark):
         numbers[int(number)] = name
 
     def paired(first):
-        return [(numbers.get(n), numbers.get(n + 1)) for n in sorted({n - (n - first) % 2 for n in numbers})]
+        pairs = [(numbers.get(n), numbers.get(n + 1)) for n in sorted({n - (n - first) % 2 for n in numbers})]
+        return {a or b: (a, b) for a, b in pairs}
 
     even, odd = paired(0), paired(1)
-    return odd if any(None in pair for pair in even) and not any(None in pair for pair in odd) else even
+    return odd if any(None in pair for pair in even.values()) and not any(None in pair for pair in odd.values()) else even
 
 
 def story_pairs(wavs):
@@ -251,7 +233,7 @@ def story_pairs(wavs):
     numbered = numbered_pairs(wavs, "_")
     if numbered is None:
         return None
-    turned = [(b, a) if (a or "").rpartition("_")[2].startswith("incorrect") else (a, b) for a, b in numbered]
+    turned = [(b, a) if (a or "").rpartition("_")[2].startswith("incorrect") else (a, b) for a, b in numbered.values()]
     return {str(i): pair for i, pair in enumerate(turned)}
 
 
@@ -268,26 +250,23 @@ def salmon_pairs(wavs):
     return {sample: tuple([*names, None][:2]) for sample, names in samples.items()}
 
 
-def absent(folder, name, other):
-    """A path for a recording that should stand beside `other`, for the message."""
-    return str(Path(folder, name)) if name else str(Path(folder, f"partner_of_{other}"))
+NAMED = {  # task whose names of files say the pairs -> how; what a folder inside of the benchmark is, empty: nothing
+    "swuggy": (lambda wavs: numbered_pairs(wavs, "_"), "folder"), "sblimp": (lambda wavs: numbered_pairs(wavs, "+"), "type"),
+    **dict.fromkeys(STORIES, (story_pairs, "voice")), "salmon": (salmon_pairs, "")}
 
 
-def by_names(task, name, places, pairing, label=None, voices=False):
-    """A Benchmark of folders whose file names say the pairs.
-
-    places: [(folder, part, {file name: path})]. pairing: names -> {item: (positive, negative)} or None.
-    label: what `part`, the folder inside of the benchmark, is called in a breakdown. voices: the parts are voices.
-    """
-    pairs = []
+def by_names(task, name, places):
+    """A Benchmark of folders whose file names say the pairs. places: [(folder, its path in the benchmark, {file name: path})]."""
+    pairs, (pairing, label) = [], NAMED[task]
     for folder, part, wavs in places:
         found = pairing(wavs)
         if found is None:
             raise ValueError(f"{folder}: the names do not say which recordings are pairs, e.g. {sorted(wavs)[0]}; see the head "
                              "of evaluation/sets.py for the layouts, or write a pairs.csv")
         for item, (a, b) in found.items():
-            pairs.append(Pair(absent(folder, a, b), absent(folder, b, a), item if voices else f"{part}/{item}",
-                              part if voices else "", {label: part} if label and part else {}))
+            paths = [str(Path(folder, one or f"partner_of_{other}")) for one, other in ((a, b), (b, a))]
+            pairs.append(Pair(*paths, item, part) if label == "voice" else
+                         Pair(*paths, f"{part}/{item}", labels={label: part} if label and part else {}))
     return Benchmark(task, name, "", tuple(pairs))
 
 
@@ -300,23 +279,12 @@ def find_named(task, folders, root):
         tables = any(table in folders.get(place, ()) for place in around for table in ("gold.csv", "pairs.csv"))
         if not wavs or tables or folder.parent.name in official:
             continue
-        named = ((place, known) for place in around for known in TASKS
+        named = ((place, known) for place in around for known in NAMED
                  if names_task(known, re.sub(r"\.zip$", "", place.resolve().name, flags=re.IGNORECASE)))
         place, known = next(named, (None, None))  # the innermost folder with a telling name decides
         if known == task:
             groups[place].append((folder, "" if folder == place else folder.relative_to(place).as_posix(), wavs))
-    found = []
-    for place, places in groups.items():
-        name = display(place, root)
-        if task in STORIES:
-            found.append(by_names(task, name, places, story_pairs, voices=True))
-        elif task == "salmon":
-            found.append(by_names(task, name, places, salmon_pairs))
-        else:
-            mark, label = ("_", "folder") if task == "swuggy" else ("+", "type")
-            found.append(by_names(task, name, places, lambda wavs, mark=mark: dict(map(
-                lambda pair: (str(pair[0] or pair[1]), pair), numbered_pairs(wavs, mark) or ())) or None, label))
-    return found
+    return [by_names(task, display(place, root), places) for place, places in groups.items()]
 
 
 def names_task(task, words):
@@ -325,8 +293,8 @@ def names_task(task, words):
     if words.startswith("cross_"):  # text and speech mixed: not for models of speech alone
         return False
     if task in STORIES:
-        return re.search(STORIES[task], words) is not None
-    return words in SALMON if task == "salmon" else words.startswith(task) if task in GOLD else False
+        return re.search(rf"(^|[^a-z]){task[0]}[-_]?(sc|storycloze)($|[^a-z])", words) is not None
+    return words in SALMON if task == "salmon" else words.startswith(task)
 
 
 # ---------------------------------------------------------------------------------------------- ours
@@ -367,7 +335,7 @@ def find(task, root, split="dev", voices=()):
 
     Raises: FileNotFoundError for no such folder; ValueError if there is none, one is empty, or its files contradict themselves.
     """
-    folders, found = {Path(folder): files for folder, files in scan(root).items()}, []
+    folders, found = scan(root), []
     for each in TASKS if task == "all" else (task,):
         if each in GOLD:
             found += find_gold(each, folders, root, split, required=task != "all")
@@ -377,7 +345,7 @@ def find(task, root, split="dev", voices=()):
                   for folder, files in folders.items() if any(re.search(r"_(in)?correct\.", name) for name in files)]
         others = [name for name in STORIES if name != task and names_task(name, str(root))]
         if places and not others:
-            found = [by_names(task, Path(root).resolve().name, places, story_pairs, voices=True)]
+            found = [by_names(task, Path(root).resolve().name, places)]
     if not found:
         seen = ", ".join(sorted({display(folder, root) for folder in folders})[:6]) or "nothing"
         raise ValueError(f"--task={task}: no such evaluation set in {root} (found {seen}); the head of evaluation/sets.py "
@@ -386,11 +354,12 @@ def find(task, root, split="dev", voices=()):
         if not benchmark.pairs:
             raise ValueError(f"{benchmark.name} in {root} is empty: it lists no pairs; copy it again")
     paths = frozenset(path for files in folders.values() for path in files.values())
-    found = [replace(benchmark, present=paths) for benchmark in found]
-    return [only_voices(benchmark, voices) for benchmark in found] if voices else found
+    return [only_voices(replace(benchmark, present=paths), voices) for benchmark in found]
 
 
 def only_voices(benchmark, voices):
+    if not voices:
+        return benchmark
     known = {pair.voice for pair in benchmark.pairs}
     unknown = [voice for voice in voices if voice not in known]
     if unknown:

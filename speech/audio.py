@@ -6,21 +6,20 @@ Channels are averaged before resampling (one filter pass instead of several; the
 memory than ten seconds: read_blocks holds one block, and the resampler the few samples its filter still needs.
 A path may lead on into a zip archive, archive.zip/folder/a.wav: the member is read in place, nothing is unpacked.
 
-    python -c "from audio import read_wav; print(read_wav('pocket/prompt.wav').shape)"
+    python -c "from speech.audio import read_wav; print(read_wav('pocket/prompt.wav').shape)"
 """
-import functools
 import io
 import math
 import mmap
 import os
 import re
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+
+from checkpoints import archive
 
 SAMPLE_RATE = 16_000  # Hz; every encoder and vocoder of this project works at this rate
 LOWPASS_ZEROS = 6  # zero crossings of the sinc on each side of its centre
@@ -103,36 +102,9 @@ class _Sequential(soundfile.SoundFile):
         return False
 
 
-def zip_of(path):
-    """The archive that a path leads into, archive.zip/a.wav, and the member's name; None, None for any other path."""
-    for folder in Path(path).parents:
-        if folder.suffix.lower() == ".zip" and folder.is_file():
-            return folder, Path(path).relative_to(folder).as_posix()
-    return None, None
-
-
-@functools.lru_cache(maxsize=16)
-def _open_zip(path, changed):
-    """An archive with its table of contents, kept open: an evaluation reads thousands of members. changed: its date."""
-    return zipfile.ZipFile(path)
-
-
-def _open_bytes(path):
-    """The bytes of a file, open for reading; those of a zip's member are held in memory. Raises OSError or ValueError."""
-    archive, member = zip_of(path)
-    if archive is None:
-        return open(path, "rb")
-    try:
-        return io.BytesIO(_open_zip(archive, archive.stat().st_mtime_ns).read(member))
-    except KeyError:
-        raise FileNotFoundError(f"no {member} in {archive}; check the path") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # RuntimeError: a password
-        raise ValueError(f"cannot read {member} in {archive} ({error}); {AGAIN}") from None
-
-
 def _with_length(path):
     """The path, or for a WAV from a pipe whose header says 0 a copy-on-write view of it with the length filled in."""
-    with _open_bytes(path) as file:
+    with archive.open_file(path) as file:
         head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)
         start = head.find(b"data") + 8
         closed = int.from_bytes(head[4:8], "little") + 8 == size  # then the file is just empty
@@ -146,7 +118,7 @@ def _with_length(path):
 
 def _open(path):
     """The sound file with its header read and checked."""
-    if not path.exists() and zip_of(path) == (None, None):
+    if not path.exists() and archive.zip_of(path) == (None, None):
         raise FileNotFoundError(f"no audio file at {path}; check the path")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an audio file; name the files in it")
@@ -170,7 +142,7 @@ def _promised_frames(path, sound):
     if sound.format != "MP3":
         return sound.frames
     # An mp3 tells its length in its first MPEG frame, if at all; else libsndfile guesses from the bit rate.
-    with _open_bytes(path) as file:
+    with archive.open_file(path) as file:
         tag = file.read(10)  # of ID3v2 (title, picture, ...), to be skipped: its length in four times 7 bits
         file.seek(10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(tag[6:])) if tag[:3] == b"ID3" else 0)
         first = file.read(64)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from checkpoints import archive, download
+from checkpoints import archive, download, known
 
 ROOT = Path(__file__).parent.parent
 DATA = bytes(range(256)) * 1200  # 307,200 bytes: more than sockets hold back
@@ -109,8 +109,8 @@ def server(servers, tmp_path, monkeypatch):
 @pytest.fixture
 def toy(server, monkeypatch):
     """A known tokenizer of one file, served by a page that a test may spoil."""
-    file = download.File(TOY, sha256(DATA), textless="toy_bear.pt")
-    monkeypatch.setitem(download.KNOWN["tokenizer"], "toy", download.Entry([file]))
+    file = known.File(TOY, sha256(DATA), textless="toy_bear.pt")
+    monkeypatch.setitem(download.KNOWN["tokenizer"], "toy", known.Entry([file]))
     server.pages["/" + TOY] = Page(DATA)
     return server.pages["/" + TOY]
 
@@ -385,8 +385,8 @@ def test_the_table_is_consistent():
 
 
 def test_a_vocoder_is_found_by_its_tokenizer_too_with_all_files_side_by_side(server, monkeypatch):
-    files = [download.File(f"voice/{name}", sha256(name.encode())) for name in ("generator.pt", "config.json", "speakers.txt")]
-    monkeypatch.setitem(download.KNOWN["vocoder"], "mhubert-base-25hz-kmeans-500-hifigan", download.Entry(files))
+    files = [known.File(f"voice/{name}", sha256(name.encode())) for name in ("generator.pt", "config.json", "speakers.txt")]
+    monkeypatch.setitem(download.KNOWN["vocoder"], "mhubert-base-25hz-kmeans-500-hifigan", known.Entry(files))
     server.pages.update({"/" + file.url: Page(file.name.encode()) for file in files})
     path = download.find("mhubert-base-25hz", "vocoder")
     assert path.name == "generator.pt" and names_in(path.parent) == {file.name for file in files}

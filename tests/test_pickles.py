@@ -31,7 +31,8 @@ import pytest
 import torch
 
 from checkpoints import pickles
-from checkpoints.pickles import Inert, load, plain
+from checkpoints.files import plain
+from checkpoints.pickles import Inert, load
 
 
 def zip_form(value, path):

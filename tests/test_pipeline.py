@@ -20,7 +20,7 @@ import hubert_units
 import sample
 import train
 import twist
-from checkpoints import download, pretrained
+from checkpoints import download, known, pretrained
 from checkpoints.files import read_json, read_tensors, write_json, write_model, write_tensors
 from model import TransformerConfig
 from speech import hubert
@@ -179,7 +179,7 @@ SLAM_SHAPE = dataclasses.replace(TWIST_SHAPE, norm="rmsnorm", norm_order="pre", 
 def publish_speech_parts(root):
     """A small 25 Hz HuBERT, its k-means and its vocoder, in the formats and under the names of the published ones."""
     joblib, cluster = pytest.importorskip("joblib"), pytest.importorskip("sklearn.cluster")
-    folder = root / download.SPEECH
+    folder = root / known.SPEECH
     folder.mkdir(parents=True)
     config = dataclasses.replace(SLOW, n_layer=12)
     network = hubert.Hubert(config)
@@ -187,16 +187,16 @@ def publish_speech_parts(root):
     _, theirs = pretrained.write_hubert(dataclasses.asdict(config), network.state_dict())
     cfg = {"model": {"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 3", "encoder_attention_heads": 4,
                      "conv_pos_batch_norm": True}, "task": {"normalize": False, "sample_rate": 16000}}
-    torch.save({"args": None, "cfg": cfg, "model": fairseq_names(theirs)}, root / f"{download.MHUBERT}.pt")
+    torch.save({"args": None, "cfg": cfg, "model": fairseq_names(theirs)}, root / f"{known.MHUBERT}.pt")
     features = network.eval()(noise(200_000)[None], 11)[0].detach()
     kmeans = cluster.KMeans(UNITS, n_init=1, random_state=0).fit(features.numpy())
-    joblib.dump(kmeans, root / f"{download.MHUBERT}_L11_km500.bin")
+    joblib.dump(kmeans, root / f"{known.MHUBERT}_L11_km500.bin")
     duration = DurationConfig(8, 6, 3, 0.5)
     options = VocoderConfig(upsample_rates=(5, 4, 4, 4, 2), upsample_kernel_sizes=(11, 8, 8, 8, 4), upsample_initial_channel=32,
                             resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3),), num_embeddings=UNITS, embedding_dim=8,
                             model_in_dim=8, code_hop_size=640, dur_predictor_params=duration)
-    torch.save({"generator": Vocoder(options).state_dict()}, root / f"{download.HIFIGAN}.pt")
-    (root / f"{download.HIFIGAN}_config.json").write_text(json.dumps({**dataclasses.asdict(options), "f0": False}))
+    torch.save({"generator": Vocoder(options).state_dict()}, root / f"{known.HIFIGAN}.pt")
+    (root / f"{known.HIFIGAN}_config.json").write_text(json.dumps({**dataclasses.asdict(options), "f0": False}))
 
 
 def publish_language_models(root):

@@ -377,7 +377,7 @@ def test_reading_and_writing_gives_their_tensors_and_a_config_that_transformers_
         unread = 2 if name.endswith("embed_positions.weight") else 0  # rows that no position uses
         assert written[name].shape == tensor.shape and torch.equal(written[name][unread:], tensor[unread:]), name
     files.write_model(tmp_path / "ours", settings, written)
-    assert pretrained.lm_options(files.read_json(tmp_path / "ours" / "config.json")) == (family, options)
+    assert pretrained.lm_architecture(files.read_json(tmp_path / "ours" / "config.json")) == (family, options)
     model, ids, expected = oracle(case)
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True,
                                                                       attn_implementation="eager")
@@ -400,7 +400,7 @@ def test_the_loss_and_every_gradient_equal_those_of_transformers(case, tmp_path)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    family, options = pretrained.lm_options(files.read_json(tmp_path / "config.json"))
+    family, options = pretrained.lm_architecture(files.read_json(tmp_path / "config.json"))
     _, found = pretrained.write_lm(family, options, gradients)
     names = dict(theirs.named_parameters())
     largest = max(parameter.grad.abs().max().item() for parameter in names.values())

@@ -224,7 +224,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12,
          "pythia-410m", "pythia-160m-text", "bloom-560m-text", "gpt2-text", "llama-7b-text", "tinyllama-text",
          "smollm2-135m-text", "qwen3-0.6b-text"])
 def test_parameter_counts_equal_the_published_ones(settings, rows, published, unread):
-    family, options = pretrained.lm_options(settings)
+    family, options = pretrained.lm_architecture(settings)
     lm_config = TransformerConfig(**options, family=family)
     slm_config = dataclasses.replace(lm_config, vocab_size=rows)
     assert rows in (UnitVocab(500).size, lm_config.vocab_size)
