@@ -10,11 +10,11 @@
     python -m bench train                     # training steps, beside transformers' model in a plain loop
     python -m bench attention                 # our kernels beside PyTorch's, cuDNN's and FlexAttention; needs a CUDA GPU
     python -m bench cross_entropy             # our loss, fused with the head and alone, beside eager and compiled; needs a GPU
-    python -m bench cpu                       # matrix products by oneDNN beside F.linear's, at the shapes of linear layers
+    python -m bench cpu                       # packed weights beside nn.Linear's, in scoring, sampling and encoding
     python -m bench eval                      # pairs that eval.py scores in a second, beside a loop over single sequences
 
 What each measures, and how, stands at the head of its file: memory.py, opening.py, units.py (hubert, long and chunking too),
-loader.py, training.py, kernels.py (attention, cross_entropy), products.py (cpu), scoring.py (eval).
+loader.py, training.py, kernels.py (attention, cross_entropy), packing.py (cpu), scoring.py (eval).
 """
 import os
 import platform
@@ -28,7 +28,7 @@ from bench.kernels import bench_attention, bench_cross_entropy
 from bench.loader import bench_loader
 from bench.memory import bench_memory
 from bench.opening import bench_opening
-from bench.products import bench_cpu
+from bench.packing import bench_cpu
 from bench.scoring import bench_eval
 from bench.training import bench_train
 from bench.units import bench_chunking, bench_hubert, bench_long, bench_units

@@ -8,7 +8,6 @@ pocket speech LM on the CPU, in ten slices; of each slice the loop then scores 4
 import statistics
 import time
 
-import cpu
 import torch
 
 import twist
@@ -30,7 +29,6 @@ def one_by_one(model, rows):
 
 def bench_eval(options):
     """Rows of (length, pairs per second of ours and of the loop, their ratio, largest difference of a score in nats)."""
-    cpu.keep_freed_memory()  # as eval.py does
     model, vocab = twist.load_speech_lm()
     alone, rows = distributed.Dist(0, 1, torch.device("cpu")), []
     for name, (low, high) in {"words, 9 to 22 units": (9, 22), "sentences, 33 to 77 units": (33, 77)}.items():

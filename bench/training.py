@@ -28,7 +28,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import cpu
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -40,6 +39,7 @@ from bench.timing import attempt, take_turns
 from corpus.loader import Batch
 from model import TransformerConfig
 from training import distributed, logs
+from training.learner import Learner
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2}  # nats: most that the first losses may differ; bfloat16 has 8 bits
 WARM_UP = 2  # steps of each way before those that count; the first compiles
@@ -95,9 +95,16 @@ def ours(shape, folder, compiled, device):
     """A function that makes an update and returns its loss."""
     options, dist = shape.options(compiled, device), distributed.Dist(0, 1, torch.device(device))
     model_config, tensors, _ = twist.open_speech_lm(folder)
-    model, optimizer = train.build(train.lay_out(model_config, options, "none", dist), tensors.items(), options, "none", dist)
-    batch = draw_batch(shape, device)
-    return lambda: train.update(model, optimizer, batch, shape.rows, options, dist)[0]
+    learner, batch = Learner(model_config, options, dist).fill(tensors.items()), draw_batch(shape, device)
+
+    def step():
+        loss = learner.forward(batch)
+        loss.backward()
+        learner.clip(options.clip)
+        learner.step(options.peak_lr)
+        learner.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
 
 
 def transformers_loop(shape, folder, compiled, device, fused=None):
@@ -234,7 +241,6 @@ def bench_train(options, chosen=None):
     """Rows of (shape, way, time of a step, units a second, MFU in %, over transformers' eager step, memory)."""
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device={options.device}: expected cpu, or cuda on a machine with a GPU")
-    cpu.keep_freed_memory()
     rows, compiled = [], options.compile or options.device == "cuda"
     for shape in tqdm(chosen or shapes(options.device), desc="train", disable=None):
         with tempfile.TemporaryDirectory() as folder:

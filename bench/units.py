@@ -30,6 +30,7 @@ import hubert_units
 from bench.memory import in_own_process, resident
 from bench.timing import side_by_side
 from checkpoints import files
+from kernels.packed import packed
 from speech import audio
 from speech.encoder import CHUNKINGS, UnitEncoder
 from speech.hubert import Hubert, HubertConfig, load_hubert
@@ -76,23 +77,22 @@ def bench_units(options):
         frames = torch.cat(expected["ragged batch of 8"])
         centers = frames[torch.randperm(len(frames))[:500]].clone()
         encoder = UnitEncoder(hubert, centers, layer).to(options.device).eval()
-        if options.device == "cpu":
-            encoder.hubert.pack()
-        for key, wavs in inputs.items():
-            for precision in precisions:
-                with torch.autocast(options.device, precision, enabled=precision != torch.float32):
-                    ways = {"ours": functools.partial(encoder.encode_batch, wavs),
-                            "peer": functools.partial(quantized, encoder, peer, wavs)}
-                    seconds = side_by_side(ways, options.repeats, options.device)
-                    units = torch.cat(encoder.encode_batch(wavs))
-                reference = torch.cat([encoder.quantize(features) for features in expected[key]])
-                length = sum(map(len, wavs)) / audio.SAMPLE_RATE
-                rows.append({"network": name, "input": key, "precision": str(precision).removeprefix("torch."),
-                             "ours_x_real_time": round(length / seconds["ours"], 2),
-                             "peer_x_real_time": round(length / seconds["peer"], 2),
-                             "ours_over_peer": round(seconds["peer"] / seconds["ours"], 2),
-                             "agreement": round((units == reference).float().mean().item(), 5),
-                             "batch_difference": largest_difference(encoder, wavs)})
+        with packed(encoder):
+            for key, wavs in inputs.items():
+                for precision in precisions:
+                    with torch.autocast(options.device, precision, enabled=precision != torch.float32):
+                        ways = {"ours": functools.partial(encoder.encode_batch, wavs),
+                                "peer": functools.partial(quantized, encoder, peer, wavs)}
+                        seconds = side_by_side(ways, options.repeats, options.device)
+                        units = torch.cat(encoder.encode_batch(wavs))
+                    reference = torch.cat([encoder.quantize(features) for features in expected[key]])
+                    length = sum(map(len, wavs)) / audio.SAMPLE_RATE
+                    rows.append({"network": name, "input": key, "precision": str(precision).removeprefix("torch."),
+                                 "ours_x_real_time": round(length / seconds["ours"], 2),
+                                 "peer_x_real_time": round(length / seconds["peer"], 2),
+                                 "ours_over_peer": round(seconds["peer"] / seconds["ours"], 2),
+                                 "agreement": round((units == reference).float().mean().item(), 5),
+                                 "batch_difference": largest_difference(encoder, wavs)})
     return rows
 
 
@@ -100,15 +100,15 @@ def bench_units(options):
 def bench_hubert(options):
     """Rows of (part, way, seconds for 10 s of audio)."""
     torch.manual_seed(0)
-    plain, packed = (Hubert(HubertConfig(pos_batch_norm=True)).eval().requires_grad_(False) for _ in range(2))
-    packed.load_state_dict(plain.state_dict())
-    packed.pack()
+    plain, other = (Hubert(HubertConfig(pos_batch_norm=True)).eval().requires_grad_(False) for _ in range(2))
+    other.load_state_dict(plain.state_dict())
     wav = audio.read_wav(files.POCKET / "prompt.wav").repeat(2)[None, :160_000]
 
     def convolutions():
-        x = F.gelu(plain.group_norm(plain.convs[0](wav[:, None])))
-        for conv in plain.convs[1:]:
-            x = F.gelu(conv(x))
+        x = wav[:, None]
+        for i, conv in enumerate(plain.convs):
+            x = F.conv1d(x, conv.weight.transpose(1, 2), stride=conv.stride)
+            x = F.gelu(plain.group_norm(x) if i == 0 else x)
         return x
 
     def whole(network):
@@ -118,11 +118,12 @@ def bench_hubert(options):
         return network.front_end(wav, network.moments(wav))
 
     ways = {("front end", "PyTorch's convolutions"): convolutions}
-    for name, network in (("plain", plain), ("packed", packed)):
+    for name, network in (("plain", plain), ("packed", other)):
         ways |= {("front end", f"whole, {name} weights"): functools.partial(whole, network),
                  ("front end", f"by the second, {name} weights"): functools.partial(by_the_second, network),
                  ("up to layer 11", f"{name} weights"): functools.partial(network, wav, 11)}
-    seconds = side_by_side(ways, options.repeats, "cpu")
+    with packed(other):
+        seconds = side_by_side(ways, options.repeats, "cpu")
     return [{"part": part, "way": way, "seconds": round(seconds[part, way], 3)} for part, way in sorted(ways)]
 
 

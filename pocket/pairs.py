@@ -40,6 +40,7 @@ import twist
 from checkpoints import files
 from corpus.shards import check_recipe, write_shards
 from hubert_units import load_unit_encoder
+from kernels.packed import packed
 from pocket import stories
 from pocket.speech import HELD_OUT_VOICES, Espeak
 from speech.audio import SAMPLE_RATE
@@ -168,7 +169,6 @@ class Studio:
 
     def __init__(self):
         self.engine, self.encoder = Espeak(), load_unit_encoder()
-        self.encoder.hubert.pack()
         self.recipe = {**self.encoder.recipe, "dedup": True}
         model, vocab = twist.load_speech_lm()
         check_recipe(self.recipe, vocab.recipe, "pocket/hubert")
@@ -275,7 +275,8 @@ def main(argv=None):
         if (Path(options.out) / name / "pairs.csv").exists():
             print(f"{name}: {options.out}/{name}/pairs.csv exists, skipped")
             continue
-        made = [one for part in parts for one in balanced(*part[:2], studio, part[2], name)]
+        with packed(studio.encoder):
+            made = [one for part in parts for one in balanced(*part[:2], studio, part[2], name)]
         write(Path(options.out) / name, studio.recipe, made)
         print(f"{name}: {sum(len(rows) for _, rows, _ in made)} pairs of {len(made)} questions in {options.out}/{name}")
 
