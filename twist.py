@@ -74,7 +74,7 @@ class UnitVocab:
 
 # ---------------------------------------------------------------------------------------------- starts
 
-def warm_tensors(lm_config, text, vocab, seed=0, embedding="fresh"):
+def warm_tensors(lm_config, text, vocab, seed=0, embedding="fresh", shuffled=False):
     """The weights of a warm start, one tensor at a time: yields (name, tensor) in the order of the model's parameters.
 
     Args:
@@ -82,10 +82,16 @@ def warm_tensors(lm_config, text, vocab, seed=0, embedding="fresh"):
         embedding: fresh: the new table ~ N(0, init_std), 0.02 in the published families (the paper re-draws it);
             matched: ~ N(0, std of the text table), which trains on worse in the pocket world (results/README.md);
             truncate: the first rows of the text table, whatever their words (what slamkit's resize does).
+        shuffled: permute the values of every body tensor inside it: same scale, no knowledge.
     """
-    generator = torch.Generator().manual_seed(seed)
+    drawing, shuffling = (torch.Generator().manual_seed(seed + i) for i in range(2))
     for name in empty(lm_config).state_dict():
-        yield name, new_table(text[name], vocab.size, lm_config, embedding, generator) if name in TABLES else text[name]
+        tensor = text[name]
+        if name in TABLES:
+            tensor = new_table(tensor, vocab.size, lm_config, embedding, drawing)
+        elif shuffled:
+            tensor = tensor.flatten()[torch.randperm(tensor.numel(), generator=shuffling)].view_as(tensor)
+        yield name, tensor
 
 
 def new_table(text_table, rows, lm_config, embedding, generator):
@@ -107,15 +113,6 @@ def cold_tensors(model_config, seed=0):
         yield name, model_config.initial(name, torch.empty(parameter.shape), generator)
 
 
-def shuffled_tensors(lm_config, text, vocab, seed=0, embedding="fresh"):
-    """As warm_tensors, with the values of every body tensor permuted inside it: same scale, no knowledge."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, tensor in warm_tensors(lm_config, text, vocab, seed, embedding):
-        if name not in TABLES:
-            tensor = tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)
-        yield name, tensor
-
-
 def open_start(init, lm, recipe, seed=0, embedding="fresh"):
     """What train.py --init names -> (TransformerConfig, UnitVocab, (name, tensor) pairs, each read or drawn when its turn comes).
 
@@ -132,8 +129,8 @@ def open_start(init, lm, recipe, seed=0, embedding="fresh"):
         model_config = dataclasses.replace(load_lm_config(lm), vocab_size=vocab.size)
         return model_config, vocab, cold_tensors(model_config, seed)
     lm_config, text = open_text_lm(lm)
-    start = warm_tensors if init == "twist" else shuffled_tensors
-    return dataclasses.replace(lm_config, vocab_size=vocab.size), vocab, start(lm_config, text, vocab, seed, embedding)
+    tensors = warm_tensors(lm_config, text, vocab, seed, embedding, shuffled=init == "shuffled")
+    return dataclasses.replace(lm_config, vocab_size=vocab.size), vocab, tensors
 
 
 # ---------------------------------------------------------------------------------------------- weights -> a model
@@ -168,22 +165,16 @@ def build(model_config, tensors, dtype=torch.float32, where="the weights"):
     return fill(empty(model_config).to(dtype).to_empty(device="cpu"), tensors, where=where).eval()
 
 
-def warm_start(lm, vocab, seed=0, embedding="fresh"):
+def warm_start(lm, vocab, seed=0, embedding="fresh", shuffled=False):
     """A speech LM with the body of a text LM; `lm` is left as it was. Arguments as warm_tensors."""
     return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
-                 warm_tensors(lm.config, lm.state_dict(), vocab, seed, embedding), lm.wte.weight.dtype)
+                 warm_tensors(lm.config, lm.state_dict(), vocab, seed, embedding, shuffled), lm.wte.weight.dtype)
 
 
 def cold_start(lm_config, vocab, seed=0):
     """A speech LM of the same architecture with random weights."""
     model_config = dataclasses.replace(lm_config, vocab_size=vocab.size)
     return build(model_config, cold_tensors(model_config, seed))
-
-
-def shuffled_start(lm, vocab, seed=0, embedding="fresh"):
-    """A speech LM from the shuffled weights of a text LM. Arguments as warm_tensors."""
-    return build(dataclasses.replace(lm.config, vocab_size=vocab.size),
-                 shuffled_tensors(lm.config, lm.state_dict(), vocab, seed, embedding), lm.wte.weight.dtype)
 
 
 def stored_parameters(model_config):

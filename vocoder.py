@@ -18,7 +18,6 @@ Sources: generator, Kong et al. 2020 (HiFi-GAN, arXiv 2010.05646) section 2.2; u
 used on units by Lee et al. 2022 (arXiv 2107.05604). Shapes: B batch, T units, F frames, S samples, C width.
 """
 import difflib
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +30,7 @@ from tqdm import tqdm
 import config
 from checkpoints import files
 from checkpoints.pretrained import fold_weight_norm
+from corpus import foreign
 from corpus.shards import UnitShards, check_recipe
 from speech.audio import SAMPLE_RATE, write_wav
 from speech.encoder import deduplicate
@@ -334,16 +334,7 @@ def read_units(path, vocoder):
         return
     if not path.is_file():
         raise FileNotFoundError(f"no units at {path}; name a .jsonl file or a shard folder")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                yield row.get("file_name") or f"line_{number}", row["units"], row.get("duration")
-            except (json.JSONDecodeError, KeyError, AttributeError):
-                raise ValueError(f'{path}, line {number}: expected {{"units": [...], "duration": [...], '
-                                 '"file_name": "..."}') from None
+    yield from foreign.read_jsonl(path, vocoder.config.num_embeddings)
 
 
 def main(argv=None):

@@ -35,7 +35,8 @@ def tasks():
             model, rows, alone)
         for B in (1, 4, 8):
             prompts = torch.randint(2, 100, (B, 50), generator=random)
-            yield f"sampling 150 units, B = {B}, {name}", model, lambda model=model, prompts=prompts: generate(model, prompts, 150, 0)
+            yield f"sampling 150 units, B = {B}, {name}", model, lambda model=model, prompts=prompts: generate(
+                model, prompts, 150, temperature=0)
     torch.manual_seed(0)
     networks = {"pocket": load_unit_encoder().hubert, "HuBERT base": Hubert(HubertConfig(pos_batch_norm=True)).eval()}
     for name, network in networks.items():

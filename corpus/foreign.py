@@ -24,7 +24,12 @@ def read(paths, num_units, frame_rate):
     Raises: ValueError that names the file and the line.
     """
     paths = sorted(map(Path, paths), key=lambda path: path.suffix, reverse=True)  # .tsv, .km
-    return read_jsonl(paths[0], num_units, frame_rate) if len(paths) == 1 else read_fairseq(*paths, num_units)
+    if len(paths) == 2:
+        yield from read_fairseq(*paths, num_units)
+        return
+    for name, units, runs in read_jsonl(paths[0], num_units):
+        runs = np.ones_like(units) if runs is None else runs
+        yield name, units, runs, float(runs.sum() / frame_rate)
 
 
 def open_text(path):
@@ -38,12 +43,15 @@ def checked(units, num_units, where):
         raise ValueError(f"{where}: units must be a list of whole numbers")
     if units and (min(units) < 0 or max(units) >= num_units):
         wrong = min(units) if min(units) < 0 else max(units)
-        raise ValueError(f"{where}: unit {wrong} lies outside 0 to {num_units - 1}; the recipe has {num_units} units")
+        raise ValueError(f"{where}: unit {wrong} lies outside 0 to {num_units - 1}; there are {num_units} units")
     return np.array(units, dtype=np.int64)
 
 
-def read_jsonl(path, num_units, frame_rate):
-    """As read(), from slamkit's JSON lines. Empty lines are skipped; a line without file_name is called line_NUMBER."""
+def read_jsonl(path, num_units):
+    """Yields (name, units (T,), runs (T,) or None where a line has no durations) from slamkit's JSON lines.
+
+    Empty lines are skipped; a line without file_name is called line_NUMBER.
+    """
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -58,13 +66,10 @@ def read_jsonl(path, num_units, frame_rate):
             units, name, runs = checked(row["units"], num_units, where), row.get("file_name"), row.get("duration")
             if name is not None and not isinstance(name, str):
                 raise ValueError(f"{where}: file_name must be a text, got {json.dumps(name)[:40]}")
-            if runs is None:
-                runs = [1] * len(units)
             whole = isinstance(runs, list) and all(type(run) is int and 0 < run < 2**31 for run in runs)
-            if not whole or len(runs) != len(units):
+            if runs is not None and not (whole and len(runs) == len(units)):
                 raise ValueError(f"{where}: duration must be a list of {len(units)} whole numbers from 1 up, one for each unit")
-            runs = np.array(runs, dtype=np.int64)
-            yield name or f"line_{number}", units, runs, float(runs.sum() / frame_rate)
+            yield name or f"line_{number}", units, None if runs is None else np.array(runs, dtype=np.int64)
 
 
 def read_fairseq(tsv, km, num_units):

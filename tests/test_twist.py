@@ -1,5 +1,6 @@
 """twist.py: the body is kept to the bit, the vocabulary is drawn anew, and transformers opens what is saved."""
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import torch
 import twist
 from checkpoints import files, pretrained
 from model import Transformer, TransformerConfig
-from twist import UnitVocab, cold_start, load_speech_lm, save_speech_lm, shuffled_start, warm_start
+from twist import UnitVocab, cold_start, load_speech_lm, save_speech_lm, warm_start
 
 LLAMA = TransformerConfig(vocab_size=700, block_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=40,
                           norm="rmsnorm", norm_eps=1e-6, position="rope", rope_theta=500.0, mlp="swiglu", attention_bias=False,
@@ -110,6 +111,9 @@ def test_a_warm_start_keeps_the_body_to_the_bit_and_the_text_lm_as_it_was(lm):
             parameter.zero_()
     assert_bit_equal(values(lm), before)
     assert all(parameter.requires_grad for parameter in slm.parameters()) and not slm.training
+
+
+shuffled_start = functools.partial(warm_start, shuffled=True)
 
 
 @pytest.mark.parametrize("start", [warm_start, shuffled_start])
