@@ -18,6 +18,7 @@ import torch
 
 import config
 from checkpoints import files, pretrained
+from checkpoints.fill import fill
 from model import Transformer, TransformerConfig
 
 LARGEST_UNIT_VOCAB = 2**15  # rows; a larger table is one of text
@@ -141,28 +142,9 @@ def empty(model_config):
         return Transformer(model_config)
 
 
-@torch.no_grad()
-def fill(model, tensors, copy=torch.Tensor.copy_, where="the weights"):
-    """Copy (name, tensor) pairs into a model that has its memory, one after the other, so that no more than one exists twice.
-
-    The one way from weights to a model. copy(parameter, tensor): another way to copy, where a process keeps a part of each.
-    Raises: ValueError for a tensor that is missing, unknown or of another shape.
-    """
-    left = dict(model.named_parameters())
-    for name, tensor in tensors:
-        if name not in left or left[name].shape != tensor.shape:
-            wanted = tuple(left[name].shape) if name in left else "no such tensor"
-            raise ValueError(f"{where}: {name} of shape {tuple(tensor.shape)} does not fit the model ({wanted}); "
-                             "config.json and the weights belong to different models")
-        copy(left.pop(name), tensor)
-    if left:
-        raise ValueError(f"{where} lack {len(left)} tensors, e.g. {next(iter(left))}; copy them again")
-    return model
-
-
 def build(model_config, tensors, dtype=torch.float32, where="the weights"):
     """A model in eval mode on the CPU, filled with (name, tensor) pairs."""
-    return fill(empty(model_config).to(dtype).to_empty(device="cpu"), tensors, where=where).eval()
+    return fill(empty(model_config).to(dtype).to_empty(device="cpu"), tensors, where).eval()
 
 
 def warm_start(lm, vocab, seed=0, embedding="fresh", shuffled=False):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import config
 from checkpoints import files
+from checkpoints.fill import fill
 from checkpoints.pretrained import fold_weight_norm
 from corpus import foreign
 from corpus.shards import UnitShards, check_recipe
@@ -292,16 +293,7 @@ def load_vocoder(folder_or_file_or_name="pocket"):
     tensors = fold_weight_norm(tensors)
     with torch.device("meta"):
         vocoder = Vocoder(options)
-    expected = {name: tensor.shape for name, tensor in vocoder.state_dict().items()}
-    for trouble, names in (
-            ("lacks", expected.keys() - tensors.keys()), ("has unknown", tensors.keys() - expected.keys()),
-            ("reshapes", {n for n in expected.keys() & tensors.keys() if expected[n] != tensors[n].shape})):
-        if names:
-            raise ValueError(f"{path} {trouble} {len(names)} tensors of the network in {table_path}, "
-                             f"e.g. {min(names)}; weights and config belong to different models")
-    # copied: what was read may be a view of the file
-    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
-    vocoder.load_state_dict(tensors, strict=True, assign=True)
+    fill(vocoder.to_empty(device="cpu"), tensors.items(), path)
     vocoder.recipe = table.get("tokenizer")
     vocoder.speakers, vocoder.styles = names_beside(path, "speakers.txt"), names_beside(path, "styles.txt")
     return vocoder.eval().requires_grad_(False)

@@ -137,14 +137,6 @@ class Ours(Mapping):
         return len(self.rows)
 
 
-def check_shapes(expected, tensors, where):
-    """Raises ValueError where a weight differs in shape from `expected`, the state_dict of the network of config.json."""
-    for name, tensor in expected.items():
-        if name in tensors and tensors[name].shape != tensor.shape:
-            raise ValueError(f"{where}: config.json promises {name} of shape {tuple(tensor.shape)}, but the weights hold "
-                             f"{tuple(tensors[name].shape)}; they belong to different models")
-
-
 def expand(rows, architecture):
     """Every (row, layer) of a model of this architecture, layer after layer, as shards store them; None outside the stack."""
     def count(row):  # HuBERT's front end has as many layers as convolutions

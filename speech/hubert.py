@@ -27,6 +27,7 @@ import torch.nn as nn
 from torch.nn import functional
 
 from checkpoints import pretrained
+from checkpoints.fill import fill
 from speech.audio import SAMPLE_RATE
 
 
@@ -241,8 +242,4 @@ def load_hubert(path):
     options, tensors = pretrained.read_hubert(path)
     with torch.device("meta"):
         hubert = Hubert(HubertConfig(**options))
-    pretrained.check_shapes(hubert.state_dict(), tensors, path)
-    # copied: what was read may be a view of the file, or of a tensor whose axes lie in another order
-    tensors = {name: torch.empty(tensor.shape).copy_(tensor) for name, tensor in tensors.items()}
-    hubert.load_state_dict(tensors, strict=True, assign=True)
-    return hubert.eval().requires_grad_(False)
+    return fill(hubert.to_empty(device="cpu"), tensors.items(), path).eval().requires_grad_(False)

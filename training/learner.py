@@ -1,6 +1,6 @@
 """What the loop of train.py trains: a model that is spread over the processes, and its optimizer.
 
-    TransformerConfig --twist.empty--> a model without memory --divided among the processes--> --twist.fill, a tensor at a time-->
+    TransformerConfig --twist.empty--> a model without memory --divided among the processes--> --fill, a tensor at a time-->
     rows of a batch --forward--> mean loss --backward, clip, step--> new weights
 
 Each process has whole copies of the weights (ddp) or a part of each (fsdp, hsdp); the loop need not know. Nothing is held twice:
@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import twist
+from checkpoints.fill import fill
 from training import distributed
 from training.optimizer import low_bits, make_optimizer, master_weights
 
@@ -49,8 +50,8 @@ class Learner:
         self.model.to_empty(device=self.dist.device)
         lows = {}  # of --optimizer=split: this process's part of the bits that bfloat16 loses
         if tensors is not None:
-            twist.fill(self.model, self.rounded(tensors, lows) if self.options.optimizer == "split" else tensors,
-                       distributed.copy_part)
+            fill(self.model, self.rounded(tensors, lows) if self.options.optimizer == "split" else tensors, "the start",
+                 distributed.copy_part)
         self.replica = self.model  # what forward calls: under ddp its backward averages gradients
         if self.parallel == "ddp":
             self.replica = DistributedDataParallel(
