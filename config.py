@@ -17,6 +17,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import torch
+
 
 def load(cls, argv=None, positional=None):
     """Parse the command line into an instance of the frozen dataclass `cls`.
@@ -103,6 +105,22 @@ def read_toml(cls, path):
         text = ",".join(value) if isinstance(value, list) else str(value)
         values[field.name] = parse(field, text)
     return values
+
+
+def check_choices(options, choices):
+    """Raise ValueError for an option that is none of its choices, {name: (choice, ...)}."""
+    for name, known in choices.items():
+        if getattr(options, name) not in known:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)}: expected one of {', '.join(known)}")
+
+
+def choose_device(name):
+    """What --device=auto | cpu | cuda means here: cpu or cuda. Raises ValueError for others, and where there is no GPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device={name}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def to_toml(options):

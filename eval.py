@@ -77,9 +77,7 @@ class EvalConfig(hubert_units.TokenizerOptions):
 
 
 def checked(options):
-    for name, known in CHOICES.items():
-        if getattr(options, name) not in known:
-            raise ValueError(f"--{name}={getattr(options, name)}: expected one of {', '.join(known)}")
+    config.check_choices(options, CHOICES)
     if not 0 <= options.ties <= 1 or options.resamples < 100 or options.stride < 0 or options.workers < 1 or options.prompts < 1:
         raise ValueError("expected --ties from 0 to 1, --resamples of at least 100, --stride of at least 0, and --workers and "
                          "--prompts of at least 1")

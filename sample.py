@@ -111,10 +111,7 @@ def main(argv=None):
         raise ValueError("no prompt given: python sample.py prompt.wav")
     if options.num_samples < 1 or options.max_new_units < 1 or options.prompt_seconds < 0:
         raise ValueError("expected --num-samples >= 1, --max-new-units >= 1 and --prompt-seconds >= 0")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
-    vocab = None
+    device, vocab = config.choose_device(options.device), None
     if not options.resynth:
         slm, vocab = twist.load_speech_lm(options.model)
         slm.to(device)

@@ -93,9 +93,7 @@ class TrainConfig(TokenizerOptions):
     RENAMED = {"units_per_step": "tokens_per_step", "min_lr": "min_lr_share"}
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected one of {', '.join(known)}")
+        config.check_choices(self, CHOICES)
         for name in ("steps", "tokens_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)}: expected at least 1")

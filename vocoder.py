@@ -309,7 +309,7 @@ class SpeakConfig:
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "speech"  # folder for the wav files
     use_durations: bool = False  # speak with the recorded run lengths instead of predicted ones
-    device: str = "cpu"  # cpu | cuda
+    device: str = "cpu"  # auto | cpu | cuda
 
 
 def read_units(path, vocoder):
@@ -333,9 +333,7 @@ def main(argv=None):
     options = config.load(SpeakConfig, argv, positional="units")
     if not options.units:
         raise ValueError("no units given; name .jsonl files or shard folders, as in vocoder.py units.jsonl --out=DIR")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
-    vocoder, seconds, taken = load_vocoder(options.vocoder).to(options.device), 0.0, set()
+    vocoder, seconds, taken = load_vocoder(options.vocoder).to(config.choose_device(options.device)), 0.0, set()
     rows = (row for path in options.units for row in read_units(path, vocoder))
     for name, units, runs in tqdm(rows, desc="speaking", unit="file", disable=None):  # None: quiet off a terminal
         if options.use_durations and runs is None:

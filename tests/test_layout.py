@@ -25,7 +25,7 @@ IMPORTS = {
     "corpus": ("speech", "checkpoints", "config"),
     "model": ("kernels",),
     "twist": ("model", "checkpoints", "config"),
-    "training": ("twist", "model", "checkpoints"),
+    "training": ("twist", "model", "checkpoints", "config"),
     "evaluation": ("model", "checkpoints", "kernels"),
     "hubert_units": ("speech", "corpus", "checkpoints", "training", "kernels", "config"),
     "vocoder": ("speech", "corpus", "checkpoints", "config"),

@@ -28,6 +28,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import config
+
 PARALLEL = ("auto", "ddp", "fsdp", "hsdp")
 DDP_LARGEST = 2e9  # parameters: up to here all states of a copy (16 bytes each) fit a 40 GB GPU
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
@@ -81,16 +83,10 @@ def setup(device="auto", timeout=None):
     timeout: timedelta that processes wait for each other before they give up; None: PyTorch's choice, minutes.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device={device}: expected auto, cpu or cuda")
+    device = config.choose_device(device)
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local)
-        device = f"cuda:{local}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # a torchrun that is killed must not leave us behind
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
     if world > 1 and not torch_distributed.is_initialized():
