@@ -1,4 +1,4 @@
-"""How well a speech LM predicts the next unit of held-out speech: perplexity, nats per unit, bits per second.
+"""How well a speech LM predicts the next unit of held-out recordings: perplexity, nats per unit, bits per second.
 
     shards --log p of every unit, by each system--> sums of each document --ratio of sums, bootstrap--> rows of the table
 
@@ -41,5 +41,5 @@ def run(evaluation, folder):
     if longer:
         notes.append(f"{longer} of {len(documents)} documents are longer than the window of {evaluation.window} units: scored by "
                      f"a sliding window in steps of {options.stride or evaluation.window // 2}")
-    return {"title": f"perplexity, {folder}: {len(documents):,} documents, {int(shards.lengths.sum()):,} units, "
+    return {"title": f"perplexity of recordings, {folder}: {len(documents):,} documents, {int(shards.lengths.sum()):,} units, "
                      f"{seconds.sum() / 3600:.2f} h", "notes": notes, "rows": rows}

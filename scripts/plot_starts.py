@@ -29,7 +29,7 @@ def main():
         values = [losses[start][step] for step in steps]
         axes.plot(steps, [sum(v) / len(v) for v in values], color=color, label=start)
         axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, linewidth=0)
-    axes.set(xlabel="updates", ylabel="validation loss (nats per unit)", ylim=(None, 3.0))
+    axes.set(xlabel="updates", ylabel="validation loss of the stream (nats per token)", ylim=(None, 3.0))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
