@@ -129,24 +129,20 @@ class Evaluation:
         """Raise ValueError if units of this recipe are not those that the model was trained on."""
         check_recipe(recipe, self.main.vocab.expected(recipe), where)
 
-    @property
-    def dedup(self):
-        """Whether the model was trained on collapsed units."""
-        return (self.main.vocab.recipe or {}).get("dedup", True)
-
     @functools.cached_property
     def encoder(self):
         encoder = hubert_units.load_tokenizer(self.options, self.main.vocab.recipe).to(self.dist.device)
-        self.check({**encoder.recipe, "dedup": self.dedup}, f"--tokenizer={self.options.tokenizer}")
+        self.check({**encoder.recipe, "dedup": self.main.vocab.dedup}, f"--tokenizer={self.options.tokenizer}")
         encoder.budget = BUDGET_SECONDS[self.dist.device.type]
         return encoder
 
     def encode(self, files):
         """Recordings -> UnitShards, from the cache if they were encoded before; an interrupted encoding goes on."""
-        key = hashlib.sha256(json.dumps([self.encoder.recipe, self.dedup, [(file, *stamp(file)) for file in files]]).encode())
+        dedup = self.main.vocab.dedup
+        key = hashlib.sha256(json.dumps([self.encoder.recipe, dedup, [(file, *stamp(file)) for file in files]]).encode())
         base = Path(self.options.cache) if self.options.cache else download.cache("NANOTWIST_HOME") / "units"
         folder = base / key.hexdigest()[:16]
-        how = hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers, dedup=self.dedup)
+        how = hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers, dedup=dedup)
         with packed(self.encoder):
             encode_files(files, self.encoder, how, self.dist)
         self.dist.barrier()  # the first process joins the shards

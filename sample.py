@@ -53,8 +53,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
 
     write: False where another process writes the same files: the model alone runs.
     """
-    dedup = vocab.recipe is None or vocab.recipe.get("dedup", True)
-    units, runs = speech_to_units(path, encoder, options.prompt_seconds, dedup)
+    units, runs = speech_to_units(path, encoder, options.prompt_seconds, vocab.dedup)
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -70,7 +69,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
         spoken = vocab.decode(row)
         new_units += len(spoken) - len(units)
         # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing
-        if dedup:
+        if vocab.dedup:
             timing = vocoder.durations(spoken.to(device)).cpu()
             timing[: len(runs)] = runs
         else:  # a model of frames has said how long each unit lasts
@@ -90,11 +89,12 @@ def load_voice(options, vocab=None):
     Raises: ValueError where their recipes differ.
     """
     encoder, vocoder = load_tokenizer(options, vocab and vocab.recipe), load_vocoder(options.vocoder)
-    made = {**encoder.recipe, "dedup": (vocab and vocab.recipe or {}).get("dedup", True)}
     if vocab:
+        made = {**encoder.recipe, "dedup": vocab.dedup}
         check_recipe(made, vocab.expected(made), f"--tokenizer={options.tokenizer}, with this speech LM")
     if vocoder.recipe:  # it speaks collapsed units, which those of any model become
-        check_recipe(vocoder.recipe, {**made, "dedup": vocoder.recipe.get("dedup", True)}, f"--vocoder={options.vocoder}")
+        made = {**encoder.recipe, "dedup": vocoder.recipe.get("dedup", True)}
+        check_recipe(vocoder.recipe, made, f"--vocoder={options.vocoder}")
     return encoder, vocoder
 
 

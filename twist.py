@@ -68,6 +68,11 @@ class UnitVocab:
         used = {self.bos, self.eos, *range(self.offset, self.offset + self.num_units)}
         return tuple(i for i in range(self.size) if i not in used)
 
+    @property
+    def dedup(self):
+        """Whether the units that the model knows are collapsed runs."""
+        return (self.recipe or {}).get("dedup", True)
+
     def expected(self, recipe):
         """The recipe that units must have which this model is given; a checkpoint without one says only how many there are."""
         return self.recipe or {**recipe, "num_units": self.num_units}

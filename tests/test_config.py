@@ -61,3 +61,29 @@ def test_help_shows_every_option_with_its_comment(capsys):
         config.load(Example, ["--help"])
     text = capsys.readouterr().out
     assert "--peak-lr" in text and "learning rate" in text and "skip checks" in text
+
+
+@dataclass(frozen=True)
+class Shared:
+    path: str = "here"  # where it is
+    size: int = 1  # how large
+
+
+@dataclass(frozen=True)
+class Heir(Shared):
+    speed: float = 1.0  # how fast
+    RENAMED = {"velocity": "speed"}
+
+
+def test_shared_options_are_taken_and_shown_after_a_command_s_own():
+    assert config.load(Heir, ["--path=there", "--speed=2"]) == Heir(path="there", size=1, speed=2.0)
+    text = config.help_text(Heir)
+    assert text.index("--speed=1.0\n        how fast") < text.index("--path=here\n        where") < text.index("--size=1")
+
+
+def test_an_old_name_is_taken_and_says_the_new_one(tmp_path, capsys):
+    (tmp_path / "a.toml").write_text("velocity = 3.0\n")
+    assert config.load(Heir, [str(tmp_path / "a.toml")]).speed == 3.0
+    assert config.load(Heir, ["--velocity=4"]).speed == 4.0
+    assert capsys.readouterr().err == "--velocity is now called --speed\n" * 2
+    assert "velocity" not in config.to_toml(Heir())

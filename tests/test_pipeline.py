@@ -16,10 +16,13 @@ import soundfile
 import torch
 from test_hubert_units import BASE, SLOW, fairseq_names, noise, perturb
 
+import config
+import eval as evaluate
 import hubert_units
 import sample
 import train
 import twist
+import vocoder
 from checkpoints import download, known, pretrained
 from checkpoints.files import read_json, read_tensors, write_json, write_model, write_tensors
 from model import TransformerConfig
@@ -84,6 +87,41 @@ def test_audio_to_shards_to_training_to_speech(tmp_path):
     assert float(rows[-1].split(",")[2]) < float(rows[1].split(",")[2]) - 0.3  # validation loss, last against first
     sample.main([str(PROMPT), f"--model={tmp_path}/run/model", f"--out={tmp_path}", "--max-new-units=20"])
     assert (tmp_path / "prompt_0.wav").exists()
+
+
+def test_units_that_are_not_collapsed_stay_so_from_audio_to_audio(tmp_path):
+    """Every frame a unit: training, the prompt's units, and the speech, in which each run lasts as long as it was long."""
+    write_wav(tmp_path / "audio" / "0.wav", read_wav(PROMPT))
+    hubert_units.main([str(tmp_path / "audio"), f"--out={tmp_path}/units", "--no-dedup"])
+    train.main(["--init=cold", f"--data={tmp_path}/units", f"--val-data={tmp_path}/units", f"--out={tmp_path}/run", "--steps=2",
+                "--tokens-per-step=64", "--block-size=64", "--eval-rows=1"])
+    sample.main([str(PROMPT), f"--model={tmp_path}/run/model", f"--out={tmp_path}", "--max-new-units=20", "--prompt-seconds=2"])
+    frames = len(hubert_units.load_unit_encoder().encode(read_wav(PROMPT)[:2 * 16_000]))
+    assert 0 < len(read_wav(tmp_path / "prompt_0.wav")) - frames * 640 <= 20 * 640
+    vocoder.main([f"{tmp_path}/units", f"--out={tmp_path}/speech", "--use-durations"])
+    assert len(read_wav(tmp_path / "speech/0.wav")) == 640 * len(hubert_units.load_unit_encoder().encode(read_wav(PROMPT)))
+    with pytest.raises(ValueError, match="another tokenizer .dedup is False, expected True"):
+        train.main(["--init=pocket", f"--data={tmp_path}/units", f"--val-data={tmp_path}/units", f"--out={tmp_path}/other"])
+
+
+def test_all_commands_take_the_same_options_of_the_tokenizer():
+    wanted = {field.name for field in dataclasses.fields(hubert_units.TokenizerOptions)}
+    assert wanted == {"tokenizer", "kmeans", "k", "layer", "frame_rate", "pad", "chunking"}
+    for command in (hubert_units.UnitsConfig, train.TrainConfig, sample.SampleConfig, evaluate.EvalConfig):
+        assert wanted <= {field.name for field in dataclasses.fields(command)}
+        for name in wanted:
+            assert f"--{name.replace('_', '-')}=" in config.help_text(command)
+
+
+def test_what_the_options_leave_open_is_as_the_model_was_trained(monkeypatch):
+    options = hubert_units.TokenizerOptions()
+    assert hubert_units.load_tokenizer(options).recipe["pad"] == 0
+    said = {"pad": 40, "chunking": "textless", "frame_rate": 12.5}
+    found = hubert_units.load_tokenizer(options, said).recipe
+    assert {key: found[key] for key in said} == said
+    given = dataclasses.replace(options, pad=8, chunking="overlap", frame_rate=25.0)
+    found = hubert_units.load_tokenizer(given, said).recipe
+    assert (found["pad"], found["chunking"], found["frame_rate"]) == (8, "overlap", 25.0)
 
 
 def test_a_bad_prompt_is_one_sentence_and_exit_code_2(tmp_path):

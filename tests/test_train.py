@@ -87,6 +87,16 @@ def test_a_killed_run_goes_on_from_its_last_state(train_arguments, tmp_path, mon
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == list(range(13))
 
 
+def test_a_row_that_was_lost_between_state_and_log_comes_back_whole(train_arguments, tmp_path):
+    train.main(["--init=twist", *train_arguments])
+    shutil.rmtree(tmp_path / "run/step_000012")
+    log = tmp_path / "run/log.csv"
+    expected = rows(tmp_path / "run")[10]
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:11]))  # killed before step 10 was written
+    train.main(["--init=resume", f"--out={tmp_path}/run"])
+    assert rows(tmp_path / "run")[10] == expected and expected["seconds"] and expected["perplexity"] and expected["memory_gb"]
+
+
 def test_accumulation_gives_the_step_of_the_whole_batch(train_arguments, tmp_path):
     train.main(["--init=cold", *train_arguments])
     train.main(["--init=cold", *train_arguments, "--micro-batch=1", f"--out={tmp_path}/pieces"])
