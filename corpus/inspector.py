@@ -30,7 +30,7 @@ def quantile(counts, q):
 
 
 def measure(shards):
-    """The numbers of UnitShards, by name; counts: (K,), how often each unit occurs; runs: (65536,), how often each run length."""
+    """The numbers of UnitShards, by name; counts (K,): how often each unit occurs."""
     counts, runs = count(part[0] for part in shards.parts), count(part[1] for part in shards.parts)
     units, frames = int(counts.sum()), int(runs @ np.arange(len(runs)))
     K = max(shards.recipe.get("num_units") or 0, int(counts.nonzero()[0][-1]) + 1)
@@ -45,7 +45,7 @@ def measure(shards):
         "document_median": float(np.median(shards.lengths)), "document_longest": int(shards.lengths.max()),
         "counts": counts[:K], "never": int((counts[:K] == 0).sum()), "entropy": entropy, "perplexity": 2**entropy,
         "bits_per_second": entropy * per_second, "frames": frames, "run_mean": frames / units, "run_median": quantile(runs, 0.5),
-        "run_95": quantile(runs, 0.95), "run_max": int(runs.nonzero()[0][-1]), "runs": runs, "run_ranges": ranges}
+        "run_95": quantile(runs, 0.95), "run_max": int(runs.nonzero()[0][-1]), "run_ranges": ranges}
 
 
 def table(title, rows, whole, longest):
