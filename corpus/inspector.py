@@ -12,7 +12,7 @@ import numpy as np
 from corpus.shards import UnitShards
 
 PIECE = 2**22  # units counted at a time: a folder may hold more than the memory
-RANGES = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 8), (9, None))  # run lengths that are grouped, in frames
+RANGES = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "4": (4, 4), "5-8": (5, 8), "9+": (9, None)}  # run lengths in groups, frames
 
 
 def count(streams):
@@ -30,7 +30,7 @@ def quantile(counts, q):
 
 
 def measure(shards):
-    """The numbers of UnitShards, by name; counts: (K,), how often each unit occurs; runs: (65536,), how often each run length."""
+    """The numbers of UnitShards, by name; counts (K,): how often each unit occurs."""
     counts, runs = count(part[0] for part in shards.parts), count(part[1] for part in shards.parts)
     units, frames = int(counts.sum()), int(runs @ np.arange(len(runs)))
     K = max(shards.recipe.get("num_units") or 0, int(counts.nonzero()[0][-1]) + 1)
@@ -38,14 +38,14 @@ def measure(shards):
     entropy = float(-(share * np.log2(share)).sum())
     seconds = shards.meta["hours"] * 3600
     per_second = units / seconds if seconds else math.nan  # text has no length in seconds
-    ranges = {(low, high): int(runs[low:high and high + 1].sum()) for low, high in RANGES}
+    ranges = {label: int(runs[low:high and high + 1].sum()) for label, (low, high) in RANGES.items()}
     return {
         "seconds": seconds, "documents": len(shards), "failures": shards.meta["failures"], "units": units,
         "units_per_second": per_second, "document_mean": float(shards.lengths.mean()),
         "document_median": float(np.median(shards.lengths)), "document_longest": int(shards.lengths.max()),
         "counts": counts[:K], "never": int((counts[:K] == 0).sum()), "entropy": entropy, "perplexity": 2**entropy,
         "bits_per_second": entropy * per_second, "frames": frames, "run_mean": frames / units, "run_median": quantile(runs, 0.5),
-        "run_95": quantile(runs, 0.95), "run_max": int(runs.nonzero()[0][-1]), "runs": runs, "run_ranges": ranges}
+        "run_95": quantile(runs, 0.95), "run_max": int(runs.nonzero()[0][-1]), "run_ranges": ranges}
 
 
 def table(title, rows, whole, longest):
@@ -72,8 +72,7 @@ def inspect(folder):
              + (f"; {m['bits_per_second']:.1f} bits per second of speech" if seconds else ""),
              f"runs       mean {m['run_mean']:.2f} frames, median {m['run_median']}, 95 % at most {m['run_95']}, "
              f"longest {m['run_max']}"]
-    labels = {(low, high): f"{low}" if low == high else f"{low}-{high}" if high else f"{low}+" for low, high in RANGES}
-    lines += table("  frames  share of the runs", [(labels[ends], n) for ends, n in m["run_ranges"].items()], units, units)
+    lines += table("  frames  share of the runs", m["run_ranges"].items(), units, units)
     for title, some in (("most", used[:10]), ("least", used[::-1][:10])):
         lines += table(f"    unit  share, the {title} frequent", [(unit, counts[unit]) for unit in some], units, counts.max())
     text = "\n".join([*lines, "", f"first units of {name}: {' '.join(map(str, first[:20]))}"])

@@ -556,7 +556,8 @@ def test_the_inspector_counts_as_a_loop_does(tmp_path, monkeypatch):
     assert m["frames"] == sum(runs) and m["run_mean"] == pytest.approx(sum(runs) / len(runs)) and m["run_max"] == runs[-1] > 8
     for key, q in (("run_median", 0.5), ("run_95", 0.95)):
         assert m[key] == runs[math.ceil(q * len(runs)) - 1]
-    assert m["run_ranges"] == {(low, high): sum(low <= run <= (high or run) for run in runs) for low, high in inspector.RANGES}
+    assert m["run_ranges"] == {label: sum(low <= run <= (high or run) for run in runs)
+                               for label, (low, high) in inspector.RANGES.items()}
     assert sum(m["run_ranges"].values()) == len(units)
     text = inspect(tmp_path)
     for words in (f"{seconds / 3600:.3f} hours in 8 documents; 2 recordings failed", f"units      {len(units)} (9.00 per second",
