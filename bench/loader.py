@@ -19,7 +19,7 @@ import twist
 from bench.timing import side_by_side
 from corpus import foreign
 from corpus.loader import UnitLoader
-from corpus.shards import ShardWriter, UnitShards, merge_meta
+from corpus.shards import ShardWriter, UnitShards, publish
 
 LOADER_BATCH, LOADER_T, LOADER_SHARDS, LOADER_DOCUMENTS = 64, 1024, 4, 40_000  # documents of a shard, 300 units on average
 
@@ -44,13 +44,13 @@ def bench_loader(options):
     recipe = {"kind": "hubert", "num_units": 500, "frame_rate": 25.0, "model": "made up"}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for shard in tqdm(range(LOADER_SHARDS), desc="writing", disable=None):
-            writer = ShardWriter(folder / "units", recipe, shard)
+        writers = [ShardWriter(folder / "units", shard) for shard in range(LOADER_SHARDS)]
+        for writer in tqdm(writers, desc="writing", disable=None):
             for length in rng.integers(100, 501, LOADER_DOCUMENTS):
                 units = rng.integers(0, 500, length)
                 writer.add(units, np.ones_like(units), "made up", length / 25)
-            writer.close()
-        merge_meta(folder / "units", LOADER_SHARDS)
+            writer.finish()
+        publish(folder / "units", recipe, writers)
         shards = UnitShards(folder / "units")
         with open(folder / "units.jsonl", "w") as file:
             foreign.write_jsonl(itertools.islice(shards, 10_000), file)

@@ -39,31 +39,23 @@ def fingerprint_names(names):
 
 
 class ShardWriter:
-    """Writes one shard. Nothing appears under its final name before close()."""
+    """Writes one shard. Nothing stands under its final name before publish()."""
 
     SUFFIXES = ("units.bin", "runs.bin", "files.jsonl", "offsets.bin")
 
-    def __init__(self, folder, recipe, shard=0):
-        self.folder, self.shard = Path(folder), f"{shard:05d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        meta = read_if_there(self.folder / "meta.json") or {}
-        refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
-        self.streams = []
-        self.discard()  # what a killed process left
-        self.streams = [open(self._temporary(suffix), "wb") for suffix in self.SUFFIXES]
+    def __init__(self, folder, shard=0):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.paths = [Path(folder) / f"{shard:05d}.{suffix}" for suffix in self.SUFFIXES]
+        self.streams = [open(f"{path}.tmp", "wb") for path in self.paths]
         self.streams[-1].write(bytes(8))  # the first offset, 0
-        self.part = {"recipe": recipe, "files": 0, "units": 0, "seconds": 0.0}
-
-    def _temporary(self, suffix):
-        return self.folder / f"{self.shard}.{suffix}.tmp"
+        self.documents, self.units, self.seconds = 0, 0, 0.0
 
     def add(self, units, runs, name, seconds):
         """One document. units (T,) in [0, 65535]; runs (T,) frames; seconds: its length as audio."""
         units, runs = as_uint16(name, units, runs)
-        for key, more in (("files", 1), ("units", len(units)), ("seconds", seconds)):
-            self.part[key] += more
+        self.documents, self.units, self.seconds = self.documents + 1, self.units + len(units), self.seconds + seconds
         line = json.dumps({"file_name": name, "seconds": round(seconds, 4)}).encode() + b"\n"
-        offset = np.array(self.part["units"], dtype="<i8")
+        offset = np.array(self.units, dtype="<i8")
         for file, content in zip(self.streams, (units.tobytes(), runs.tobytes(), line, offset.tobytes())):
             file.write(content)
 
@@ -74,76 +66,58 @@ class ShardWriter:
             os.fsync(file.fileno())
             file.close()
 
-    def publish(self, failures=()):
-        """Final names for a finished shard. A meta.json of older shards goes first: it must never describe a mixture."""
-        (self.folder / "meta.json").unlink(missing_ok=True)
-        for suffix in self.SUFFIXES:
-            os.replace(self._temporary(suffix), self.folder / f"{self.shard}.{suffix}")
-        part = json.dumps({**self.part, "failures": list(failures)}).encode()
-        write_bytes(self.folder / f"{self.shard}.part.json", part)
-
-    def close(self):
-        """Give the shard its final name."""
-        self.finish()
-        self.publish()
-
     def discard(self):
-        """Close and remove what is not published; nothing happens after close()."""
-        for file in self.streams:
+        """Close and remove what is not published; nothing happens after that."""
+        for file, path in zip(self.streams, self.paths):
             with suppress(OSError):  # the disk may be full, and what cannot be written is removed anyway
                 file.close()
-        for suffix in self.SUFFIXES:
-            self._temporary(suffix).unlink(missing_ok=True)
+            Path(f"{path}.tmp").unlink(missing_ok=True)
 
 
-def merge_meta(folder, shards=1, names=None):
-    """Join the parts of all `shards` shards into meta.json and failures.csv; returns the meta.
+def publish(folder, recipe, writers, failures=(), names=None):
+    """Give the shards of finished writers, all that the folder holds from now on, their names; returns the meta.
 
-    Shards with higher numbers, which an earlier run left, are removed: their documents stand in the new ones.
-    names: the file names that were asked for, good and failed; their fingerprint tells a later start that all is done.
+    Args: failures: (file, reason) pairs, the lines of failures.csv. names: the file names that were asked for, good and failed;
+        their fingerprint tells a later start that all is done.
     """
     folder = Path(folder)
-    for path in folder.glob("[0-9]" * 5 + ".*"):
-        if int(path.name[:5]) >= shards:
+    (folder / "meta.json").unlink(missing_ok=True)  # it must never describe a mixture of old shards and new
+    for path in (path for writer in writers for path in writer.paths):
+        os.replace(f"{path}.tmp", path)
+    for path in folder.glob("[0-9]" * 5 + ".*"):  # of an earlier run with more shards
+        if int(path.name[:5]) >= len(writers):
             path.unlink()
-    parts = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.part.json"))}
-    failures = [failure for part in parts.values() for failure in part["failures"]]
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("file", "reason"), *failures])
     write_bytes(folder / "failures.csv", table.getvalue().encode("utf-8", "surrogateescape"))
-    meta = {"format": FORMAT, "recipe": next(iter(parts.values()))["recipe"],
-            "files": sum(part["files"] for part in parts.values()),
-            "units": sum(part["units"] for part in parts.values()),
-            "hours": sum(part["seconds"] for part in parts.values()) / 3600, "failures": len(failures)}
+    meta = {"format": FORMAT, "recipe": recipe, "files": sum(writer.documents for writer in writers),
+            "units": sum(writer.units for writer in writers), "hours": sum(writer.seconds for writer in writers) / 3600,
+            "failures": len(failures)}
     if names is not None:
         meta["names"] = fingerprint_names(names)
     write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
-    for path in parts:
-        path.unlink()
     return meta
 
 
 def write_shards(folder, recipe, documents, failures=(), names=None):
     """A whole folder from its documents, by one process; returns the meta. What the folder held is replaced at the end.
 
-    Args: documents: iterable of (name, units (T,), runs (T,), seconds), written in this order.
-        failures: (file, reason) pairs, the lines of failures.csv. names: as in merge_meta.
+    Args: documents: iterable of (name, units (T,), runs (T,), seconds), written in this order. failures, names: as publish.
     """
-    writers = [ShardWriter(folder, recipe)]
+    meta = read_if_there(Path(folder) / "meta.json") or {}
+    refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
+    writers = [ShardWriter(folder)]
     try:
         for name, units, runs, seconds in documents:
-            filled = writers[-1].part["units"]
-            if filled and filled + len(units) > SHARD_UNITS:
+            if writers[-1].units and writers[-1].units + len(units) > SHARD_UNITS:
                 writers[-1].finish()
-                writers.append(ShardWriter(folder, recipe, len(writers)))
+                writers.append(ShardWriter(folder, len(writers)))
             writers[-1].add(units, runs, name, seconds)
         writers[-1].finish()
-        for writer in writers:
-            writer.publish(failures if writer is writers[-1] else ())
+        return publish(folder, recipe, writers, list(failures), names)
     finally:
         for writer in writers:
             writer.discard()
-    return merge_meta(folder, len(writers), names)
 
 
 # ---------------------------------------------------------------------------------------------- interrupted work

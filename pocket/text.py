@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from corpus.shards import ShardWriter, merge_meta
+from corpus.shards import write_shards
 from pocket.stories import story
 
 RECIPE = {"kind": "bytes", "num_units": 256}
@@ -30,12 +30,10 @@ class TextConfig:
 
 def main(argv=None):
     options = config.load(TextConfig, argv)
-    writer = ShardWriter(options.out, RECIPE)
-    for seed in tqdm(range(options.first_story, options.first_story + options.count), desc="writing", disable=None):
-        units = encode(story(seed))
-        writer.add(units, np.ones_like(units), f"story {seed}", 0.0)
-    writer.close()
-    print(f"{merge_meta(options.out)['units']:,} bytes in {options.out}")
+    seeds = tqdm(range(options.first_story, options.first_story + options.count), desc="writing", disable=None)
+    texts = ((f"story {seed}", encode(story(seed))) for seed in seeds)
+    meta = write_shards(options.out, RECIPE, ((name, units, np.ones_like(units), 0.0) for name, units in texts))
+    print(f"{meta['units']:,} bytes in {options.out}")
 
 
 if __name__ == "__main__":

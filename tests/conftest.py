@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import twist
-from corpus.shards import ShardWriter, merge_meta
+from corpus.shards import write_shards as write_documents
 from model import TransformerConfig
 
 TINY = TransformerConfig(vocab_size=60, block_size=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_inner=64,
@@ -16,12 +16,8 @@ RECIPE = {"kind": "hubert", "model": "made up", "num_units": 20, "layer": 1, "ce
 def write_shards(folder, seed, documents=30, recipe=RECIPE):
     """Documents that count upwards from a random unit, with slips: something that a few steps can learn."""
     rng = np.random.default_rng(seed)
-    writer = ShardWriter(folder, recipe)
-    for i in range(documents):
-        units = (rng.integers(20) + np.arange(int(rng.integers(20, 80))) + (rng.random() < 0.1)) % 20
-        writer.add(units, np.ones_like(units), f"{i}.wav", len(units) / 25)
-    writer.close()
-    merge_meta(folder)
+    spoken = [(rng.integers(20) + np.arange(int(rng.integers(20, 80))) + (rng.random() < 0.1)) % 20 for _ in range(documents)]
+    write_documents(folder, recipe, [(f"{i}.wav", units, np.ones_like(units), len(units) / 25) for i, units in enumerate(spoken)])
     return folder
 
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from corpus.loader import ROUND, Batch, Mixture, UnitLoader, subset
-from corpus.shards import ShardWriter, UnitShards, merge_meta
+from corpus.shards import ShardWriter, UnitShards, publish
 from twist import UnitVocab
 
 RECIPE = {"kind": "hubert", "num_units": 10, "layer": 3, "centers": "abc", "frame_rate": 25.0}
@@ -21,12 +21,12 @@ FILES = ([7, 0, 31, 1], [], [0, 0], [1, 64, 0, 12, 1, 1], [0])  # units of the d
 
 def write(folder, files, recipe=RECIPE):
     """UnitShards of these documents, given as lists of lists of units, one outer list a file."""
-    for shard, documents in enumerate(files):
-        writer = ShardWriter(folder, recipe, shard)
+    writers = [ShardWriter(folder, shard) for shard in range(len(files))]
+    for writer, documents in zip(writers, files):
         for units in documents:
             writer.add(np.array(units, dtype=np.int64), np.ones(len(units), np.int64), "x", 1.0)
-        writer.close()
-    merge_meta(folder, len(files))
+        writer.finish()
+    publish(folder, recipe, writers)
     return UnitShards(folder)
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import vocoder
 from checkpoints import files
 from checkpoints.pretrained import fold_weight_norm
-from corpus.shards import ShardWriter, merge_meta
+from corpus.shards import write_shards
 from speech.audio import SAMPLE_RATE
 from vocoder import DurationConfig, Vocoder, VocoderConfig, load_vocoder, parse_config
 
@@ -435,10 +435,7 @@ def test_the_command_writes_wavs_named_after_the_recordings(folder, tmp_path, ca
 def test_the_command_speaks_a_shard_folder_of_its_own_tokenizer_only(tmp_path):
     folder = write_folder(tmp_path / "vocoder", tokenizer=RECIPE)
     for name, recipe in (("same", RECIPE), ("other", {**RECIPE, "centers": "xyz"})):
-        writer = ShardWriter(tmp_path / name, recipe)
-        writer.add([1, 2, 3], [2, 2, 5], "a/recording.wav", 1.0)
-        writer.close()
-        merge_meta(tmp_path / name)
+        write_shards(tmp_path / name, recipe, [("a/recording.wav", [1, 2, 3], [2, 2, 5], 1.0)])
     vocoder.main([str(tmp_path / "same"), f"--vocoder={folder}", f"--out={tmp_path / 'wavs'}", "--use-durations"])
     assert [path.name for path in (tmp_path / "wavs").iterdir()] == ["recording.wav"]
     assert len(soundfile.read(tmp_path / "wavs" / "recording.wav")[0]) == 9 * HOP
