@@ -2,5 +2,5 @@
 
 pairs (sWUGGY, sBLIMP, StoryCloze, SALMon, your own), perplexity, generation: the tasks, each run(evaluation, ...) -> rows.
 They use likelihood (log p of units), accuracy (averages, intervals, tests), sets (archives -> pairs), reports (tables, files);
-published holds the numbers of others.
+published.txt holds the numbers of others.
 """
