@@ -131,13 +131,9 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
     centers, said = read_kmeans(file)
     if k is not None and len(centers) != k:
         raise ValueError(f"{file} has {len(centers)} centres, not {k}; name another with --kmeans, or make one with --fit={k}")
+    known, named = download.KNOWN["kmeans"].get(kmeans), re.search(r"_L(\d+)_km", file.name)  # ..._L11_km500.bin, as published
     if layer is None:
-        layer = said.get("layer")
-    if layer is None and kmeans in download.KNOWN["kmeans"]:
-        layer = download.KNOWN["kmeans"][kmeans].layer
-    layer_in_name = re.search(r"_L(\d+)_km", file.name)  # as published: ..._L11_km500.bin
-    if layer is None and layer_in_name:
-        layer = layer_in_name.group(1)
+        layer = said.get("layer") or known and known.layer or named and named.group(1)
     if layer is None:
         raise ValueError(f"{file} does not say which layer it belongs to; give --layer")
     return UnitEncoder(load_hubert(path), centers, int(layer), name_of(name, path), frame_rate or said.get("frame_rate"), pad,

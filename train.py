@@ -142,12 +142,6 @@ def shards_of(name, split):
     return UnitShards(folder / split if name == "pocket" else folder)
 
 
-def open_data(options, vocab, train_shards, rows):
-    """The loader of training batches of `rows` rows."""
-    return mixed([UnitLoader(shards, vocab, options.block_size, rows, options.seed, packing=options.packing,
-                             fraction=options.data_fraction) for shards in train_shards], options.data_weights, rows)
-
-
 def split_batch(options, dist):
     """Rows of one update on each process, and rows of one forward: the user states tokens per update, the rest follows."""
     rows, remainder = divmod(options.tokens_per_step, options.block_size * dist.world)
@@ -288,7 +282,9 @@ def run(options, resuming, dist):
     if options.block_size > model_config.block_size:
         raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model_config.block_size}")
     rows, micro = split_batch(options, dist)
-    loader = open_data(options, vocab, train_shards, rows * dist.world)
+    all_rows = rows * dist.world
+    loader = mixed([UnitLoader(shards, vocab, options.block_size, all_rows, options.seed, packing=options.packing,
+                               fraction=options.data_fraction) for shards in train_shards], options.data_weights, all_rows)
     val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
     hours = sum(shards.meta["hours"] for shards in train_shards)
     facts = Facts(vocab, found["step"], found["row"], found["seconds"], rows, micro,

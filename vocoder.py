@@ -266,12 +266,6 @@ def beside(path, name):
     return next((file for file in (path.with_name(f"{stem}_{name}") for stem in stems) if file.is_file()), path.with_name(name))
 
 
-def names_beside(path, name):
-    """Names of voices, one a line; none where there is no such file."""
-    file = beside(path, name)
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
 def load_vocoder(folder_or_file_or_name="pocket"):
     """Load a unit HiFi-GAN: a folder (config.json + weights), a weight file beside its config, `pocket`, or a known name.
 
@@ -295,7 +289,9 @@ def load_vocoder(folder_or_file_or_name="pocket"):
         vocoder = Vocoder(options)
     fill(vocoder.to_empty(device="cpu"), tensors.items(), path)
     vocoder.recipe = table.get("tokenizer")
-    vocoder.speakers, vocoder.styles = names_beside(path, "speakers.txt"), names_beside(path, "styles.txt")
+    vocoder.speakers, vocoder.styles = (  # names of voices, one a line
+        [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        for file in (beside(path, "speakers.txt"), beside(path, "styles.txt")))
     return vocoder.eval().requires_grad_(False)
 
 

@@ -17,12 +17,6 @@ from training.optimizer import low_bits, make_optimizer, master_weights
 EVAL_ROWS = 16  # of one forward of a validation
 
 
-def compute_dtype(options, dist):
-    """Of matrix products: what --dtype says, bfloat16 on GPUs if it says nothing."""
-    on = options.dtype == "bfloat16" or (options.dtype == "auto" and dist.device.type == "cuda")
-    return torch.bfloat16 if on else torch.float32
-
-
 class Learner:
     """A model and its optimizer on all processes of a run; every process calls every method.
 
@@ -33,13 +27,14 @@ class Learner:
 
     def __init__(self, model_config, options, dist):
         self.config, self.options, self.dist = model_config, options, dist
-        self.dtype = compute_dtype(options, dist)
+        on_gpu = dist.device.type == "cuda"
+        self.dtype = torch.bfloat16 if options.dtype == "bfloat16" or options.dtype == "auto" and on_gpu else torch.float32
         model = twist.empty(model_config).train()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parallel = distributed.choose_parallel(options.parallel, self.parameters, dist)
         for block in model.h:
             block.recompute = options.recompute
-            if options.compile == "blocks" or (options.compile == "auto" and dist.device.type == "cuda"):
+            if options.compile == "blocks" or options.compile == "auto" and on_gpu:
                 block.compile()
         self.model = model.bfloat16() if options.optimizer == "split" else model
         if self.parallel in ("fsdp", "hsdp"):
