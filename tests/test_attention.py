@@ -16,6 +16,8 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 # error relative to the norm: the interpreter's products are exact float32, rounded to the dtype at the same places as a GPU's
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+first_dtype_quickly = pytest.mark.parametrize(
+    "dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -56,21 +58,21 @@ def assert_near(ours, expected, dtype):
         assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
-@each_dtype
+@first_dtype_quickly
 @pytest.mark.parametrize("T", [1, 31, 64, 65, 130, 200])
 def test_forward_and_all_gradients_equal_float64(T, dtype):
     q, k, v = draw(2, T, 2, 2, 64, dtype)
     assert_near(*both(q, k, v), dtype)
 
 
-@each_dtype
+@first_dtype_quickly
 @pytest.mark.parametrize("D", [32, 80, 96, 128])
 def test_every_head_dimension(D, dtype):
     q, k, v = draw(1, 140, 2, 2, D, dtype)
     assert_near(*both(q, k, v), dtype)
 
 
-@each_dtype
+@first_dtype_quickly
 @pytest.mark.parametrize("H, K", [(2, 1), (6, 2), (8, 1)])
 def test_query_heads_share_key_heads(H, K, dtype):
     q, k, v = draw(1, 140, H, K, 32, dtype)
@@ -84,7 +86,7 @@ def test_alibi(T, dtype):
     assert_near(*both(q, k, v, alibi_slopes=torch.rand(4, device=DEVICE)), dtype)
 
 
-@each_dtype
+@first_dtype_quickly
 @pytest.mark.parametrize("lengths", [[130], [1] * 70, [1, 1, 63, 1, 64, 5], [64, 64], [127, 1, 2], [3, 130, 1, 1, 5], [65, 140]],
                          ids=lambda lengths: "-".join(map(str, lengths[:6])))
 def test_packed_documents(lengths, dtype):

@@ -22,12 +22,11 @@ def run(*arguments, **environment):
     return python("-m", "kernels.compile", *arguments, **environment)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_a_variant_of_each_kernel_file_compiles_and_has_no_fault(arch):
+def test_a_variant_of_each_kernel_file_compiles_and_has_no_fault():
     finished = python("-c", f"""
 from kernels.compile import compile_variant, faults
 for name in {SAMPLE}:
-    print(name, faults(compile_variant({arch}, name)))""")
+    print(name, faults(compile_variant(90, name)))""")
     assert finished.stdout.splitlines() == [f"{name} []" for name in SAMPLE], finished.stderr[-3000:]
 
 
