@@ -179,57 +179,13 @@ def read_pickle(path):
 
 
 def held(value):
-    """What an Inert stands for, where that is known; anything else is itself."""
-    seen = set()
-    while type(value) is pickles.Inert and value.args is not None and id(value) not in seen:  # a forged one may hold itself
-        seen.add(id(value))
-        state = value.state if type(value.state) is dict else {}
-        if value.kind in ("argparse.Namespace", "types.SimpleNamespace"):
-            value = state
-        elif value.kind.startswith("omegaconf."):
-            value = state.get("_content", state.get("_val", value))
-        elif value.kind == "fairseq.data.dictionary.Dictionary":
-            value = state.get("symbols", value)
-        elif value.items is not None:
-            value = value.items
-        elif value.state is None and len(value.args) == 1 and type(value.args[0]) in (str, int, float, bool):
+    """What a wrapper in a trainer's settings holds: an object's attributes, omegaconf's content, an enum's value; else itself."""
+    for _ in range(2):  # omegaconf wraps an enum once more; a forged wrapper may hold itself
+        if type(value) is pickles.Inert and type(value.state) is dict:
+            value = value.state.get("_content", value.state.get("_val", value.state))
+        elif type(value) is pickles.Inert and value.args and len(value.args) == 1:
             value = value.args[0]
     return value
-
-
-def convert(value, done):
-    """done: {id: (value, its conversion)}; holding the value keeps its id from being given to another."""
-    value = held(value)
-    if type(value) not in (dict, list, tuple):
-        return value
-    if id(value) in done:
-        return done[id(value)][1]
-    if type(value) is tuple:
-        result = tuple([convert(item, done) for item in value])
-    else:
-        result = type(value)()
-        done[id(value)] = value, result  # before its items, which may hold it
-        if type(value) is list:
-            result.extend([convert(item, done) for item in value])
-        else:
-            for key, item in value.items():
-                result[held(key) if type(held(key)) in (str, int, float, bool) else key] = convert(item, done)
-    done[id(value)] = value, result
-    return result
-
-
-def plain(value):
-    """Inert objects -> what they hold, in dicts, lists and tuples at any depth; shared ones stay shared.
-
-    argparse.Namespace -> dict; enum -> its value (as is anything made of one string or number, e.g. torch.device);
-    omegaconf containers and nodes -> their content; fairseq's Dictionary -> list of symbols; other classes' items -> dict or
-    list. Anything else stays an Inert, and sets and arrays stay as they are.
-    Raises: ValueError for values nested hundreds deep.
-    """
-    try:
-        return convert(value, {})
-    except RecursionError:
-        raise ValueError("the values of a pickle are nested too deeply; convert it to safetensors where you trust it") from None
 
 
 def read_fairseq(path):
@@ -238,14 +194,15 @@ def read_fairseq(path):
     The settings stand in `args` (a Namespace) in files before fairseq 0.11, in `cfg` (sections of dictionaries, Namespaces or
     omegaconf containers) after; stripped copies have neither.
     """
-    value = plain(pickles.load(path))
+    value = pickles.load(path)
     tensors = value.get("model") if isinstance(value, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is no fairseq checkpoint: it has no `model` that is a dictionary of tensors; give the .pt file "
                          "of a HuBERT, or a Hugging Face folder")
-    cfg = value.get("cfg") or {}
-    sections = [value.get("args"), *(cfg.get(part) for part in ("task", "model"))] if isinstance(cfg, dict) else []
-    return {key: setting for section in sections if isinstance(section, dict) for key, setting in section.items()}, tensors
+    cfg = held(value.get("cfg") or {})
+    sections = [value.get("args"), cfg.get("task"), cfg.get("model")] if isinstance(cfg, dict) else []
+    sections = [section for section in map(held, sections) if isinstance(section, dict)]
+    return {key: held(setting) for section in sections for key, setting in section.items()}, tensors
 
 
 def read_kmeans(path):
