@@ -7,8 +7,8 @@ stacked, because we multiply them at once; q, k and v interleaved head by head a
 transposed. The same key and the same row write it back. A new family is a new table; pretrained.py holds the machinery that
 reads them. `architecture` is everywhere a dictionary of keyword arguments: of TransformerConfig, or of HubertConfig.
 
-Sources: the config.json and tensor names of the Hugging Face releases of OPT, GPT-2, GPT-NeoX (Pythia), BLOOM, LLaMA, Mistral, Qwen
-and HuBERT; fairseq's HuBERT checkpoints.
+Sources: the config.json and tensor names of the Hugging Face releases of OPT, GPT-2, GPT-NeoX (Pythia), BLOOM, LLaMA, Mistral,
+Qwen and HuBERT; fairseq's HuBERT checkpoints.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

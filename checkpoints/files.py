@@ -43,7 +43,7 @@ def find(name, kind):
         return path
     path = Path(name)
     if path.exists():
-        return download.find_zip(path) if path.suffix == ".zip" else path
+        return download.find_zip(path) if path.suffix == ".zip" and path.is_file() else path
     missing = f"--{kind}={name}: no such file or folder ({path})"
     if kind == "units" or path.is_absolute():
         raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`")
