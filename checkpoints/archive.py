@@ -68,8 +68,7 @@ def room_for(size, folder):
 def unzip(archive, folder):
     """Unpack an archive from a stranger into a folder that does not exist yet; nothing is visible there before all is.
 
-    Raises: ValueError for an archive that is damaged, reaches out of its folder, or holds no model; OSError where the disk is
-        too small.
+    Raises: ValueError for one that is damaged, reaches out of its folder or holds no model; OSError where the disk is too small.
     """
     archive, folder = Path(archive), Path(folder)
     if folder.exists():

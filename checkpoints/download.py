@@ -378,13 +378,10 @@ def download_repository(repository, folder):
 
 
 def find(name, kind):
-    """A known name -> a local folder (models; anything of the hub) or file, downloaded if no cache has it.
+    """A known name -> a local folder (models; anything of the hub) or file, downloaded if no cache has it. kind: of KNOWN.
 
-    Args: kind is what is wanted: lm, model, tokenizer, kmeans or vocoder.
     Raises: ValueError for a name that is not known or a file with wrong content; OSError if it cannot be had.
     """
-    if kind not in KNOWN:
-        raise ValueError(f"kind {kind!r} is unknown; expected one of {', '.join(KNOWN)}")
     if kind == "vocoder" and name in KNOWN["tokenizer"]:  # the vocoder of its units
         name = f"{KNOWN['tokenizer'][name].kmeans}-hifigan"
     if name in KNOWN[kind]:

@@ -36,17 +36,12 @@ def find(name, kind):
     Args: kind: lm, model, tokenizer, kmeans, vocoder or units; what the option that names it is called.
     Raises: FileNotFoundError if there is nothing here and nothing can be fetched.
     """
-    if name == "pocket" and kind in KINDS:
-        path = KINDS[kind]
-        if not path.exists():
-            raise FileNotFoundError(f"--{kind}=pocket: no folder {path}; clone the repository again")
-        return path
-    path = Path(name)
+    path = KINDS[kind] if name == "pocket" else Path(name)
     if path.exists():
         return download.find_zip(path) if path.suffix == ".zip" and path.is_file() else path
     missing = f"--{kind}={name}: no such file or folder ({path})"
     if kind == "units" or path.is_absolute():
-        raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`")
+        raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`, which comes with the repository")
     try:
         return download.find(name, kind)
     except (ValueError, OSError) as error:
@@ -97,31 +92,27 @@ def replacing(path, temporary=None):
     os.replace(temporary, path)
 
 
-class Tensors(Mapping):
-    """{name: tensor} of weight files, dtypes as stored; a tensor is read when it is asked for, so memory holds what is used."""
+class Lazy(Mapping):
+    """{name: tensor}, each read when it is asked for, so memory holds what is used.
 
-    def __init__(self, files):
-        self.files = files  # {name of a tensor: its file}
-        self.pickle = None, {}  # the .bin file that was opened last, and its tensors
+    Args: places: {name: where its tensor is}. read: function (name, that place) -> tensor.
+    """
+
+    def __init__(self, places, read):
+        self.places, self.read = places, read
 
     def __getitem__(self, name):
-        path = self.files[name]
-        if path.suffix == ".safetensors":
-            with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
-                return file.get_tensor(name)
-        if self.pickle[0] != path:
-            self.pickle = path, read_pickle(path)
-        return self.pickle[1][name]
+        return self.read(name, self.places[name])
 
     def __iter__(self):
-        return iter(self.files)
+        return iter(self.places)
 
     def __len__(self):
-        return len(self.files)
+        return len(self.places)
 
 
 def open_tensors(path):
-    """All tensors of a weight file or model folder (there of the first of download.WEIGHTS), unread: Tensors.
+    """All tensors of a weight file or model folder (there of the first of download.WEIGHTS), dtypes as stored: a Mapping.
 
     Raises: FileNotFoundError naming what was looked for; ValueError for a truncated or foreign file.
     """
@@ -135,24 +126,32 @@ def open_tensors(path):
         raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
     if path.name.endswith(".index.json"):
         return open_sharded(path)
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            return Tensors(dict.fromkeys(file.keys(), path))
-    tensors = read_pickle(path)
-    opened = Tensors(dict.fromkeys(tensors, path))
-    opened.pickle = path, tensors
-    return opened
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+
+    def read(name, path):
+        with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
+            return file.get_tensor(name)
+
+    with open_safetensors(path) as file:
+        return Lazy(dict.fromkeys(file.keys(), path), read)
 
 
 def open_sharded(index):
     """The shards that an index names; every tensor must be where it says, and nothing may be missing."""
-    weight_map = download.read_index(index)
+    weight_map, opened = download.read_index(index), {}
+
+    def tensors(shard):
+        if shard not in opened:
+            opened.clear()  # of .bin files, the tensors of one are in memory at a time
+            opened[shard] = open_tensors(index.parent / shard)
+        return opened[shard]
+
     for shard in sorted(set(weight_map.values())):
-        found = open_tensors(index.parent / shard)
-        missing = sorted(name for name, place in weight_map.items() if place == shard and name not in found.files)
+        missing = sorted(name for name, place in weight_map.items() if place == shard and name not in tensors(shard))
         if missing:
             raise ValueError(f"{index} promises {len(missing)} tensors that {shard} lacks, e.g. {missing[0]}; copy both again")
-    return Tensors({name: index.parent / shard for name, shard in weight_map.items()})
+    return Lazy(weight_map, lambda name, shard: tensors(shard)[name])
 
 
 def open_safetensors(path):
@@ -213,10 +212,10 @@ def read_kmeans(path):
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors = read_tensors(path)
-        if "centers" not in tensors:
-            raise ValueError(f"{path} has no tensor `centers`, only {sorted(tensors)[:3]}")
-        return tensors["centers"].float(), read_metadata(path)
+        with open_safetensors(path) as file:
+            if "centers" not in file.keys():
+                raise ValueError(f"{path} has no tensor `centers`, only {sorted(file.keys())[:3]}")
+            return file.get_tensor("centers").float(), file.metadata() or {}
     value = pickles.load(path)
     state = value.state if isinstance(value, pickles.Inert) else value
     if isinstance(state, dict):
@@ -242,12 +241,6 @@ def write_tensors(path, tensors, metadata=None):
         temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
 
 
-def read_metadata(path):
-    """The string table in a safetensors header."""
-    with open_safetensors(Path(path)) as file:
-        return file.metadata() or {}
-
-
 def write_model(folder, config, tensors, shard_bytes=SHARD_BYTES):
     """Write a Hugging Face style folder: config.json + model.safetensors, in several files with an index if large.
 
@@ -264,17 +257,14 @@ def write_model(folder, config, tensors, shard_bytes=SHARD_BYTES):
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    if len(shards) == 1:
-        write_tensors(temporary / "model.safetensors", shards[0])
-    else:
-        weight_map = {}
-        for i, shard in enumerate(shards, start=1):
-            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(temporary / name, shard)
-            weight_map.update(dict.fromkeys(shard, name))
-        total = sum(tensor.nbytes for tensor in tensors.values())
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         write_json(temporary / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+                   {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                    "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
+    for name, shard in zip(names, shards):
+        write_tensors(temporary / name, shard)
     write_json(temporary / "config.json", config)
     replace_folder(temporary, folder)
 
