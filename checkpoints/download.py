@@ -45,7 +45,6 @@ CACHES = {"NANOTWIST_HOME": "~/.cache/nanotwist", "TEXTLESS_CHECKPOINT_ROOT": "~
           "HF_HUB_CACHE": "~/.cache/huggingface/hub"}  # environment variable -> the folder where it is not set
 HOSTS = {"NANOTWIST_MIRROR": "https://dl.fbaipublicfiles.com", "HF_ENDPOINT": "https://huggingface.co"}  # likewise
 
-# ---------------------------------------------------------------------------------------------- what the environment says
 
 def cache(variable):
     value = os.environ.get(variable)
@@ -65,8 +64,6 @@ def hub_token():
         raise ValueError("HF_TOKEN holds a space, a line break or another character that no token has; copy it again")
     return token or None
 
-
-# ---------------------------------------------------------------------------------------------- is it here, and is it whole?
 
 def whole(path):
     """Whether a file is there, readable and not empty. Its content is not looked at: it has its name because it is whole."""
@@ -141,8 +138,6 @@ def once(place, done, work):
         if not done():
             work()
 
-
-# ---------------------------------------------------------------------------------------------- one file from the network
 
 class Broken(OSError):
     """The connection failed or the answer was cut short: worth another attempt."""
@@ -313,8 +308,6 @@ def refusal(error, url, repository, by_hand):
                                "accept its conditions on its page and set HF_TOKEN to a token that may read it")
     return OSError(f"{url} is refused ({error.code} {error.reason}); {by_hand}")
 
-
-# ---------------------------------------------------------------------------------------------- names
 
 def find_zip(path):
     """A local .zip of a model -> the folder it was unpacked to, in our cache. A changed file is unpacked anew."""

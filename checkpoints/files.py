@@ -104,6 +104,9 @@ class Lazy(Mapping):
     def __getitem__(self, name):
         return self.read(name, self.places[name])
 
+    def __contains__(self, name):
+        return name in self.places  # a Mapping's own would read the tensor
+
     def __iter__(self):
         return iter(self.places)
 

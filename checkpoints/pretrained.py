@@ -177,7 +177,8 @@ def read_hubert(path):
     path = Path(path)
     architecture, tensors = hugging_face_hubert(path) if path.is_dir() else fairseq_hubert(path)
     tensors = fold_weight_norm(tensors)
-    tensors.setdefault("masked_spec_embed", torch.zeros(architecture["n_embd"]))  # stripped files lack it: encoding never masks
+    if "masked_spec_embed" not in tensors:  # encoding never masks, and stripped files lack it
+        tensors["masked_spec_embed"] = torch.zeros(architecture["n_embd"])
     if architecture["pos_batch_norm"]:
         tensors.setdefault("encoder.pos_conv_embed.batch_norm.num_batches_tracked", torch.tensor(0))
     fitted = fit(HUBERT_ROWS, architecture, tensors, path)
