@@ -26,7 +26,7 @@ def open_all_at_once(folder):
     family, options = pretrained.lm_architecture(pretrained.read_settings(folder))
     model = Transformer(TransformerConfig(**options, family=family))
     held = {name: tensor.float() for name, tensor in files.read_tensors(folder).items()}
-    model.load_state_dict(dict(pretrained.Ours(held, pretrained.FAMILIES[family], options, folder)))
+    model.load_state_dict(dict(pretrained.translate(held, pretrained.FAMILIES[family], options, folder)))
     return model
 
 

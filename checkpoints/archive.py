@@ -18,7 +18,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-CHUNK = 1 << 20  # bytes written at a time
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError,
            RuntimeError)  # what zipfile raises for damage; RuntimeError: a password, or a method of packing that it has not
 
@@ -69,7 +68,7 @@ def room_for(size, folder):
 def unzip(archive, folder):
     """Unpack an archive from a stranger into a folder that does not exist yet; nothing is visible there before all is.
 
-    Raises: ValueError for an archive that is damaged or reaches out of its folder; OSError where the disk is too small.
+    Raises: ValueError for one that is damaged, reaches out of its folder or holds no model; OSError where the disk is too small.
     """
     archive, folder = Path(archive), Path(folder)
     if folder.exists():
@@ -83,7 +82,10 @@ def unzip(archive, folder):
             check_members(members, archive)
             room_for(sum(member.file_size for member in members), temporary)
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None):
-                unpack(file, member, temporary)
+                unpack(file, member, temporary / member.filename)
+        if not (model_folder(temporary) / "config.json").is_file():
+            held = ", ".join(sorted(path.name for path in temporary.iterdir())[:5]) or "nothing"
+            raise ValueError(f"{archive} holds {held}: expected config.json there or in exactly one folder below; check it")
         os.replace(temporary, folder)
     except DAMAGED as error:
         raise ValueError(f"{archive} is damaged or no zip archive ({error}); delete it and get it again") from None
@@ -108,37 +110,21 @@ def check_members(members, archive):
             raise ValueError(f"{archive}: {member.filename!r} {trouble}; this is no model archive, and nothing was unpacked")
 
 
-def unpack(file, member, folder):
-    """One member, never more bytes than it declares."""
-    target = folder / member.filename
+def unpack(file, member, target):
+    """One member; zipfile reads no more bytes than it declares, and compares their checksum."""
     if member.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    left = member.file_size
     with file.open(member) as source, open(target, "xb") as out:  # x: no member twice
-        while chunk := source.read(CHUNK):
-            left -= len(chunk)
-            if left < 0:
-                break
-            out.write(chunk)
+        shutil.copyfileobj(source, out)
         out.flush()
         os.fsync(out.fileno())
-    if left:
-        raise zipfile.BadZipFile(f"{member.filename} has another size than declared")
+        if out.tell() != member.file_size:
+            raise zipfile.BadZipFile(f"{member.filename} is shorter than declared")
 
 
 def model_folder(folder):
     """The folder that holds config.json: this one, or the only one in it that does, as archives are often packed."""
     nested = [] if (folder / "config.json").is_file() else list(folder.glob("*/config.json"))
     return nested[0].parent if len(nested) == 1 else folder
-
-
-def unpacked_model(folder):
-    """The same of a folder that was an archive. Raises ValueError, with what it holds instead."""
-    found = model_folder(folder)
-    if not (found / "config.json").is_file():
-        held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{folder} holds {held}: expected config.json there or in exactly one folder below; "
-                         "check the archive, then delete this folder to unpack it again")
-    return found

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from checkpoints.archive import room_for, unpacked_model, unzip
+from checkpoints.archive import model_folder, room_for, unzip
 from checkpoints.known import KNOWN
 
 ATTEMPTS = 3  # connections a file may cost; each goes on where the last one broke
@@ -45,7 +45,6 @@ CACHES = {"NANOTWIST_HOME": "~/.cache/nanotwist", "TEXTLESS_CHECKPOINT_ROOT": "~
           "HF_HUB_CACHE": "~/.cache/huggingface/hub"}  # environment variable -> the folder where it is not set
 HOSTS = {"NANOTWIST_MIRROR": "https://dl.fbaipublicfiles.com", "HF_ENDPOINT": "https://huggingface.co"}  # likewise
 
-# ---------------------------------------------------------------------------------------------- what the environment says
 
 def cache(variable):
     value = os.environ.get(variable)
@@ -65,8 +64,6 @@ def hub_token():
         raise ValueError("HF_TOKEN holds a space, a line break or another character that no token has; copy it again")
     return token or None
 
-
-# ---------------------------------------------------------------------------------------------- is it here, and is it whole?
 
 def whole(path):
     """Whether a file is there, readable and not empty. Its content is not looked at: it has its name because it is whole."""
@@ -126,9 +123,10 @@ def snapshot(repository):
     return folder / "snapshots" / (reference.read_text(errors="replace").strip() if whole(reference) else "none")
 
 
-@contextlib.contextmanager
-def locked(place):
-    """One process at a time; the others wait, and then find the work done. The lock ends with the process that holds it."""
+def once(place, done, work):
+    """Work unless it is done, one process at a time: the others wait, and find it done. A lock ends with its process."""
+    if done():
+        return
     path = place.with_name(place.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +135,9 @@ def locked(place):
     except OSError as error:
         raise OSError(f"cannot write and lock {path} ({error.strerror}); set NANOTWIST_HOME to another folder") from None
     with file:
-        yield
+        if not done():
+            work()
 
-
-# ---------------------------------------------------------------------------------------------- one file from the network
 
 class Broken(OSError):
     """The connection failed or the answer was cut short: worth another attempt."""
@@ -312,70 +309,38 @@ def refusal(error, url, repository, by_hand):
     return OSError(f"{url} is refused ({error.code} {error.reason}); {by_hand}")
 
 
-# ---------------------------------------------------------------------------------------------- names
-
 def find_zip(path):
     """A local .zip of a model -> the folder it was unpacked to, in our cache. A changed file is unpacked anew."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no zip archive at {path}; check the path")
     status = path.stat()
     version = hashlib.sha256(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache("NANOTWIST_HOME") / "zip" / f"{path.stem}-{version}"
-    with locked(folder):
-        if not folder.is_dir():
-            unzip(path, folder)
-    return unpacked_model(folder)
+    once(folder, folder.is_dir, lambda: unzip(path, folder))
+    return model_folder(folder)
 
 
-def known_files(kind, name, files):
-    """The files of a table entry, side by side in our cache -> the path of the first."""
-    place = cache("NANOTWIST_HOME") / kind / name
-    if not all(trusted(place / file.name, file.sha256) for file in files):
-        with locked(place):
-            for file in files:
-                if not trusted(place / file.name, file.sha256):
-                    known_file(file, place / file.name)
-    return place / files[0].name
+def known_files(files, place):
+    """Files of the table, side by side in a folder: linked to textlesslib's, or downloaded."""
+    for file in files:
+        target, theirs = place / file.name, cache("TEXTLESS_CHECKPOINT_ROOT") / (file.textless or file.name)
+        if trusted(target, file.sha256):
+            continue
+        if target.is_symlink():
+            target.unlink()  # what it points to has changed or gone
+        elif whole(target):
+            raise ValueError(f"{target} has sha256 {digest(target)}, expected {file.sha256}; delete it to download it anew")
+        if trusted(theirs, file.sha256):
+            place.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(theirs)
+        else:
+            fetch(f"{host('NANOTWIST_MIRROR')}/{file.url}", target, file.sha256)
 
 
-def known_file(file, target):
-    if target.is_symlink():
-        target.unlink()  # what it points to has changed or gone
-    elif whole(target):
-        raise ValueError(f"{target} has sha256 {digest(target)}, expected {file.sha256}; delete it, and it is downloaded anew")
-    theirs = cache("TEXTLESS_CHECKPOINT_ROOT") / (file.textless or file.name)
-    if trusted(theirs, file.sha256):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(theirs)
-    else:
-        fetch(f"{host('NANOTWIST_MIRROR')}/{file.url}", target, file.sha256)
-
-
-def known_model(name, file):
-    """A zip of the table -> the folder it was unpacked to. The zip itself is not kept."""
-    folder = cache("NANOTWIST_HOME") / "model" / name
-    if not folder.is_dir():
-        with locked(folder):
-            if not folder.is_dir():
-                archive = folder.with_name(file.name)
-                if not whole(archive):
-                    fetch(f"{host('NANOTWIST_MIRROR')}/{file.url}", archive)
-                unzip(archive, folder)
-                archive.unlink()
-    return unpacked_model(folder)
-
-
-def hub_folder(repository):
-    """org/name of the hub -> a folder with its config.json and weights: ours, the Hugging Face cache's, or a new one."""
-    folder = cache("NANOTWIST_HOME") / "hub" / repository.replace("/", "--")
-    for place in (folder, snapshot(repository)):
-        if complete(place):
-            return place
-    with locked(folder):
-        if not complete(folder):
-            download_repository(repository, folder)
-    return folder
+def known_model(file, folder):
+    """A zip of the table -> the folder it is unpacked to. The zip itself is not kept."""
+    known_files([file], folder.parent)
+    unzip(folder.parent / file.name, folder)
+    (folder.parent / file.name).unlink()
 
 
 def download_repository(repository, folder):
@@ -395,30 +360,35 @@ def download_repository(repository, folder):
             continue
         if name.endswith(".json"):
             try:
-                shards = set(read_index(folder / name).values())
+                shards = sorted(set(read_index(folder / name).values()))
             except ValueError:
                 (folder / name).unlink()  # or it would be in the way of a repaired one
                 raise
-            for shard in sorted(shards):
+            for shard in shards:
                 get(shard)
         return
     raise FileNotFoundError(f"{address} has none of {', '.join(WEIGHTS)}; a model in another format cannot be read")
 
 
 def find(name, kind):
-    """A known name -> a local folder (models; anything of the hub) or file, downloaded if no cache has it.
+    """A known name -> a local folder (models; anything of the hub) or file, downloaded if no cache has it. kind: of KNOWN.
 
-    Args: kind is what is wanted: lm, model, tokenizer, kmeans or vocoder.
     Raises: ValueError for a name that is not known or a file with wrong content; OSError if it cannot be had.
     """
-    if kind not in KNOWN:
-        raise ValueError(f"kind {kind!r} is unknown; expected one of {', '.join(KNOWN)}")
     if kind == "vocoder" and name in KNOWN["tokenizer"]:  # the vocoder of its units
         name = f"{KNOWN['tokenizer'][name].kmeans}-hifigan"
     if name in KNOWN[kind]:
-        files = KNOWN[kind][name].files
-        return known_model(name, files[0]) if kind == "model" else known_files(kind, name, files)
+        files, place = KNOWN[kind][name].files, cache("NANOTWIST_HOME") / kind / name
+        if kind == "model":
+            once(place, place.is_dir, lambda: known_model(files[0], place))
+            return model_folder(place)
+        once(place, lambda: all(trusted(place / file.name, file.sha256) for file in files), lambda: known_files(files, place))
+        return place / files[0].name
     if kind in FROM_HUB and REPOSITORY.fullmatch(name) and "--" not in name and ".." not in name:
-        return hub_folder(name)
+        folder, theirs = cache("NANOTWIST_HOME") / "hub" / name.replace("/", "--"), snapshot(name)
+        if complete(theirs) and not complete(folder):
+            return theirs
+        once(folder, lambda: complete(folder), lambda: download_repository(name, folder))
+        return folder
     hub = ["any org/name of the Hugging Face hub (such as facebook/opt-125m)"] if kind in FROM_HUB else []
     raise ValueError(f"--{kind}={name}: no such name; give {', '.join([*KNOWN[kind], *hub])} or a local path")

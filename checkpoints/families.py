@@ -7,15 +7,13 @@ stacked, because we multiply them at once; q, k and v interleaved head by head a
 transposed. The same key and the same row write it back. A new family is a new table; pretrained.py holds the machinery that
 reads them. `architecture` is everywhere a dictionary of keyword arguments: of TransformerConfig, or of HubertConfig.
 
-Sources: the config.json and tensor names of the Hugging Face releases of OPT, GPT-2, GPT-NeoX, BLOOM, LLaMA, Mistral, Qwen
-and HuBERT; fairseq's HuBERT checkpoints.
+Sources: the config.json and tensor names of the Hugging Face releases of OPT, GPT-2, GPT-NeoX (Pythia), BLOOM, LLaMA, Mistral,
+Qwen and HuBERT; fairseq's HuBERT checkpoints.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-
-# ---------------------------------------------------------------------------------------------- rows and layouts
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,6 @@ def linear(theirs, ours, bias=always, when=always, layout=PLAIN):
                 lambda architecture: when(architecture) and bias(architecture)))
 
 
-def scale(theirs, ours, when=always):
-    """The weight of a norm without bias."""
-    return Row((f"{theirs}.weight",), f"{ours}.weight", when=when)
-
-
 def head(theirs="lm_head.weight"):
     return Row((theirs,), "lm_head.weight", when=lambda architecture: not architecture["tie_embeddings"])
 
@@ -112,8 +105,6 @@ READ = {"mlp": read_activation, "norm_order": lambda key, before: "pre" if befor
 WRITE = {"mlp": lambda mlp: {"gelu_tanh": "gelu_new", "swiglu": "silu"}.get(mlp, mlp), "norm_order": lambda order: order == "pre",
          "rope_scaling": lambda scaling: scaling and {"rope_type": "llama3", **dict(zip(ROPE_SCALING, scaling))}}
 
-# ---------------------------------------------------------------------------------------------- LLaMA and its kin
-
 
 def read_rope(c):
     """Rotary fields, in the spelling of transformers 5 (rope_parameters) or of older files."""
@@ -127,36 +118,29 @@ def read_rope(c):
             "rope_scaling": tuple(scaling[key] for key in ROPE_SCALING) if kind == "llama3" else None}
 
 
-def within(window):
-    """What LLaMA's kin derive. Up to the length of a sliding window, attention is plain: the model is opened for that length.
-
-    window: their config -> length of the window, or None.
-    """
-    def derive(c):
-        positions, longest = c.get("max_position_embeddings", 2048), window(c)
-        return {**read_rope(c), "block_size": min(positions, longest) if longest else positions}
-    return derive
-
-
-def qwen_window(c):
-    return c.get("sliding_window", 4096) if c.get("use_sliding_window", False) else None
+def derive_llama(c):
+    """Up to the length of a sliding window, attention is plain: the model is opened for that length."""
+    windowed = c.get("use_sliding_window", c["model_type"] == "mistral")  # Qwen's key; LLaMA has no window
+    positions = c.get("max_position_embeddings", 2048)
+    window = c.get("sliding_window", 4096) if windowed else None
+    return {**read_rope(c), "block_size": min(positions, window or positions)}
 
 
 LLAMA_ROWS = (
     Row(("model.embed_tokens.weight",), "wte.weight"),
-    scale("model.layers.{}.input_layernorm", "h.{}.ln_1"),
+    Row(("model.layers.{}.input_layernorm.weight",), "h.{}.ln_1.weight"),
     *linear(tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"), "h.{}.attn.qkv", having("attention_bias"),
             layout=STACKED),
-    scale("model.layers.{}.self_attn.q_norm", "h.{}.attn.q_norm", having("qk_norm")),
-    scale("model.layers.{}.self_attn.k_norm", "h.{}.attn.k_norm", having("qk_norm")),
+    Row(("model.layers.{}.self_attn.q_norm.weight",), "h.{}.attn.q_norm.weight", when=having("qk_norm")),
+    Row(("model.layers.{}.self_attn.k_norm.weight",), "h.{}.attn.k_norm.weight", when=having("qk_norm")),
     *linear("model.layers.{}.self_attn.o_proj", "h.{}.attn.out", having("out_bias")),
-    scale("model.layers.{}.post_attention_layernorm", "h.{}.ln_2"),
+    Row(("model.layers.{}.post_attention_layernorm.weight",), "h.{}.ln_2.weight"),
     *(row for name in ("gate", "up", "down")
       for row in linear(f"model.layers.{{}}.mlp.{name}_proj", f"h.{{}}.mlp.{name}", having("mlp_bias"))),
-    scale("model.norm", "ln_f"),
+    Row(("model.norm.weight",), "ln_f.weight"),
     head())
 LLAMA = Family(
-    "LlamaForCausalLM", prefix="model.", rows=LLAMA_ROWS, derive=within(lambda c: None),
+    "LlamaForCausalLM", prefix="model.", rows=LLAMA_ROWS, derive=derive_llama,
     dropped=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     keys={"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
           "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd", "head_dim": "head_dim",
@@ -166,14 +150,12 @@ LLAMA = Family(
     fixed=dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=False), demanded=dict(hidden_act="silu"),
     defaults=dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False,
                   tie_word_embeddings=False, initializer_range=0.02))
-MISTRAL = replace(LLAMA, class_name="MistralForCausalLM", derive=within(lambda c: c.get("sliding_window", 4096)),
-                  demanded=LLAMA.demanded | dict(attention_bias=False, mlp_bias=False), extra={"sliding_window": None})
-QWEN2 = replace(LLAMA, class_name="Qwen2ForCausalLM", derive=within(qwen_window), extra={"use_sliding_window": False},
+MISTRAL = replace(LLAMA, class_name="MistralForCausalLM", extra={"sliding_window": None},
+                  demanded=LLAMA.demanded | dict(attention_bias=False, mlp_bias=False))
+QWEN2 = replace(LLAMA, class_name="Qwen2ForCausalLM", extra={"use_sliding_window": False},
                 fixed=LLAMA.fixed | dict(attention_bias=True, out_bias=False))
-QWEN3 = replace(LLAMA, class_name="Qwen3ForCausalLM", derive=within(qwen_window), extra={"use_sliding_window": False},
+QWEN3 = replace(LLAMA, class_name="Qwen3ForCausalLM", extra={"use_sliding_window": False},
                 fixed=LLAMA.fixed | dict(qk_norm=True), defaults=LLAMA.defaults | dict(head_dim=128))
-
-# ---------------------------------------------------------------------------------------------- OPT
 
 
 def projected(architecture):
@@ -205,9 +187,6 @@ OPT = Family(
     Row(("model.decoder.project_out.weight",), "project_out.weight", when=projected),
     head()))
 
-# ---------------------------------------------------------------------------------------------- GPT-2
-
-
 GPT2 = Family(
     "GPT2LMHeadModel", prefix="transformer.", dropped=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
     keys={"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
@@ -228,8 +207,6 @@ GPT2 = Family(
     *linear("transformer.h.{}.mlp.c_proj", "h.{}.mlp.down", layout=TRANSPOSED),
     *linear("transformer.ln_f", "ln_f"),
     head()))
-
-# ---------------------------------------------------------------------------------------------- GPT-NeoX and Pythia
 
 
 def derive_neox(c):
@@ -258,9 +235,6 @@ NEOX = Family(
     *linear("gpt_neox.final_layer_norm", "ln_f"),
     head("embed_out.weight")))
 
-# ---------------------------------------------------------------------------------------------- BLOOM
-
-
 BLOOM = Family(
     "BloomForCausalLM", prefix="transformer.",
     keys={"vocab_size": "vocab_size", "seq_length": "block_size", "n_layer": "n_layer", "n_head": "n_head",
@@ -287,8 +261,6 @@ BLOOM = Family(
 FAMILIES = {"opt": OPT, "gpt2": GPT2, "gpt_neox": NEOX, "bloom": BLOOM, "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2,
             "qwen3": QWEN3}
 
-# ---------------------------------------------------------------------------------------------- HuBERT
-
 HUBERT_CONFIG = {  # theirs -> ours, where the value is the same
     "conv_dim": "conv_dim", "conv_kernel": "conv_kernel", "conv_stride": "conv_stride", "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
@@ -301,18 +273,15 @@ POS_CONV = "encoder.pos_conv_embed.conv"
 # A convolution's weight (out, channels, taps) <-> (out, taps, channels), which is the matrix that multiplies patches.
 TAPS_FIRST = Layout(lambda parts, _: parts[0].transpose(1, 2), lambda x, _: [x.transpose(1, 2).contiguous()])
 THIRDS = Layout(lambda parts, _: torch.cat(parts), lambda x, _: x.chunk(3))  # q, k and v are multiplied at once
-batch_norm = having("pos_batch_norm")
-
 HUBERT_ROWS = (
     Row(("masked_spec_embed",), "mask_embedding"),
     Row(("feature_extractor.conv_layers.{}.conv.weight",), "convs.{}.weight", layout=TAPS_FIRST),
     *linear("feature_extractor.conv_layers.0.layer_norm", "group_norm"),
     *linear("feature_projection.layer_norm", "feature_norm"),
     *linear("feature_projection.projection", "projection"),
-    *linear("encoder.pos_conv_embed.batch_norm", "pos_norm", when=batch_norm),
-    Row(("encoder.pos_conv_embed.batch_norm.running_mean",), "pos_norm.running_mean", when=batch_norm),
-    Row(("encoder.pos_conv_embed.batch_norm.running_var",), "pos_norm.running_var", when=batch_norm),
-    Row(("encoder.pos_conv_embed.batch_norm.num_batches_tracked",), "pos_norm.num_batches_tracked", when=batch_norm),
+    *linear("encoder.pos_conv_embed.batch_norm", "pos_norm", when=having("pos_batch_norm")),
+    *(Row((f"encoder.pos_conv_embed.batch_norm.{name}",), f"pos_norm.{name}", when=having("pos_batch_norm"))
+      for name in ("running_mean", "running_var", "num_batches_tracked")),
     *linear(POS_CONV, "pos_conv"),
     *linear("encoder.layer_norm", "ln_in"),
     *linear(tuple(f"encoder.layers.{{}}.attention.{x}_proj" for x in "qkv"), "layers.{}.qkv", layout=THIRDS),

@@ -36,17 +36,12 @@ def find(name, kind):
     Args: kind: lm, model, tokenizer, kmeans, vocoder or units; what the option that names it is called.
     Raises: FileNotFoundError if there is nothing here and nothing can be fetched.
     """
-    if name == "pocket" and kind in KINDS:
-        path = KINDS[kind]
-        if not path.exists():
-            raise FileNotFoundError(f"--{kind}=pocket: no folder {path}; clone the repository again")
-        return path
-    path = Path(name)
+    path = KINDS[kind] if name == "pocket" else Path(name)
     if path.exists():
-        return download.find_zip(path) if path.suffix == ".zip" else path
+        return download.find_zip(path) if path.suffix == ".zip" and path.is_file() else path
     missing = f"--{kind}={name}: no such file or folder ({path})"
     if kind == "units" or path.is_absolute():
-        raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`")
+        raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`, which comes with the repository")
     try:
         return download.find(name, kind)
     except (ValueError, OSError) as error:
@@ -97,31 +92,30 @@ def replacing(path, temporary=None):
     os.replace(temporary, path)
 
 
-class Tensors(Mapping):
-    """{name: tensor} of weight files, dtypes as stored; a tensor is read when it is asked for, so memory holds what is used."""
+class Lazy(Mapping):
+    """{name: tensor}, each read when it is asked for, so memory holds what is used.
 
-    def __init__(self, files):
-        self.files = files  # {name of a tensor: its file}
-        self.pickle = None, {}  # the .bin file that was opened last, and its tensors
+    Args: places: {name: where its tensor is}. read: function (name, that place) -> tensor.
+    """
+
+    def __init__(self, places, read):
+        self.places, self.read = places, read
 
     def __getitem__(self, name):
-        path = self.files[name]
-        if path.suffix == ".safetensors":
-            with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
-                return file.get_tensor(name)
-        if self.pickle[0] != path:
-            self.pickle = path, read_pickle(path)
-        return self.pickle[1][name]
+        return self.read(name, self.places[name])
+
+    def __contains__(self, name):
+        return name in self.places  # a Mapping's own would read the tensor
 
     def __iter__(self):
-        return iter(self.files)
+        return iter(self.places)
 
     def __len__(self):
-        return len(self.files)
+        return len(self.places)
 
 
 def open_tensors(path):
-    """All tensors of a weight file or model folder (there of the first of download.WEIGHTS), unread: Tensors.
+    """All tensors of a weight file or model folder (there of the first of download.WEIGHTS), dtypes as stored: a Mapping.
 
     Raises: FileNotFoundError naming what was looked for; ValueError for a truncated or foreign file.
     """
@@ -135,24 +129,32 @@ def open_tensors(path):
         raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
     if path.name.endswith(".index.json"):
         return open_sharded(path)
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            return Tensors(dict.fromkeys(file.keys(), path))
-    tensors = read_pickle(path)
-    opened = Tensors(dict.fromkeys(tensors, path))
-    opened.pickle = path, tensors
-    return opened
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+
+    def read(name, path):
+        with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
+            return file.get_tensor(name)
+
+    with open_safetensors(path) as file:
+        return Lazy(dict.fromkeys(file.keys(), path), read)
 
 
 def open_sharded(index):
     """The shards that an index names; every tensor must be where it says, and nothing may be missing."""
-    weight_map = download.read_index(index)
+    weight_map, opened = download.read_index(index), {}
+
+    def tensors(shard):
+        if shard not in opened:
+            opened.clear()  # of .bin files, the tensors of one are in memory at a time
+            opened[shard] = open_tensors(index.parent / shard)
+        return opened[shard]
+
     for shard in sorted(set(weight_map.values())):
-        found = open_tensors(index.parent / shard)
-        missing = sorted(name for name, place in weight_map.items() if place == shard and name not in found.files)
+        missing = sorted(name for name, place in weight_map.items() if place == shard and name not in tensors(shard))
         if missing:
             raise ValueError(f"{index} promises {len(missing)} tensors that {shard} lacks, e.g. {missing[0]}; copy both again")
-    return Tensors({name: index.parent / shard for name, shard in weight_map.items()})
+    return Lazy(weight_map, lambda name, shard: tensors(shard)[name])
 
 
 def open_safetensors(path):
@@ -179,57 +181,13 @@ def read_pickle(path):
 
 
 def held(value):
-    """What an Inert stands for, where that is known; anything else is itself."""
-    seen = set()
-    while type(value) is pickles.Inert and value.args is not None and id(value) not in seen:  # a forged one may hold itself
-        seen.add(id(value))
-        state = value.state if type(value.state) is dict else {}
-        if value.kind in ("argparse.Namespace", "types.SimpleNamespace"):
-            value = state
-        elif value.kind.startswith("omegaconf."):
-            value = state.get("_content", state.get("_val", value))
-        elif value.kind == "fairseq.data.dictionary.Dictionary":
-            value = state.get("symbols", value)
-        elif value.items is not None:
-            value = value.items
-        elif value.state is None and len(value.args) == 1 and type(value.args[0]) in (str, int, float, bool):
+    """What a wrapper in a trainer's settings holds: an object's attributes, omegaconf's content, an enum's value; else itself."""
+    for _ in range(2):  # omegaconf wraps an enum once more; a forged wrapper may hold itself
+        if type(value) is pickles.Inert and type(value.state) is dict:
+            value = value.state.get("_content", value.state.get("_val", value.state))
+        elif type(value) is pickles.Inert and value.args and len(value.args) == 1:
             value = value.args[0]
     return value
-
-
-def convert(value, done):
-    """done: {id: (value, its conversion)}; holding the value keeps its id from being given to another."""
-    value = held(value)
-    if type(value) not in (dict, list, tuple):
-        return value
-    if id(value) in done:
-        return done[id(value)][1]
-    if type(value) is tuple:
-        result = tuple([convert(item, done) for item in value])
-    else:
-        result = type(value)()
-        done[id(value)] = value, result  # before its items, which may hold it
-        if type(value) is list:
-            result.extend([convert(item, done) for item in value])
-        else:
-            for key, item in value.items():
-                result[held(key) if type(held(key)) in (str, int, float, bool) else key] = convert(item, done)
-    done[id(value)] = value, result
-    return result
-
-
-def plain(value):
-    """Inert objects -> what they hold, in dicts, lists and tuples at any depth; shared ones stay shared.
-
-    argparse.Namespace -> dict; enum -> its value (as is anything made of one string or number, e.g. torch.device);
-    omegaconf containers and nodes -> their content; fairseq's Dictionary -> list of symbols; other classes' items -> dict or
-    list. Anything else stays an Inert, and sets and arrays stay as they are.
-    Raises: ValueError for values nested hundreds deep.
-    """
-    try:
-        return convert(value, {})
-    except RecursionError:
-        raise ValueError("the values of a pickle are nested too deeply; convert it to safetensors where you trust it") from None
 
 
 def read_fairseq(path):
@@ -238,14 +196,15 @@ def read_fairseq(path):
     The settings stand in `args` (a Namespace) in files before fairseq 0.11, in `cfg` (sections of dictionaries, Namespaces or
     omegaconf containers) after; stripped copies have neither.
     """
-    value = plain(pickles.load(path))
+    value = pickles.load(path)
     tensors = value.get("model") if isinstance(value, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is no fairseq checkpoint: it has no `model` that is a dictionary of tensors; give the .pt file "
                          "of a HuBERT, or a Hugging Face folder")
-    cfg = value.get("cfg") or {}
-    sections = [value.get("args"), *(cfg.get(part) for part in ("task", "model"))] if isinstance(cfg, dict) else []
-    return {key: setting for section in sections if isinstance(section, dict) for key, setting in section.items()}, tensors
+    cfg = held(value.get("cfg") or {})
+    sections = [value.get("args"), cfg.get("task"), cfg.get("model")] if isinstance(cfg, dict) else []
+    sections = [section for section in map(held, sections) if isinstance(section, dict)]
+    return {key: held(setting) for section in sections for key, setting in section.items()}, tensors
 
 
 def read_kmeans(path):
@@ -256,10 +215,10 @@ def read_kmeans(path):
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors = read_tensors(path)
-        if "centers" not in tensors:
-            raise ValueError(f"{path} has no tensor `centers`, only {sorted(tensors)[:3]}")
-        return tensors["centers"].float(), read_metadata(path)
+        with open_safetensors(path) as file:
+            if "centers" not in file.keys():
+                raise ValueError(f"{path} has no tensor `centers`, only {sorted(file.keys())[:3]}")
+            return file.get_tensor("centers").float(), file.metadata() or {}
     value = pickles.load(path)
     state = value.state if isinstance(value, pickles.Inert) else value
     if isinstance(state, dict):
@@ -285,12 +244,6 @@ def write_tensors(path, tensors, metadata=None):
         temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
 
 
-def read_metadata(path):
-    """The string table in a safetensors header."""
-    with open_safetensors(Path(path)) as file:
-        return file.metadata() or {}
-
-
 def write_model(folder, config, tensors, shard_bytes=SHARD_BYTES):
     """Write a Hugging Face style folder: config.json + model.safetensors, in several files with an index if large.
 
@@ -307,17 +260,14 @@ def write_model(folder, config, tensors, shard_bytes=SHARD_BYTES):
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    if len(shards) == 1:
-        write_tensors(temporary / "model.safetensors", shards[0])
-    else:
-        weight_map = {}
-        for i, shard in enumerate(shards, start=1):
-            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(temporary / name, shard)
-            weight_map.update(dict.fromkeys(shard, name))
-        total = sum(tensor.nbytes for tensor in tensors.values())
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         write_json(temporary / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+                   {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                    "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
+    for name, shard in zip(names, shards):
+        write_tensors(temporary / name, shard)
     write_json(temporary / "config.json", config)
     replace_folder(temporary, folder)
 

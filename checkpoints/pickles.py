@@ -64,8 +64,6 @@ class Inert:
         return f"<Inert {'class ' if self.args is None else ''}{self.kind}>"
 
 
-# ---------------------------------------------------------------------------------------------- what may be called
-
 def check_keys(keys):
     """Hashing follows nested tuples on the C stack: a million of them crash the interpreter, and forty pairs take for ever."""
     if type(keys) not in (list, tuple):
@@ -155,8 +153,6 @@ OURS = {
     "builtins.set": lambda items=(): set(check_keys(items)), "builtins.frozenset": lambda items=(): frozenset(check_keys(items)),
 }
 
-
-# ---------------------------------------------------------------------------------------------- the stack machine
 
 class Unpickler(pickle._Unpickler):
     """The machine in pure Python. Every instruction that looks up, calls or reaches into an object is replaced.
@@ -276,8 +272,6 @@ class Unpickler(pickle._Unpickler):
                          pickle.READONLY_BUFFER], refuse),  # old classes of Python 2, process-wide registries, other files
     }.items()}}
 
-
-# ---------------------------------------------------------------------------------------------- containers
 
 def zip_members(file, size):
     """{name: zipfile.ZipInfo}. Nothing is extracted; names that would lead elsewhere tell of an attack all the same."""

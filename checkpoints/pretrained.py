@@ -8,7 +8,6 @@ Sources: tensor names of the Hugging Face releases, slamkit's wrapper of a unit 
 """
 import ast
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,8 +18,6 @@ from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
 UNIT_LM = "speech_language_model"  # model_type of slamkit's wrapper around a text LM's network
-
-# ---------------------------------------------------------------------------------------------- text LMs, both directions
 
 
 def read_settings(folder):
@@ -43,7 +40,7 @@ def open_lm(folder, dtype=None):
     dtype: of the tensors, None: as stored.
     """
     family, architecture = lm_architecture(read_settings(folder), folder)
-    return family, architecture, Ours(files.open_tensors(folder), FAMILIES[family], architecture, folder, dtype)
+    return family, architecture, translate(files.open_tensors(folder), FAMILIES[family], architecture, folder, dtype)
 
 
 def lm_architecture(settings, where="config.json"):
@@ -105,36 +102,28 @@ def full_name(name, family):
     return name if name.startswith(family.prefix) else family.prefix + name
 
 
-class Ours(Mapping):
-    """{our name: tensor} over {their name: tensor}: read, converted and copied when it is asked for, so one at a time.
+def translate(source, family, architecture, where, dtype=None):
+    """{their name: tensor} -> {our name: tensor}: read, converted and copied when it is asked for, so one at a time.
 
     Every tensor of theirs is consumed or dropped on purpose; the names are checked here, before anything is read.
-    Args: source: {their name: tensor}, best files.open_tensors. dtype: of what is read; None: as stored.
+    Args: source: best files.open_tensors. dtype: of what is read; None: as stored.
     """
+    names = {full_name(name, family): name for name in source}
+    if architecture["tie_embeddings"]:
+        names.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
+    names = {name: stored for name, stored in names.items() if not re.fullmatch(family.dropped, name)}
 
-    def __init__(self, source, family, architecture, where, dtype=None):
-        self.source, self.architecture, self.where, self.dtype = source, architecture, where, dtype
-        names = {full_name(name, family): name for name in source}
-        if architecture["tie_embeddings"]:
-            names.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
-        names = {name: stored for name, stored in names.items() if not re.fullmatch(family.dropped, name)}
-        self.rows = fit(family.rows, architecture, names, where)
-
-    def __getitem__(self, name):
-        row, names = self.rows[name]
-        parts = [self.source[part] for part in names]
+    def read(_, place):
+        row, stored = place
+        parts = [source[name] for name in stored]
         try:
-            value = row.layout.read(parts, self.architecture)
+            value = row.layout.read(parts, architecture)
         except RuntimeError:
-            raise ValueError(f"{self.where}: {names[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
+            raise ValueError(f"{where}: {stored[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
                              "they belong to different models") from None
-        return torch.empty(value.shape, dtype=self.dtype or value.dtype).copy_(value)
+        return torch.empty(value.shape, dtype=dtype or value.dtype).copy_(value)
 
-    def __iter__(self):
-        return iter(self.rows)
-
-    def __len__(self):
-        return len(self.rows)
+    return files.Lazy(fit(family.rows, architecture, names, where), read)
 
 
 def expand(rows, architecture):
@@ -175,8 +164,6 @@ def write_rows(rows, architecture, tensors):
     return theirs
 
 
-# ---------------------------------------------------------------------------------------------- HuBERT, both directions
-
 def read_hubert(path):
     """A Hugging Face HuBERT folder or a fairseq .pt file -> (keyword arguments of HubertConfig, {our name: tensor})."""
     path = Path(path)
@@ -200,10 +187,10 @@ def hugging_face_hubert(folder):
     lacking = [key for key in HUBERT_CONFIG if key not in settings]
     if lacking:
         raise ValueError(f"{folder}: config.json lacks {', '.join(lacking)} which a HuBERT needs")
-    architecture = {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}
-    architecture = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     # preprocessor_config.json may ask for normalised waveforms; no published pipeline does that with these models
-    return architecture, {name.removeprefix("hubert."): tensor for name, tensor in files.read_tensors(folder).items()}
+    tensors = {name.removeprefix("hubert."): tensor for name, tensor in files.read_tensors(folder).items()}
+    return {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}, tensors
 
 
 def fairseq_hubert(path):
@@ -256,23 +243,23 @@ def parse_conv_layers(text):
     """"[(512,10,5)] + [(512,3,2)] * 4" -> [(512, 10, 5), (512, 3, 2), ...]. Python's syntax, but nothing is evaluated."""
     def value(node):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return value(node.left) + value(node.right)
-        times = 1
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            layers, times = value(node.left), ast.literal_eval(node.right)
+            layers = value(node.left) + value(node.right)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            layers = value(node.left) * min(ast.literal_eval(node.right), 65)
         else:
             layers = ast.literal_eval(node)
-        numbers = [n for layer in layers for n in (layer if type(layer) is tuple and len(layer) == 3 else (None,))]
-        if type(layers) is not list or not all(type(n) is int and 0 < n < 10_000 for n in [times, *numbers]):
+        if type(layers) is not list or not 0 < len(layers) <= 64:  # nobody has more convolutions
             raise ValueError
-        if not 0 < len(layers) * times <= 64:  # nobody has more convolutions
-            raise ValueError
-        return layers * times
+        return layers
 
     try:
         if not isinstance(text, str) or len(text) > 1000:
             raise ValueError
         layers = value(ast.parse(text.strip(), mode="eval").body)
+        if not all(type(layer) is tuple and len(layer) == 3 for layer in layers):
+            raise ValueError
+        if not all(type(n) is int and 0 < n < 10_000 for layer in layers for n in layer):
+            raise ValueError
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise ValueError(f"conv_feature_layers {text!r:.80} is no list of (width, kernel, stride); nothing was evaluated"
                          ) from None
@@ -291,8 +278,6 @@ def write_hubert(architecture, tensors):
         theirs |= {f"{new}0": torch.linalg.vector_norm(v.float(), dim=(0, 1), keepdim=True).to(v.dtype), f"{new}1": v}
     return settings, theirs
 
-
-# ---------------------------------------------------------------------------------------------- weight norm
 
 def fold_weight_norm(tensors):
     """w = g v / |v| for every weight stored as length g and direction v, in either spelling; the rest as it is.

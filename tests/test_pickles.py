@@ -31,7 +31,7 @@ import pytest
 import torch
 
 from checkpoints import pickles
-from checkpoints.files import plain
+from checkpoints.files import held, read_fairseq
 from checkpoints.pickles import Inert, load
 
 
@@ -65,6 +65,9 @@ def assert_equal(found, expected):
     elif isinstance(expected, dict):
         assert list(found) == list(expected)
         assert_equal(list(found.values()), list(expected.values()))
+    elif isinstance(expected, Inert):
+        assert_equal((found.kind, found.args, found.state, found.items),
+                     (expected.kind, expected.args, expected.state, expected.items))
     elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected)
         for one, other in zip(found, expected):
@@ -235,17 +238,17 @@ def test_fairseq_checkpoints_are_read_without_fairseq(write, protocol, generatio
     assert_equal(found["model"], {name: tensor.detach() for name, tensor in tensors.items()})
     assert found["optimizer_history"][0]["lr"] == 0.5 and type(found["optimizer_history"][0]["steps"]) is int
     assert found["task_state"]["dictionaries"][0].state["nspecial"] == 1
-    found = plain(found)
-    settings = {"model": {"conv_pos": 128, "layer_norm_first": False, "extractor_mode": "layer_norm", "label_rate": 25.0},
-                "task": {"normalize": True, "labels": ["km"], "_name": None}}
-    if generation == "args":
-        assert found["args"] == settings["model"] | {"device": "cpu"} and found["cfg"] is None
-    else:
-        assert found["cfg"] == settings and found["args"] is None
-    assert found["task_state"] == {"dictionaries": [["<s>", "0", "1"]]}
     assert found["criterion"].kind == "strange.Thing" and found["criterion"].state == {"weights": [1, 2]}
-    assert found["extra_state"]["best"] == {"a": 2, "b": 1} and found["extra_state"]["words"] == ["a", "b"]
-    assert found["extra_state"]["metrics"]["loss"].state["count"] == 3
+    assert found["extra_state"]["best"] == {"a": 2, "b": 1} and found["extra_state"]["words"].items == ["a", "b"]
+    assert found["extra_state"]["metrics"].items["loss"].state["count"] == 3
+    settings, network = read_fairseq(tmp_path / "a.pt")
+    model = {"conv_pos": 128, "layer_norm_first": False, "extractor_mode": "layer_norm", "label_rate": 25.0}
+    if generation == "args":
+        assert settings == model | {"device": "cpu"}
+    else:
+        assert [held(label) for label in settings.pop("labels")] == ["km"]
+        assert settings == model | {"normalize": True, "_name": None}
+    assert_equal(network, found["model"])
 
 
 def test_unknown_objects_say_what_is_known_of_them(packages, tmp_path):
@@ -272,7 +275,7 @@ def test_what_subclasses_of_containers_hold_is_known(protocol, packages, tmp_pat
     remove()
     found = load(tmp_path / "a")
     assert found[0].kind == "strange.Words" and found[0].items == ["a", ["b"]] and found[0].state == {"language": "en"}
-    assert plain(found) == [["a", ["b"]], {"loss": 1}, {"a": [1]}]
+    assert found[1].items == {"loss": 1} and found[2] == {"a": [1]}
 
 
 # ---------------------------------------------------------------------------------------------- joblib
@@ -592,7 +595,7 @@ def test_an_attack_is_not_executed(attack, write, tmp_path, extension):
     else:
         value = load(path)
         assert isinstance(next(iter(value)) if type(value) is dict else value, Inert)
-        plain(value)
+        held(value)
         repr(value)
     assert not sign.exists()
 
@@ -923,11 +926,9 @@ def test_nesting_can_neither_crash_nor_stall(tmp_path, bounded):
     in_pickle(b"\x80\x04" + reconstruct + state + b".", tmp_path / "a")
     refused(tmp_path / "a", "holds another")
     in_pickle(b"\x80\x04" + chain + b".", tmp_path / "a")
-    found = load(tmp_path / "a")
-    with pytest.raises(ValueError, match="convert it to safetensors"):
-        plain(found)
+    assert len(load(tmp_path / "a")) == 1
     in_pickle(b"\x80\x04" + pairs + b".", tmp_path / "a")
-    assert len(plain(load(tmp_path / "a"))) == 2
+    assert len(load(tmp_path / "a")) == 2
 
 
 # ---------------------------------------------------------------------------------------------- damage
@@ -1032,59 +1033,28 @@ def test_a_flipped_byte_is_an_error_or_other_data(kind, tmp_path):
             errors += 1
             continue
         assert_is_data(found)
-        assert_is_data(plain(found))
         if kind == "torch":
             assert_equal(found, expected)
         elif kind.startswith("joblib "):
-            assert_equal(plain(found), plain(expected))  # compressed ones have checksums, or bytes that mean nothing
+            assert_equal(found, expected)  # compressed ones have checksums, or bytes that mean nothing
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 300 >= errors > 60 and peak < 50e6, (errors, peak)
 
 
-# ---------------------------------------------------------------------------------------------- plain
+# ---------------------------------------------------------------------------------------------- settings
 
 
-def test_plain_keeps_shared_values_shared_and_circles_closed():
-    shared = [1, (2, {"a": [3]})]
-    namespace = Inert("argparse.Namespace", ())
-    namespace.state = {"shared": shared, "itself": namespace}
-    found = plain({"one": shared, "two": shared, "pair": (shared, shared), "namespace": namespace})
-    assert found["one"] == shared and found["one"] is not shared
-    assert found["one"] is found["two"] is found["pair"][0] is found["namespace"]["shared"]
-    assert found["namespace"]["itself"] is found["namespace"]
-    circle = []
-    circle.append((circle, {"circle": circle}))
-    found = plain(circle)
-    assert found[0][0] is found and found[0][1]["circle"] is found
-
-
-def test_plain_is_not_blown_up_by_nested_lists():
-    value = ["ha"]
-    for kind in (list, tuple) * 50:
-        value = kind([value, value, value])
-    found = plain(value)
-    for _ in range(100):
-        assert len(found) == 3 and found[0] is found[1] is found[2]
-        found = found[0]
-    assert found == ["ha"]
-
-
-def test_plain_leaves_alone_what_it_does_not_know():
-    node = Inert("omegaconf.nodes.AnyNode", ())
-    node.state = {"_val": node}
-    two = [Inert("omegaconf.nodes.AnyNode", ()), Inert("omegaconf.nodes.AnyNode", ())]
-    two[0].state, two[1].state = {"_val": two[1]}, {"_val": two[0]}
+def test_wrappers_in_settings_give_what_they_hold_and_anything_else_is_left_alone():
+    namespace, choice = Inert("argparse.Namespace", ()), Inert("strange.Choice", ("layer",))
+    namespace.state = {"a": 1}
+    two = [Inert("omegaconf.nodes.EnumNode", ()), Inert("omegaconf.nodes.AnyNode", ())]
+    two[0].state, two[1].state = {"_val": choice, "_metadata": None}, {"_val": two[1]}
+    assert held(namespace) == {"a": 1} and held(choice) == "layer" and held(two[0]) == "layer"
+    two[0].state["_val"] = two[1]
+    assert held(two[0]) is two[1] is held(two[1])  # forged circles end
     unknown, cls, many = Inert("strange.Thing", ()), Inert("strange.Choice"), Inert("strange.Thing", (1, 2))
-    assert plain(node) is node and plain(two[0]) in two
-    assert all(plain(value) is value for value in (unknown, cls, many, None, 3, "a"))
-    keys = plain({Inert("strange.Choice", ("layer",)): 1, unknown: 2, (1, 2): 3})
-    assert keys == {"layer": 1, unknown: 2, (1, 2): 3}
-    empty = Inert("argparse.Namespace", ())
-    first, second = plain([empty, Inert("argparse.Namespace", ())])
-    assert first == second == {} and first is not second
-    array = np.array([1, unknown], dtype=object)
-    assert plain([array])[0] is array and plain({1, 2}) == {1, 2}
+    assert all(held(value) is value for value in (unknown, cls, many, None, 3, "a", [choice]))
 
 
 def test_nothing_is_imported_by_reading(tmp_path, packages):

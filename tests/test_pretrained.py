@@ -434,9 +434,13 @@ def test_tensors_are_read_when_asked_for_and_shards_one_at_a_time(tmp_path, monk
     for shard in set(weight_map.values()):
         save_file({name: tensors[name] for name in names if weight_map[name] == shard}, tmp_path / shard)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    read, original = [], files.open_safetensors
+    monkeypatch.setattr(files, "open_safetensors", lambda path: read.append(path) or original(path))
     opened = files.open_tensors(tmp_path)
+    assert len(read) == 2  # the names, of each shard once
     assert sorted(opened) == names and len(opened) == len(names)
     (tmp_path / "shard1.safetensors").unlink()
+    assert names[1] in opened and "another" not in opened
     assert torch.equal(opened[names[0]], tensors[names[0]])  # in shard 0
     with pytest.raises(FileNotFoundError, match="shard1.safetensors"):
         opened[names[1]]
