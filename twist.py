@@ -166,9 +166,9 @@ def cold_start(lm_config, vocab, seed=0):
 
 def stored_parameters(model_config):
     """Parameters in the file that an export writes, which is the number that papers print."""
-    options = dataclasses.asdict(model_config)
-    family = options.pop("family")
-    _, tensors = pretrained.write_lm(family, options, empty(model_config).state_dict())
+    architecture = dataclasses.asdict(model_config)
+    family = architecture.pop("family")
+    _, tensors = pretrained.write_lm(family, architecture, empty(model_config).state_dict())
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -194,8 +194,8 @@ def report(lm, slm, embedding="fresh"):
 
 def open_text_lm(folder_or_name="pocket", dtype=torch.float32):
     """A text LM as any Hugging Face folder holds it -> (TransformerConfig, {name: tensor} that are read when asked for)."""
-    family, options, tensors = pretrained.open_lm(files.find_model(folder_or_name, "lm"), dtype)
-    return TransformerConfig(**options, family=family), tensors
+    family, architecture, tensors = pretrained.open_lm(files.find_model(folder_or_name, "lm"), dtype)
+    return TransformerConfig(**architecture, family=family), tensors
 
 
 def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
@@ -207,8 +207,8 @@ def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
 def load_lm_config(folder_or_name="pocket"):
     """The architecture alone: TransformerConfig from a folder's config.json (the weights need not be there)."""
     folder = files.find_model(folder_or_name, "lm")
-    family, options = pretrained.lm_architecture(pretrained.read_settings(folder), folder)
-    return TransformerConfig(**options, family=family)
+    family, architecture = pretrained.lm_architecture(pretrained.read_settings(folder), folder)
+    return TransformerConfig(**architecture, family=family)
 
 
 def save_speech_lm(slm, vocab, folder, dtype=torch.float32):
@@ -218,10 +218,10 @@ def save_speech_lm(slm, vocab, folder, dtype=torch.float32):
 
 def save_tensors(model_config, tensors, vocab, folder, dtype=torch.float32):
     """The same from {name: tensor}, for a model whose weights are spread over processes."""
-    options = dataclasses.asdict(model_config)
-    family = options.pop("family")
+    architecture = dataclasses.asdict(model_config)
+    family = architecture.pop("family")
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    settings, tensors = pretrained.write_lm(family, options, tensors)
+    settings, tensors = pretrained.write_lm(family, architecture, tensors)
     settings |= {"torch_dtype": str(dtype).removeprefix("torch."), "offset": vocab.offset, "num_units": vocab.num_units,
                  "bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad,
                  "tokenizer_recipe": vocab.recipe}
@@ -265,8 +265,8 @@ def open_speech_lm(folder_or_name="pocket", dtype=torch.float32):
     """Ours, Meta's TWIST or slamkit's -> (TransformerConfig, tensors read when asked for, UnitVocab)."""
     folder = files.find_model(folder_or_name, "model")
     vocab = read_vocab(pretrained.read_settings(folder), folder)
-    family, options, tensors = pretrained.open_lm(folder, dtype)
-    return TransformerConfig(**options, family=family), tensors, vocab
+    family, architecture, tensors = pretrained.open_lm(folder, dtype)
+    return TransformerConfig(**architecture, family=family), tensors, vocab
 
 
 def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):

@@ -277,7 +277,7 @@ def load_vocoder(folder_or_file_or_name="pocket"):
     table_path = beside(path, "config.json")
     table = files.read_json(table_path)
     try:
-        options = parse_config(table)
+        vocoder_config = parse_config(table)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{table_path} is no vocoder config ({error}); {REMEDY}") from None
     tensors = files.read_tensors(path)
@@ -286,7 +286,7 @@ def load_vocoder(folder_or_file_or_name="pocket"):
         raise ValueError(f"{path} holds {str(list(tensors)[:3]):.80}, not the tensors of a generator; give its g_... file")
     tensors = fold_weight_norm(tensors)
     with torch.device("meta"):
-        vocoder = Vocoder(options)
+        vocoder = Vocoder(vocoder_config)
     fill(vocoder.to_empty(device="cpu"), tensors.items(), path)
     vocoder.recipe = table.get("tokenizer")
     vocoder.speakers, vocoder.styles = (  # names of voices, one a line

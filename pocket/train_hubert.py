@@ -21,7 +21,7 @@ from pathlib import Path
 import soundfile
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn import functional
 from tqdm import tqdm
 
 import config
@@ -119,7 +119,7 @@ def mfcc(wave, normalize):
     cepstra = log_mel @ cosine  # (n, 13)
 
     def difference(x):
-        padded = F.pad(x.T[None], (2, 2), mode="replicate")[0].T
+        padded = functional.pad(x.T[None], (2, 2), mode="replicate")[0].T
         return (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
     features = torch.cat([cepstra, difference(cepstra), difference(difference(cepstra))], dim=1)
     # centre of frame f is sample 640 f + 360; spectra are centred at multiples of 160: average 4 of them
@@ -222,7 +222,7 @@ def pretrain(model, head, speech, targets, steps, options, name, report):
             group["lr"] = options.peak_lr * min(progress / 0.05, (1 - progress) / 0.95 + 0.02)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
             logits = head(model(torch.stack(waves), mask=mask)[mask])
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = functional.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)

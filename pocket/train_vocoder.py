@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from torch.nn import functional
 from tqdm import tqdm
 
 import config
@@ -156,7 +156,7 @@ def spectral_loss(made, real):
     """Mean absolute difference of log mel and log magnitude, over resolutions."""
     loss = 0.0
     for (log_made, mel_made), (log_real, mel_real) in zip(made, real):
-        loss = loss + F.l1_loss(mel_made, mel_real) + 0.5 * F.l1_loss(log_made, log_real)
+        loss = loss + functional.l1_loss(mel_made, mel_real) + 0.5 * functional.l1_loss(log_made, log_real)
     return loss / len(made)
 
 
@@ -181,13 +181,13 @@ class Discriminator(nn.Module):
         """(B, S) -> every layer's output, the verdict (1 = real) last."""
         x = samples[:, None]
         if self.scale > 1:
-            x = F.avg_pool1d(x, self.scale)
+            x = functional.avg_pool1d(x, self.scale)
         if self.period > 1:  # every column of the folded wave is a row of the batch
             x = x[..., :x.shape[-1] // self.period * self.period]
             x = x.reshape(len(x), -1, self.period).transpose(1, 2).reshape(len(x) * self.period, 1, -1)
         outputs = []
         for conv in self.convs:
-            x = F.leaky_relu(conv(x), SLOPE)
+            x = functional.leaky_relu(conv(x), SLOPE)
             outputs.append(x)
         return [*outputs, self.last(x)]
 
@@ -210,7 +210,7 @@ def discriminator_loss(real, made):
 def adversarial_loss(real, made):
     """(made -> 1, distance of the discriminators' inner features)."""
     verdict = sum((1 - m[-1].float()).square().mean() for m in made)
-    features = sum(F.l1_loss(a.float(), b.float().detach())
+    features = sum(functional.l1_loss(a.float(), b.float().detach())
                    for m, r in zip(made, real) for a, b in zip(m[:-1], r[:-1]))
     return verdict, features
 
@@ -282,7 +282,7 @@ def check_bfloat16(vocoder, corpus, options):
             made = vocoder.decode(frames)
         weights = [vocoder.conv_pre.weight, *(up.weight for up in vocoder.ups)]
         gradients.append(torch.autograd.grad((made * samples).sum(), weights))
-    agreement = min(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(*gradients))
+    agreement = min(functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(*gradients))
     if not agreement > 0.9:
         raise ValueError(f"bfloat16 gradients are wrong on this machine (cosine {agreement:.2f} to float32); "
                          "use --bf16=false")
@@ -317,7 +317,7 @@ def train_step(run, corpus, spectra, options, progress):
         row |= {"verdict": verdict.item(), "features": features.item(), "discrimination": discrimination.item()}
     loss.backward(inputs=[wave])
     made.backward(wave.grad)
-    duration = F.mse_loss(run.vocoder.dur_predictor(run.vocoder.dict(units)), torch.log1p(runs.float()))
+    duration = functional.mse_loss(run.vocoder.dur_predictor(run.vocoder.dict(units)), torch.log1p(runs.float()))
     duration.backward()
     row |= {"duration": duration.item(), "lr": scale * options.lr}
     row["norm"], finite = update(run, scale, options)
