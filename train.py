@@ -263,6 +263,7 @@ def open_shards(options):
 
 
 def run(options, resuming, dist):
+    """From options to a run folder: data, the start's weights or a state's, the loop, the exported model."""
     say = print if dist.is_main else lambda *_: None
     if options.threads:
         torch.set_num_threads(options.threads)
