@@ -60,7 +60,7 @@ def inspect(folder):
     m = measure(shards)
     counts, K, units, seconds = m["counts"], len(m["counts"]), m["units"], m["seconds"]
     used = np.argsort(-counts, kind="stable")[:K - m["never"]]  # the most frequent first
-    longest = next(itertools.islice(shards.each_name(), int(shards.lengths.argmax()), None))
+    longest = next(itertools.islice(shards.each_file(), int(shards.lengths.argmax()), None))["file_name"]
     name, first, _ = next(iter(shards))
     recipe = ", ".join(f"{key} {value}" for key, value in shards.recipe.items())
     lines = [f"{shards.folder}: {recipe}", "",

@@ -13,6 +13,7 @@ either the file gives a log-probability (nats) and a number of tokens for each t
 
 Sources: auto-BLEU, Lakhotia et al. 2021 (arXiv 2102.01192), section on generation metrics; GenPPL as in Slam (arXiv 2502.15814).
 """
+import itertools
 import json
 import re
 from collections import Counter
@@ -66,11 +67,8 @@ def prompts_of(shards, count, seconds):
     T = round(seconds * int(shards.lengths.sum()) / total) if total else 0
     if T < 1:
         raise ValueError(f"{shards.folder}: no unit is spoken in {seconds:g} s; raise --prompt-seconds, or give units of speech")
-    found = []
-    for i, name in enumerate(shards.each_name()):
-        if shards.lengths[i] > T and len(found) < count:
-            units, _ = shards.document(i)
-            found.append((name, units[:T], units[T:]))
+    longer = ((name, units[:T], units[T:]) for name, units, _ in shards if len(units) > T)
+    found = list(itertools.islice(longer, count))
     if not found:
         raise ValueError(f"{shards.folder} has no document longer than a prompt of {T} units; lower --prompt-seconds")
     return found

@@ -36,7 +36,7 @@ def score(evaluation, pairs, shards):
     options, notes, scores = evaluation.options, [], {}
     sides = [pair.positive for pair in pairs], [pair.negative for pair in pairs]
     wanted = set().union(*sides)
-    held = {name: shards.document(i) for i, name in enumerate(shards.each_name()) if name in wanted}
+    held = {name: shards.document(i) for i, name in enumerate(shards.names) if name in wanted}
     names = sorted(held)
     lengths = {name: len(held[name][0]) for name in names}
     extra = evaluation.main.bos + options.eos - 1  # targets of a document, less its units
