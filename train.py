@@ -145,7 +145,7 @@ def shards_of(name, split):
 def open_data(options, vocab, train_shards, rows):
     """The loader of training batches of `rows` rows."""
     return mixed([UnitLoader(shards, vocab, options.block_size, rows, options.seed, packing=options.packing,
-                             fraction=options.data_fraction) for shards in train_shards], options.data_weights, rows)
+                             fraction=options.data_fraction) for shards in train_shards], options.data_weights)
 
 
 def split_batch(options, dist):

@@ -23,18 +23,12 @@ SMOOTHING = 0.1  # k: the count that every n-gram gets for nothing
 PIECE = 2**22  # units that are counted at a time
 
 
-# ---------------------------------------------------------------------------------------------- the language model
-
 def windows(length, window, stride):
     """Yields (begin, end, first) for ids of `length`: inputs are ids[begin:end], scored targets those from ids[first] on."""
-    targets = length - 1
-    begin, first, end = 0, 1, min(window, targets)
-    while True:
-        yield begin, end, first
-        if end == targets:
-            return
-        first, end = end + 1, min(end + stride, targets)
-        begin = end - window
+    first = 1
+    for end in (*range(window, length - 1, stride), length - 1):
+        yield max(0, end - window), end, first
+        first = end + 1
 
 
 def batches(lengths, budget):
@@ -83,8 +77,6 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     scored = np.split(dist.sum_array(flat), ends[1:-1])
     return [scored[i] for i in places]
 
-
-# ---------------------------------------------------------------------------------------------- counting
 
 class UnitCounts:
     """Unigram and bigram frequencies of the units in a shard folder.

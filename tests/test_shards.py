@@ -570,9 +570,12 @@ def test_the_inspector_counts_as_a_loop_does(tmp_path, monkeypatch):
     assert f"{100 * counts[ordered[0]] / len(units):.2f} %" in most[0]
 
 
-def test_a_quantile_is_the_first_value_that_enough_do_not_exceed():
-    counts = np.array([0, 2, 1, 0, 1])  # 1 1 2 4
-    assert [inspector.quantile(counts, q) for q in (0.25, 0.5, 0.51, 0.75, 0.76, 1)] == [1, 1, 2, 2, 4, 4]
+@pytest.mark.parametrize("runs, median, most", [([1, 1, 2, 4], 1, 4), ([1, 2, 2], 2, 2), ([1] * 19 + [7], 1, 1),
+                                                ([1] * 18 + [7, 9], 1, 7)])
+def test_a_quantile_is_the_first_value_that_enough_do_not_exceed(tmp_path, runs, median, most):
+    write_shards(tmp_path, RECIPE, [("a", np.zeros(len(runs)), np.array(runs), 1.0)])
+    m = inspector.measure(UnitShards(tmp_path))
+    assert (m["run_median"], m["run_95"]) == (median, most)
 
 
 def test_the_inspector_takes_text_and_names_that_are_no_text(tmp_path):
