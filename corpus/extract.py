@@ -75,16 +75,15 @@ def decoded(files, encoder, pool):
 
 def encode_long(file, encoder):
     """Frame units and seconds of a recording that is read block by block."""
-    samples = 0
+    lengths = []
 
     def blocks():
-        nonlocal samples
-        samples = 0
+        lengths.clear()  # of an earlier pass
         for block in audio.read_blocks(file):
-            samples += len(block)
+            lengths.append(len(block))
             yield block
 
-    return encoder.encode_stream(blocks), samples / SAMPLE_RATE
+    return encoder.encode_stream(blocks), sum(lengths) / SAMPLE_RATE
 
 
 def encode_group(group, encoder):
@@ -108,7 +107,7 @@ def encode_files(files, encoder, options, dist):
     left = [file for file in mine if file not in journal.finished]
     heard, failures, began = 0.0, 0, time.perf_counter()  # seconds, files
     bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="encoding", unit="file", disable=not dist.is_main or None)
-    with ThreadPoolExecutor(options.workers) as pool:
+    with ThreadPoolExecutor(options.workers) as pool, bar:
         for group in decoded(left, encoder, pool):
             for file, result in encode_group(group, encoder).items():
                 if isinstance(result, Exception):
@@ -121,7 +120,6 @@ def encode_files(files, encoder, options, dist):
             bar.update(len(group))
             speed = heard / (time.perf_counter() - began)
             bar.set_postfix_str(f"{heard / 3600:.2f} h, {speed:.0f} x real time, {failures} failed")
-    bar.close()
     journal.close()
     dist.barrier()
     return assemble(options.out, recipe, names) if dist.is_main else None

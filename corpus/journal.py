@@ -45,8 +45,7 @@ def read_journals(work):
         with open(path, "rb") as file:
             offset = 0
             for line in file:
-                row = unseal(line)
-                if row is not None:
+                if (row := unseal(line)) is not None:
                     yield path, offset, row
                 offset += len(line)
 

@@ -208,7 +208,6 @@ class Mixture:
         return found
 
     def window(self, *numbers):
-        """The windows of the corpora are counted one corpus after the other."""
         numbers = numbered(numbers, self.windows)
         corpora = np.searchsorted(self.bounds, numbers, side="right") - 1
         here = [np.flatnonzero(corpora == corpus) for corpus in range(len(self.loaders))]

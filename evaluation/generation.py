@@ -38,14 +38,13 @@ def ngrams(sequence, n):
 def auto_bleu(sequence, n=2):
     """Share of the n-grams of a sequence that occur more than once in it; None if it has none."""
     counts = Counter(ngrams(sequence, n))
-    total = sum(counts.values())
-    return sum(count for count in counts.values() if count > 1) / total if total else None
+    return sum(count for count in counts.values() if count > 1) / counts.total() if counts else None
 
 
 def distinct(sequences, n):
     """Different n-grams over all n-grams of several sequences; None if they have none."""
     counts = Counter(gram for sequence in sequences for gram in ngrams(sequence, n))
-    return len(counts) / sum(counts.values()) if counts else None
+    return len(counts) / counts.total() if counts else None
 
 
 def describe(sequences):
@@ -90,8 +89,6 @@ def continue_all(model, vocab, prompts, options):
     return results
 
 
-# ---------------------------------------------------------------------------------------------- transcripts
-
 def read_transcripts(path):
     """A .jsonl of {"name", "text"} or lines of name<TAB>text -> texts, and of each (nats, tokens) or None.
 
@@ -129,8 +126,6 @@ def read_transcripts(path):
         raise ValueError(f"{path}: some transcripts have a log_probability and some have none; give all or none")
     return texts, scored
 
-
-# ---------------------------------------------------------------------------------------------- the task
 
 def run(evaluation, folder):
     """Continuations of held-out prompts, beside what really follows; and transcripts, if the user brings some."""

@@ -42,13 +42,6 @@ def batches(lengths, budget):
     return found
 
 
-@torch.inference_mode()
-def target_log_probabilities(model, ids, targets):
-    """ids, targets (B, T) int64 -> (B, T) float32; the softmax in float32."""
-    logits = model(ids).float()  # (B, T, V)
-    return logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
-
-
 def log_probabilities(model, rows, dist, stride=None, budget=None, label="scoring"):
     """Score sequences of any length; the processes of `dist` share the work and all get the result.
 
@@ -66,11 +59,12 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     pieces = [(i, *piece) for i, row in enumerate(rows) if len(row) > 1 for piece in windows(len(row), window, stride)]
     groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET[device.type])
     bar = tqdm(total=len(pieces), desc=label, unit="sequence", disable=None if dist.is_main else True)
-    with packed(model), bar:
+    with packed(model), bar, torch.inference_mode():
         for group in groups[dist.rank::dist.world]:
             some = [pieces[i] for i in group]
             both = pad_sequence([rows[i][begin:end + 1] for i, begin, end, _ in some], batch_first=True).to(device)
-            found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
+            logits = model(both[:, :-1]).float()  # (B, T, V)
+            found = (logits.gather(-1, both[:, 1:, None])[..., 0] - logits.logsumexp(-1)).cpu().numpy()  # (B, T)
             for values, (i, begin, end, first) in zip(found, some):
                 flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
             bar.update(len(some) * dist.world)
