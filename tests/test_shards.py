@@ -321,7 +321,8 @@ def test_a_recording_that_failed_once_and_was_encoded_later_is_good(tmp_path):
 def test_work_of_another_recipe_is_refused_with_the_way_out(tmp_path):
     other = {**RECIPE, "layer": 4}
     Journal(tmp_path, RECIPE).close()
-    for call in (lambda: Journal(tmp_path, other, 1), lambda: assemble(tmp_path, other, [])):
+    for call in (lambda: Journal(tmp_path, other, 1), lambda: assemble(tmp_path, other, []),
+                 lambda: write_shards(tmp_path, other, [])):
         with pytest.raises(ValueError, match="layer is 3, now 4.*another --out, or delete .*work"):
             call()
     shutil.rmtree(tmp_path / "work")
