@@ -283,9 +283,8 @@ def run(options, resuming, dist):
     if options.block_size > model_config.block_size:
         raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model_config.block_size}")
     rows, micro = split_batch(options, dist)
-    all_rows = rows * dist.world
-    loader = mixed([UnitLoader(shards, vocab, options.block_size, all_rows, options.seed, packing=options.packing,
-                               fraction=options.data_fraction) for shards in train_shards], options.data_weights, all_rows)
+    loader = mixed([UnitLoader(shards, vocab, options.block_size, rows * dist.world, options.seed, packing=options.packing,
+                               fraction=options.data_fraction) for shards in train_shards], options.data_weights)
     val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
     hours = sum(shards.meta["hours"] for shards in train_shards)
     facts = Facts(vocab, found["step"], found["row"], found["seconds"], rows, micro,

@@ -7,7 +7,6 @@
     python -m corpus features.jsonl --out=units/x --num-units=500 --frame-rate=25 --layer=11 --centers=0123456789abcdef
     python -m corpus train.tsv train.km --out=units/x --like=units/mine --dedup      # fairseq; the recipe of another folder
 """
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import config
+from checkpoints.files import replacing
 from corpus import foreign, inspector
 from corpus.shards import UnitShards, write_shards
 from speech.encoder import CHUNKINGS
@@ -85,12 +85,9 @@ def main(argv=None):
     elif options.jsonl == "-":
         foreign.write_jsonl(UnitShards(options.paths[0]), sys.stdout)
     elif options.jsonl:
-        shards, path = UnitShards(options.paths[0]), Path(options.jsonl)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w") as file:
+        shards = UnitShards(options.paths[0])
+        with replacing(options.jsonl) as temporary, open(temporary, "w") as file:
             foreign.write_jsonl(shards, file)
-        os.replace(temporary, path)
     else:
         print(inspector.inspect(options.paths[0]))
 

@@ -1,7 +1,7 @@
 """Folders of recordings -> unit shards: on one process or many, interrupted at any moment, broken files listed and left out.
 
     files --find_audio, divided over the processes--> decoded ahead, groups of like length --UnitEncoder--> frame units
-          --deduplicate--> journal of each process (journal.py) --assemble, one process--> shards, failures.csv (shards.py)
+          --deduplicate--> journal of each process --assemble, one process--> shards, failures.csv (journal.py, shards.py)
 
 `python hubert_units.py FOLDER --out=units/mine` is the command. Shapes: S samples, F frames, T units.
 """
@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from corpus.journal import Journal
-from corpus.shards import assemble, complete
+from corpus.journal import Journal, assemble, complete
 from speech import audio
 from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
@@ -51,53 +50,50 @@ def tried(function, *arguments):
 
 
 def decoded(files, encoder, pool):
-    """Groups of (file, samples or error), neighbours being of like length; decoding runs ahead of whoever takes them.
+    """Groups of (file, future of its samples), neighbours being of like length; decoding runs ahead of whoever takes them.
 
-    Recordings that are too long to be held are not decoded: None in place of their samples.
+    Recordings that are too long to be held are not decoded: None in place of their futures.
     """
-    queue, most = collections.deque(), encoder.budget
+    queue = collections.deque()
     for begin in range(0, len(files), WINDOW):
         window = files[begin:begin + WINDOW]
         lengths = {file: 0.0 if isinstance(seconds, Exception) else seconds  # what is wrong shows when it is read
                    for file, seconds in zip(window, pool.map(lambda file: tried(audio.duration, file), window))}
-        group, total = [], 0.0
+        groups, total = [], 0.0
         for file in sorted(window, key=lambda file: (lengths[file], file)):
-            if lengths[file] > HELD_SECONDS:
-                queue.append([(file, None)])
-                continue
-            if group and total + lengths[file] > most:
-                queue.append(group)
-                group, total = [], 0.0
-            group.append((file, pool.submit(tried, audio.read_wav, file)))
+            if not groups or total + lengths[file] > encoder.budget:
+                groups.append([])
+                total = 0.0
+            groups[-1].append(file)
             total += lengths[file]
-            while len(queue) > AHEAD:
-                yield [(name, future and future.result()) for name, future in queue.popleft()]
-        queue.append(group)
-    while queue:
-        yield [(name, future and future.result()) for name, future in queue.popleft()]
+        for group in groups:
+            queue.append([(file, None if lengths[file] > HELD_SECONDS else pool.submit(audio.read_wav, file)) for file in group])
+            if len(queue) > AHEAD:
+                yield queue.popleft()
+    yield from queue
 
 
 def encode_long(file, encoder):
     """Frame units and seconds of a recording that is read block by block."""
-    samples = 0
+    lengths = []
 
     def blocks():
-        nonlocal samples
-        samples = 0
+        lengths.clear()  # of an earlier pass
         for block in audio.read_blocks(file):
-            samples += len(block)
+            lengths.append(len(block))
             yield block
 
-    return encoder.encode_stream(blocks), samples / SAMPLE_RATE
+    return encoder.encode_stream(blocks), sum(lengths) / SAMPLE_RATE
 
 
 def encode_group(group, encoder):
-    """[(file, samples, error or None)] -> [(file, frame units and seconds, or error)]."""
-    results = [(file, wav if isinstance(wav, Exception) else
-                tried(encode_long, file, encoder) if wav is None else tried(encoder.checked, wav)) for file, wav in group]
-    good = [(i, wav) for i, ((_, result), (_, wav)) in enumerate(zip(results, group)) if isinstance(result, torch.Tensor)]
-    for (i, wav), frames in zip(good, encoder.encode_batch([wav for _, wav in good])):
-        results[i] = results[i][0], (frames, len(wav) / SAMPLE_RATE)
+    """A group of decoded() -> {file: (frame units, seconds), or error}."""
+    wavs = {file: future and tried(future.result) for file, future in group}
+    results = {file: wav if isinstance(wav, Exception) else
+               tried(encode_long, file, encoder) if wav is None else tried(encoder.checked, wav) for file, wav in wavs.items()}
+    good = {file: wav for file, wav in wavs.items() if isinstance(results[file], torch.Tensor)}
+    for (file, wav), frames in zip(good.items(), encoder.encode_batch([*good.values()])):
+        results[file] = frames, len(wav) / SAMPLE_RATE
     return results
 
 
@@ -111,9 +107,9 @@ def encode_files(files, encoder, options, dist):
     left = [file for file in mine if file not in journal.finished]
     heard, failures, began = 0.0, 0, time.perf_counter()  # seconds, files
     bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="encoding", unit="file", disable=not dist.is_main or None)
-    with ThreadPoolExecutor(options.workers) as pool:
+    with ThreadPoolExecutor(options.workers) as pool, bar:
         for group in decoded(left, encoder, pool):
-            for file, result in encode_group(group, encoder):
+            for file, result in encode_group(group, encoder).items():
                 if isinstance(result, Exception):
                     journal.fail(file, str(result))
                     failures += 1
@@ -121,11 +117,9 @@ def encode_files(files, encoder, options, dist):
                 frames, seconds = result[0].cpu(), result[1]
                 journal.add(file, *(deduplicate(frames) if options.dedup else (frames, torch.ones_like(frames))), seconds)
                 heard += seconds
-            journal.flush()
             bar.update(len(group))
             speed = heard / (time.perf_counter() - began)
             bar.set_postfix_str(f"{heard / 3600:.2f} h, {speed:.0f} x real time, {failures} failed")
-    bar.close()
     journal.close()
     dist.barrier()
     return assemble(options.out, recipe, names) if dist.is_main else None

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
-
-SAMPLES_PER_SECOND = 16_000  # of the audio that a .tsv lists: what HuBERT was trained on
 
 
 def read(paths, num_units, frame_rate):
@@ -89,7 +88,7 @@ def read_fairseq(tsv, km, num_units):
             if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
                 raise ValueError(f"{km}, line {number}: expected whole numbers and spaces, got {row.strip()[:40]!r}")
             units = checked([int(word) for word in words], num_units, f"{km}, line {number}")
-            yield str(Path(root, name)), units, np.ones_like(units), int(samples) / SAMPLES_PER_SECOND
+            yield str(Path(root, name)), units, np.ones_like(units), int(samples) / SAMPLE_RATE
 
 
 def collapse(units, runs):

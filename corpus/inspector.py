@@ -24,11 +24,6 @@ def count(streams):
     return total
 
 
-def quantile(counts, q):
-    """Smallest value that at least the share q of all values does not exceed; counts as count() returns them."""
-    return int(np.searchsorted(np.cumsum(counts), q * counts.sum()))
-
-
 def measure(shards):
     """The numbers of UnitShards, by name; counts (K,): how often each unit occurs."""
     counts, runs = count(part[0] for part in shards.parts), count(part[1] for part in shards.parts)
@@ -38,14 +33,15 @@ def measure(shards):
     entropy = float(-(share * np.log2(share)).sum())
     seconds = shards.meta["hours"] * 3600
     per_second = units / seconds if seconds else math.nan  # text has no length in seconds
+    median, most = np.searchsorted(np.cumsum(runs), (0.5 * units, 0.95 * units))  # values that such a share does not exceed
     ranges = {label: int(runs[low:high and high + 1].sum()) for label, (low, high) in RANGES.items()}
     return {
         "seconds": seconds, "documents": len(shards), "failures": shards.meta["failures"], "units": units,
         "units_per_second": per_second, "document_mean": float(shards.lengths.mean()),
         "document_median": float(np.median(shards.lengths)), "document_longest": int(shards.lengths.max()),
         "counts": counts[:K], "never": int((counts[:K] == 0).sum()), "entropy": entropy, "perplexity": 2**entropy,
-        "bits_per_second": entropy * per_second, "frames": frames, "run_mean": frames / units, "run_median": quantile(runs, 0.5),
-        "run_95": quantile(runs, 0.95), "run_max": int(runs.nonzero()[0][-1]), "run_ranges": ranges}
+        "bits_per_second": entropy * per_second, "frames": frames, "run_mean": frames / units, "run_median": int(median),
+        "run_95": int(most), "run_max": int(runs.nonzero()[0][-1]), "run_ranges": ranges}
 
 
 def table(title, rows, whole, longest):
@@ -60,7 +56,7 @@ def inspect(folder):
     m = measure(shards)
     counts, K, units, seconds = m["counts"], len(m["counts"]), m["units"], m["seconds"]
     used = np.argsort(-counts, kind="stable")[:K - m["never"]]  # the most frequent first
-    longest = next(itertools.islice(shards.each_name(), int(shards.lengths.argmax()), None))
+    longest = next(itertools.islice(shards.each_file(), int(shards.lengths.argmax()), None))["file_name"]
     name, first, _ = next(iter(shards))
     recipe = ", ".join(f"{key} {value}" for key, value in shards.recipe.items())
     lines = [f"{shards.folder}: {recipe}", "",

@@ -13,6 +13,7 @@ is done again. So a process may die at any byte, and the next start may have any
 import base64
 import errno
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -21,39 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from checkpoints import files
-
-MAX_UNIT = 2**16 - 1
-
-
-def read_if_there(path):
-    """The dictionary in a JSON file, None where there is no file."""
-    try:
-        return files.read_json(path)
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise ValueError(f"{path} is damaged: it holds no JSON dictionary; delete it and start the same command again") from None
-
-
-def refuse_other_recipe(found, recipe, what, remedy):
-    """found: the recipe on disk, None if there is none. recipe: this run's."""
-    recipe = json.loads(json.dumps(recipe))  # as it would be read: tuples are lists
-    if found is not None and found != recipe:
-        key = next(key for key in sorted({*found, *recipe}) if found.get(key, "absent") != recipe.get(key, "absent"))
-        raise ValueError(f"{what} of another recipe ({key} is {found.get(key, 'absent')}, now {recipe.get(key, 'absent')}); "
-                         f"choose another --out, or delete {remedy}")
-
-
-def as_uint16(name, units, runs):
-    """units (T,) in [0, 65535], runs (T,) frames -> the same as little-endian uint16; longer runs end at 65535."""
-    units, runs = np.asarray(units), np.asarray(runs)
-    if len(units) != len(runs):
-        raise ValueError(f"{name}: {len(units)} units, but {len(runs)} run lengths; there must be one for each unit")
-    if len(units) and (units.min() < 0 or units.max() > MAX_UNIT):
-        raise ValueError(f"{name}: units must lie in [0, {MAX_UNIT}], got {units.min()} to {units.max()}")
-    return units.astype("<u2"), np.minimum(runs, MAX_UNIT).astype("<u2")
+from checkpoints.files import write_bytes
+from corpus.shards import FORMAT, as_uint16, fingerprint_names, read_if_there, refuse_other_recipe, write_shards
 
 
 def seal(payload):
@@ -73,8 +45,7 @@ def read_journals(work):
         with open(path, "rb") as file:
             offset = 0
             for line in file:
-                row = unseal(line)
-                if row is not None:
+                if (row := unseal(line)) is not None:
                     yield path, offset, row
                 offset += len(line)
 
@@ -105,21 +76,19 @@ class Journal:
         self.folder = Path(folder)
         work = self.folder / "work"
         shutil.rmtree(self.folder / "work.done", ignore_errors=True)  # left by a kill at the very end
-        meta = read_if_there(self.folder / "meta.json") or {}
-        refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
-        refuse_other_recipe(read_if_there(work / "recipe.json"), recipe, f"{work} holds unfinished units", work)
+        refuse_other_recipe(self.folder, recipe)
         work.mkdir(parents=True, exist_ok=True)
         self.finished = {row["file_name"] for _, _, row in read_journals(work)}
-        start = 0
-        while (path := work / f"{rank:05d}.{start:05d}.jsonl").exists():  # a new file each time: nothing follows a torn line
-            start += 1
+        paths = (work / f"{rank:05d}.{start:05d}.jsonl" for start in itertools.count())
+        path = next(path for path in paths if not path.exists())  # a new file each time: nothing follows a torn line
         with full_disk_explained(self.folder):
-            files.write_bytes(work / "recipe.json", json.dumps(recipe).encode(), work / f"recipe.{rank:05d}.tmp")
+            write_bytes(work / "recipe.json", json.dumps(recipe).encode(), work / f"recipe.{rank:05d}.tmp")
             self.file = open(path, "xb")
 
     def _append(self, row):
         with full_disk_explained(self.folder):
             self.file.write(seal(json.dumps(row)[:-1].encode()))
+            self.file.flush()  # a kill from now on does not lose it
         self.finished.add(row["file_name"])
 
     def add(self, name, units, runs, seconds):
@@ -131,37 +100,9 @@ class Journal:
         """One recording that cannot be encoded, with a sentence for failures.csv."""
         self._append({"file_name": str(name), "reason": str(reason)})
 
-    def flush(self):
-        """After a batch: a kill from now on does not lose it."""
-        with full_disk_explained(self.folder):
-            self.file.flush()
-
     def close(self):
         with full_disk_explained(self.folder):
             self.file.close()
-
-
-def collect(folder, recipe, names):
-    """What all journals of a folder hold of `names`, whose order it takes.
-
-    Returns: documents, iterator of (name, units (T,), runs (T,), seconds), read from the disk one by one;
-        failures, list of (name, reason).
-    Raises: ValueError if some are neither encoded nor failed.
-    """
-    work = Path(folder) / "work"
-    refuse_other_recipe(read_if_there(work / "recipe.json"), recipe, f"{work} holds unfinished units", work)
-    places, reasons = {}, {}
-    for path, offset, row in read_journals(work):
-        if "reason" in row:
-            reasons[row["file_name"]] = row["reason"]
-        else:
-            places[row["file_name"]] = path, offset
-    missing = [name for name in names if name not in places and name not in reasons]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(names)} recordings are not finished, e.g. {missing[0]}; "
-                         "start the same command again, it does only these")
-    failures = [(name, reasons[name]) for name in names if name not in places]
-    return read_places([(name, *places[name]) for name in names if name in places]), failures
 
 
 def read_places(places):
@@ -175,9 +116,40 @@ def read_places(places):
         yield name, *(np.frombuffer(base64.b64decode(row[key]), "<u2") for key in ("units", "runs")), row["seconds"]
 
 
-def remove(folder):
-    """Drop the journals, in one step: a part of them would look like work still to do."""
-    work, done = Path(folder) / "work", Path(folder) / "work.done"
-    shutil.rmtree(done, ignore_errors=True)
-    os.replace(work, done)
-    shutil.rmtree(done, ignore_errors=True)
+def assemble(folder, recipe, names):
+    """Journals -> shards, by one process, after all have closed theirs; returns the meta.
+
+    The bytes depend on the documents and the order of `names` alone. Interrupted at any point, it is simply called again:
+    the journals go last, and until then no meta.json vouches for the new shards.
+
+    Args: names: every recording that was asked for, each once. What the journals hold beyond them is dropped.
+    Raises: ValueError if some are neither encoded nor failed; OSError, in a sentence, if the disk is full.
+    """
+    folder, names, places, reasons = Path(folder), [str(name) for name in names], {}, {}
+    for path, offset, row in read_journals(folder / "work"):
+        if "reason" in row:
+            reasons[row["file_name"]] = row["reason"]
+        else:
+            places[row["file_name"]] = path, offset
+    missing = [name for name in names if name not in places and name not in reasons]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(names)} recordings are not finished, e.g. {missing[0]}; "
+                         "start the same command again, it does only these")
+    documents = read_places([(name, *places[name]) for name in names if name in places])
+    failures = [(name, reasons[name]) for name in names if name not in places]
+    with full_disk_explained(folder):
+        meta = write_shards(folder, recipe, tqdm(documents, desc="assembling", unit="file", disable=None), failures, names)
+    os.replace(folder / "work", folder / "work.done")  # in one step: a part of them would look like work still to do
+    shutil.rmtree(folder / "work.done", ignore_errors=True)
+    return meta
+
+
+def complete(folder, recipe, names):
+    """The meta if the folder holds exactly these recordings, encoded by this recipe; None if there is something to do."""
+    folder = Path(folder)
+    meta = read_if_there(folder / "meta.json")
+    wanted = {"format": FORMAT, "recipe": json.loads(json.dumps(recipe)), "names": fingerprint_names(names)}
+    if meta is None or (folder / "work").exists() or any(meta.get(key) != value for key, value in wanted.items()):
+        return None
+    shutil.rmtree(folder / "work.done", ignore_errors=True)  # left by a kill at the very end
+    return meta if sum(path.stat().st_size for path in folder.glob("*.units.bin")) == 2 * meta["units"] else None

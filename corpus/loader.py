@@ -171,22 +171,20 @@ class Mixture:
     Rounds of ROUND rows have exact quotas in an order of their own; each corpus goes through its own epochs, in its own order.
 
     Args:
-        loaders: UnitLoaders with one T, vocab and packing, whose shards share a recipe; the first one's seed orders the rounds.
-        weights: shares of the rows, above 0; they are divided by their sum. batch: rows B of the whole step.
+        loaders: UnitLoaders with one T, vocab and packing, whose shards share a recipe; batch and seed are the first one's.
+        weights: shares of the rows, above 0; they are divided by their sum.
     Raises: ValueError for weights out of range, or corpora that do not fit together.
     """
 
-    def __init__(self, loaders, weights, batch):
+    def __init__(self, loaders, weights):
         if not loaders or len(weights) != len(loaders) or not all(0 < weight < np.inf for weight in weights):
             raise ValueError(f"weights {list(weights)} for {len(loaders)} corpora: expected one finite number above 0 for each")
-        if batch < 1:
-            raise ValueError(f"batch {batch}: expected at least 1")
         first = loaders[0]
         for other in loaders[1:]:
             check_recipe(other.shards.recipe, first.shards.recipe, other.shards.folder)
             if (other.T, other.vocab, other.packing) != (first.T, first.vocab, first.packing):
                 raise ValueError(f"{other.shards.folder}: not the block size, vocabulary and packing of {first.shards.folder}")
-        self.loaders, self.batch, self.seed, self.T = loaders, batch, first.seed, first.T
+        self.loaders, self.batch, self.seed, self.T = loaders, first.batch, first.seed, first.T
         self.bounds = np.cumsum([0] + [loader.windows for loader in loaders])  # windows are numbered corpus after corpus
         self.windows = int(self.bounds[-1])
         shares = np.asarray(weights, np.float64) / np.sum(weights) * ROUND
@@ -194,7 +192,6 @@ class Mixture:
         self.quotas[np.argsort(self.quotas - shares, kind="stable")[:ROUND - self.quotas.sum()]] += 1  # largest remainders
         if self.quotas.min() < 1:
             raise ValueError(f"weights {list(weights)}: the smallest is under one row in {ROUND}; leave that corpus out")
-        self.round, self.corpora, self.turns = None, None, None
 
     rows = UnitLoader.rows  # by numbers() and window() of its own
 
@@ -202,24 +199,15 @@ class Mixture:
         rounds, indices = np.divmod(positions, ROUND)
         found = np.empty_like(positions)
         for number in np.unique(rounds):
-            self.draw(number)
+            order = np.random.default_rng([self.seed, number, ROUND]).permutation(np.repeat(range(len(self.quotas)), self.quotas))
             for corpus, loader in enumerate(self.loaders):
-                here = (rounds == number) & (self.corpora[indices] == corpus)
-                turns = number * self.quotas[corpus] + self.turns[indices[here]]
+                before = np.cumsum(order == corpus) - 1  # rows of that corpus that came before, where the row is of it
+                here = (rounds == number) & (order[indices] == corpus)
+                turns = number * self.quotas[corpus] + before[indices[here]]
                 found[here] = self.bounds[corpus] + loader.numbers(turns)
         return found
 
-    def draw(self, number):
-        """Corpus of each row of this round, and how many rows of that corpus came before it in the round."""
-        if number != self.round:
-            corpora = np.repeat(np.arange(len(self.quotas)), self.quotas)
-            self.turns = np.empty(ROUND, np.int64)
-            self.corpora = np.random.default_rng([self.seed, number, ROUND]).permutation(corpora)
-            self.turns[np.argsort(self.corpora, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quotas])
-            self.round = number
-
     def window(self, *numbers):
-        """The windows of the corpora are counted one corpus after the other."""
         numbers = numbered(numbers, self.windows)
         corpora = np.searchsorted(self.bounds, numbers, side="right") - 1
         here = [np.flatnonzero(corpora == corpus) for corpus in range(len(self.loaders))]
@@ -229,7 +217,7 @@ class Mixture:
         return Batch(*(None if tensors[0] is None else torch.cat(tensors)[back] for tensors in zip(*parts)))
 
 
-def mixed(loaders, weights, batch):
+def mixed(loaders, weights):
     """One loader, or the Mixture of several. weights: a number for each, as text; none: by their sizes."""
     if len(loaders) == 1:
         return loaders[0]
@@ -237,4 +225,4 @@ def mixed(loaders, weights, batch):
         numbers = [float(weight) for weight in weights] or [loader.windows for loader in loaders]
     except ValueError:
         raise ValueError(f"--data-weights={','.join(weights)}: expected numbers") from None
-    return Mixture(loaders, numbers, batch)
+    return Mixture(loaders, numbers)

@@ -15,27 +15,53 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from checkpoints.files import write_bytes
-from corpus import journal
-from corpus.journal import as_uint16, read_if_there, refuse_other_recipe
+from checkpoints.files import read_json, write_bytes
 
 FORMAT = 1  # version of the layout above
+MAX_UNIT = 2**16 - 1
 SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 3,400 hours at the pocket's 22 a second
+
+
+def read_if_there(path):
+    """The dictionary in a JSON file, None where there is no file."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it holds no JSON dictionary; delete it and start the same command again") from None
+
+
+def refuse_other_recipe(folder, recipe):
+    """Raise ValueError if the shards in a folder, or what an unfinished extraction has done there, are of another recipe."""
+    recipe = json.loads(json.dumps(recipe))  # as it would be read: tuples are lists
+    shards, work = (read_if_there(folder / "meta.json") or {}).get("recipe"), read_if_there(folder / "work/recipe.json")
+    for found, what, remedy in ((shards, f"{folder} holds units", "that folder"),
+                                (work, f"{folder / 'work'} holds unfinished units", folder / "work")):
+        if found not in (None, recipe):
+            key = next(key for key in sorted({*found, *recipe}) if found.get(key, "absent") != recipe.get(key, "absent"))
+            raise ValueError(f"{what} of another recipe ({key} is {found.get(key, 'absent')}, now {recipe.get(key, 'absent')}); "
+                             f"choose another --out, or delete {remedy}")
+
+
+def as_uint16(name, units, runs):
+    """units (T,) in [0, 65535], runs (T,) frames -> the same as little-endian uint16; longer runs end at 65535."""
+    units, runs = np.asarray(units), np.asarray(runs)
+    if len(units) != len(runs):
+        raise ValueError(f"{name}: {len(units)} units, but {len(runs)} run lengths; there must be one for each unit")
+    if len(units) and (units.min() < 0 or units.max() > MAX_UNIT):
+        raise ValueError(f"{name}: units must lie in [0, {MAX_UNIT}], got {units.min()} to {units.max()}")
+    return units.astype("<u2"), np.minimum(runs, MAX_UNIT).astype("<u2")
 
 
 def fingerprint_names(names):
     """First 16 hex digits of the SHA-256 of file names, each as JSON on a line of its own: does a folder hold exactly these?"""
-    total = hashlib.sha256()
-    for name in names:
-        total.update(json.dumps(str(name)).encode() + b"\n")
-    return total.hexdigest()[:16]
+    return hashlib.sha256("".join(f"{json.dumps(str(name))}\n" for name in names).encode()).hexdigest()[:16]
 
 
 class ShardWriter:
@@ -104,8 +130,7 @@ def write_shards(folder, recipe, documents, failures=(), names=None):
 
     Args: documents: iterable of (name, units (T,), runs (T,), seconds), written in this order. failures, names: as publish.
     """
-    meta = read_if_there(Path(folder) / "meta.json") or {}
-    refuse_other_recipe(meta.get("recipe"), recipe, f"{folder} holds units", "that folder")
+    refuse_other_recipe(Path(folder), recipe)
     writers = [ShardWriter(folder)]
     try:
         for name, units, runs, seconds in documents:
@@ -119,39 +144,6 @@ def write_shards(folder, recipe, documents, failures=(), names=None):
         for writer in writers:
             writer.discard()
 
-
-# ---------------------------------------------------------------------------------------------- interrupted work
-
-def assemble(folder, recipe, names):
-    """Journals -> shards, by one process, after all have closed theirs; returns the meta.
-
-    The bytes depend on the documents and the order of `names` alone. Interrupted at any point, it is simply called again:
-    the journals go last, and until then no meta.json vouches for the new shards.
-
-    Args: names: every recording that was asked for, each once. What the journals hold beyond them is dropped.
-    Raises: ValueError if some are neither encoded nor failed; OSError, in a sentence, if the disk is full.
-    """
-    folder, names = Path(folder), [str(name) for name in names]
-    documents, failures = journal.collect(folder, recipe, names)
-    with journal.full_disk_explained(folder):
-        meta = write_shards(folder, recipe, tqdm(documents, desc="assembling", unit="file", disable=None), failures, names)
-    journal.remove(folder)
-    return meta
-
-
-def complete(folder, recipe, names):
-    """The meta if the folder holds exactly these recordings, encoded by this recipe; None if there is something to do."""
-    folder = Path(folder)
-    meta = read_if_there(folder / "meta.json")
-    if meta is None or (folder / "work").exists() or meta.get("format") != FORMAT:
-        return None
-    if meta["recipe"] != json.loads(json.dumps(recipe)) or meta.get("names") != fingerprint_names(names):
-        return None
-    shutil.rmtree(folder / "work.done", ignore_errors=True)  # left by a kill at the very end
-    return meta if sum(path.stat().st_size for path in folder.glob("*.units.bin")) == 2 * meta["units"] else None
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 class UnitShards:
     """All documents of a shard folder, memory-mapped."""
@@ -192,22 +184,21 @@ class UnitShards:
         rows = slice(*offsets[i - self.firsts[part]:][:2])
         return units[rows].astype(np.int64), runs[rows].astype(np.int64)
 
-    def each_name(self):
-        """Yields file_name of every document."""
+    def each_file(self):
+        """Yields {"file_name": ..., "seconds": ...} of every document."""
         for *_, files in self.parts:
             with open(files) as lines:
-                for line in lines:
-                    yield json.loads(line)["file_name"]
+                yield from map(json.loads, lines)
 
     @property
     def names(self):
         """file_name of every document, as a list."""
-        return list(self.each_name())
+        return [file["file_name"] for file in self.each_file()]
 
     def __iter__(self):
         """Yields (name, units (T,), runs (T,)) of every document."""
-        for i, name in enumerate(self.each_name()):
-            yield name, *self.document(i)
+        for i, file in enumerate(self.each_file()):
+            yield file["file_name"], *self.document(i)
 
 
 def check_recipe(recipe, expected, where):

@@ -13,6 +13,7 @@ either the file gives a log-probability (nats) and a number of tokens for each t
 
 Sources: auto-BLEU, Lakhotia et al. 2021 (arXiv 2102.01192), section on generation metrics; GenPPL as in Slam (arXiv 2502.15814).
 """
+import itertools
 import json
 import re
 from collections import Counter
@@ -37,14 +38,13 @@ def ngrams(sequence, n):
 def auto_bleu(sequence, n=2):
     """Share of the n-grams of a sequence that occur more than once in it; None if it has none."""
     counts = Counter(ngrams(sequence, n))
-    total = sum(counts.values())
-    return sum(count for count in counts.values() if count > 1) / total if total else None
+    return sum(count for count in counts.values() if count > 1) / counts.total() if counts else None
 
 
 def distinct(sequences, n):
     """Different n-grams over all n-grams of several sequences; None if they have none."""
     counts = Counter(gram for sequence in sequences for gram in ngrams(sequence, n))
-    return len(counts) / sum(counts.values()) if counts else None
+    return len(counts) / counts.total() if counts else None
 
 
 def describe(sequences):
@@ -66,11 +66,8 @@ def prompts_of(shards, count, seconds):
     T = round(seconds * int(shards.lengths.sum()) / total) if total else 0
     if T < 1:
         raise ValueError(f"{shards.folder}: no unit is spoken in {seconds:g} s; raise --prompt-seconds, or give units of speech")
-    found = []
-    for i, name in enumerate(shards.each_name()):
-        if shards.lengths[i] > T and len(found) < count:
-            units, _ = shards.document(i)
-            found.append((name, units[:T], units[T:]))
+    longer = ((name, units[:T], units[T:]) for name, units, _ in shards if len(units) > T)
+    found = list(itertools.islice(longer, count))
     if not found:
         raise ValueError(f"{shards.folder} has no document longer than a prompt of {T} units; lower --prompt-seconds")
     return found
@@ -91,8 +88,6 @@ def continue_all(model, vocab, prompts, options):
         results += [vocab.decode(row).numpy() for row in rows[:, ids.shape[1]:].cpu()]
     return results
 
-
-# ---------------------------------------------------------------------------------------------- transcripts
 
 def read_transcripts(path):
     """A .jsonl of {"name", "text"} or lines of name<TAB>text -> texts, and of each (nats, tokens) or None.
@@ -131,8 +126,6 @@ def read_transcripts(path):
         raise ValueError(f"{path}: some transcripts have a log_probability and some have none; give all or none")
     return texts, scored
 
-
-# ---------------------------------------------------------------------------------------------- the task
 
 def run(evaluation, folder):
     """Continuations of held-out prompts, beside what really follows; and transcripts, if the user brings some."""

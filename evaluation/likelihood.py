@@ -23,18 +23,12 @@ SMOOTHING = 0.1  # k: the count that every n-gram gets for nothing
 PIECE = 2**22  # units that are counted at a time
 
 
-# ---------------------------------------------------------------------------------------------- the language model
-
 def windows(length, window, stride):
     """Yields (begin, end, first) for ids of `length`: inputs are ids[begin:end], scored targets those from ids[first] on."""
-    targets = length - 1
-    begin, first, end = 0, 1, min(window, targets)
-    while True:
-        yield begin, end, first
-        if end == targets:
-            return
-        first, end = end + 1, min(end + stride, targets)
-        begin = end - window
+    first = 1
+    for end in (*range(window, length - 1, stride), length - 1):
+        yield max(0, end - window), end, first
+        first = end + 1
 
 
 def batches(lengths, budget):
@@ -46,13 +40,6 @@ def batches(lengths, budget):
         else:
             found.append([i])
     return found
-
-
-@torch.inference_mode()
-def target_log_probabilities(model, ids, targets):
-    """ids, targets (B, T) int64 -> (B, T) float32; the softmax in float32."""
-    logits = model(ids).float()  # (B, T, V)
-    return logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
 
 
 def log_probabilities(model, rows, dist, stride=None, budget=None, label="scoring"):
@@ -72,19 +59,18 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     pieces = [(i, *piece) for i, row in enumerate(rows) if len(row) > 1 for piece in windows(len(row), window, stride)]
     groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET[device.type])
     bar = tqdm(total=len(pieces), desc=label, unit="sequence", disable=None if dist.is_main else True)
-    with packed(model), bar:
+    with packed(model), bar, torch.inference_mode():
         for group in groups[dist.rank::dist.world]:
             some = [pieces[i] for i in group]
             both = pad_sequence([rows[i][begin:end + 1] for i, begin, end, _ in some], batch_first=True).to(device)
-            found = target_log_probabilities(model, both[:, :-1], both[:, 1:]).cpu().numpy()
+            logits = model(both[:, :-1]).float()  # (B, T, V)
+            found = (logits.gather(-1, both[:, 1:, None])[..., 0] - logits.logsumexp(-1)).cpu().numpy()  # (B, T)
             for values, (i, begin, end, first) in zip(found, some):
                 flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
             bar.update(len(some) * dist.world)
     scored = np.split(dist.sum_array(flat), ends[1:-1])
     return [scored[i] for i in places]
 
-
-# ---------------------------------------------------------------------------------------------- counting
 
 class UnitCounts:
     """Unigram and bigram frequencies of the units in a shard folder.

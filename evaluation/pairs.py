@@ -7,6 +7,8 @@ An ending is what follows the seconds that pairs.csv names, or else the units th
 reads one story with two endings, most of the context is the same in both, and says nothing. Under a summed log-likelihood that
 common part cancels anyway; under the mean it dilutes.
 """
+import itertools
+
 import numpy as np
 
 from evaluation import accuracy, reports, sets
@@ -36,7 +38,7 @@ def score(evaluation, pairs, shards):
     options, notes, scores = evaluation.options, [], {}
     sides = [pair.positive for pair in pairs], [pair.negative for pair in pairs]
     wanted = set().union(*sides)
-    held = {name: shards.document(i) for i, name in enumerate(shards.each_name()) if name in wanted}
+    held = {name: shards.document(i) for i, name in enumerate(shards.names) if name in wanted}
     names = sorted(held)
     lengths = {name: len(held[name][0]) for name in names}
     extra = evaluation.main.bos + options.eos - 1  # targets of a document, less its units
@@ -64,16 +66,17 @@ def score(evaluation, pairs, shards):
 
 def subsets(pairs):
     """What is averaged, in the order of the table: (name, mask (N,), types or None, way)."""
-    everything = np.ones(len(pairs), dtype=bool)
-    found = [("all", everything, None, "micro")]
-    values = sets.label_values(pairs)
-    if "type" in values:
-        found.append(("macro over types", everything, [pair.labels.get("type", "") for pair in pairs], "micro"))
-    if "voice" in values:
+    everything, labels = np.ones(len(pairs), dtype=bool), [{"voice": pair.voice, **pair.labels} for pair in pairs]
+    found, rank = [("all", everything, None, "micro")], {band: i for i, band in enumerate(sets.BANDS)}
+    said = {label: [each.get(label) for each in labels] for label in dict.fromkeys(itertools.chain(*labels))}
+    said = {label: values for label, values in said.items() if len(set(values) - {None}) > 1}  # labels that divide the pairs
+    if "type" in said:
+        found.append(("macro over types", everything, [value or "" for value in said["type"]], "micro"))
+    if "voice" in said:
         found += [("per recording", everything, None, "recordings"), ("all voices right", everything, None, "strict")]
-    for label, names in values.items():
-        said = np.array([pair.voice if label == "voice" else pair.labels.get(label, "") for pair in pairs])
-        found += [(f"{label} = {name}", said == name, None, "micro") for name in names if name]
+    for label, values in said.items():
+        names = sorted(set(values) - {None, ""}, key=lambda name: (rank.get(name, 0), name))
+        found += [(f"{label} = {name}", np.array([value == name for value in values]), None, "micro") for name in names]
     return found
 
 

@@ -4,7 +4,6 @@
 
 Documents (D of them) are what the bootstrap draws. Seconds are those of the audio, zeros for text.
 """
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,7 @@ def run(evaluation, folder):
     found = evaluation.log_probabilities(documents)
     if not evaluation.dist.is_main:
         return None
-    lines = (line for *_, path in shards.parts for line in Path(path).read_text().splitlines())
-    seconds = np.array([json.loads(line)["seconds"] for line in lines])
+    seconds = np.array([file["seconds"] for file in shards.each_file()])
     name, rows, scored = f"ppl {Path(folder).name}", [], {}
     for system, values in found.items():
         units = np.array([len(part) for part in values], dtype=np.float64)

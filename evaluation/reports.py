@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checkpoints import files
+from evaluation.sets import GOLD
 
 FIELDS = ("benchmark", "subset", "system", "measure", "value", "low", "high", "n", "p")
-SUBMISSION = {"swuggy": "lexical", "sblimp": "syntactic"}
 MOST_ROWS = 20  # of one label (type, voice, ...) on screen; the files have all
 
 
@@ -86,5 +86,5 @@ def write_scores(out, benchmark, pairs, scores, lengths):
 def write_submission(out, benchmark, score_of):
     """submission/lexical/dev.txt or its like: `stem score` for every recording in score_of, in the order of gold.csv."""
     lines = [f"{stem} {float(score_of[path])!r}\n" for path, stem in benchmark.stems.items() if path in score_of]
-    folder = Path(out) / "submission" / SUBMISSION[benchmark.task]
+    folder = Path(out) / "submission" / GOLD[benchmark.task][0]
     files.write_text(folder / f"{benchmark.split or 'dev'}.txt", "".join(lines))

@@ -17,6 +17,7 @@ Sources: sLM21, Nguyen et al. 2020 (arXiv 2011.11588); Spoken StoryCloze, TWIST 
 """
 import csv
 import io
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -33,9 +34,6 @@ GOLD = {  # the archive's folder and the columns that are needed of its gold.csv
     "sblimp": ("syntactic", ("filename", "id", "voice", "type", "subtype", "correct"))}
 BANDS = ("out of vocabulary", "1-5", "6-20", "21-100", ">100")  # of how often LibriSpeech has a word
 STORIES = ("sstorycloze", "tstorycloze")
-WITHOUT_GOLD = ("{folder} has recordings but no gold.csv, so nothing says which are pairs: this is the archive of the 2021 "
-                "challenge (zerospeech2021-dataset.zip). Get sLM21-dataset, which has it (zrc datasets:pull sLM21-dataset), or "
-                "put its gold.csv there")
 MOST_MISSING = 0.01  # of the pairs; more is an incomplete copy
 
 
@@ -61,11 +59,8 @@ class Benchmark:
     present: frozenset = frozenset()  # the recordings that exist
 
 
-# ---------------------------------------------------------------------------------------------- what is on the disk
-
 def scan(root):
     """{folder: {file name: path}} of everything below root; a zip counts as a folder of its name. Paths are text."""
-    root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"--data={root}: no such file or folder; give the folder or zip of an evaluation set")
     folders, zips = defaultdict(dict), []
@@ -108,7 +103,7 @@ def read_rows(path, needed):
 def display(folder, root):
     """How a result calls a folder: its path from --data on, which itself gives its last name."""
     inside = Path(folder).relative_to(root).as_posix()
-    return Path(root).resolve().name + ("" if inside == "." else f"/{inside}")
+    return root.resolve().name + ("" if inside == "." else f"/{inside}")
 
 
 def wavs_of(files):
@@ -120,10 +115,10 @@ def wavs_of(files):
 def frequency_labels(text, where):
     """The `frequency` column -> labels; an empty one says nothing."""
     try:
-        frequency = float(text) if text.strip() else None  # a table once handled by pandas says 3.0
+        frequency = float(text.strip() or "nan")  # a table once handled by pandas says 3.0
     except ValueError:
         raise ValueError(f"{where}: frequency {text!r}; expected a whole number or nothing") from None
-    if frequency is None or frequency != frequency:
+    if frequency != frequency:
         return {}
     band = BANDS[sum(frequency > last for last in (0, 5, 20, 100))]  # the official scorer counts 5, 20 and 100 to the next band
     return {"vocabulary": "in vocabulary" if frequency > 0 else "out of vocabulary", "frequency": band}
@@ -138,60 +133,51 @@ def read_gold(task, folder, files, name, split):
         stem = row["filename"].removesuffix(".wav")
         row["path"] = files.get(f"{stem}.wav") or str(Path(folder, f"{stem}.wav"))
         stems[row["path"]] = stem
-        row["item"] = "/".join(row[key] for key in keys)
-        side, key = row["correct"].strip().removesuffix(".0"), (row["item"], row["voice"])
+        side, key = row["correct"].strip().removesuffix(".0"), ("/".join(row[key] for key in keys), row["voice"])
         if side not in sides:
             raise ValueError(f"{where}: {stem} has correct={row['correct']!r}; expected 1 or 0")
         if key in sides[side]:
-            raise ValueError(f"{where}: {stem} and {sides[side][key]['filename']} both have correct={side} for {row['item']} in "
-                             f"voice {row['voice']}; expected one of each")
+            raise ValueError(f"{where}: {stem} and {sides[side][key]['filename']} both have correct={side} for {key[0]} in "
+                             f"voice {key[1]}; expected one of each")
         sides[side][key] = row
-    refuse_unpaired(sides["1"], sides["0"], where)
+    right, wrong = sides.values()
+    for (mine, ones), (theirs, others) in itertools.permutations([("right", right), ("wrong", wrong)]):
+        for item, voice in ones:
+            if (item, voice) not in others:
+                voices = ", ".join(sorted(other for its, other in others if its == item))
+                raise ValueError(f"{where}: {item} has its {mine} one in voice {voice}, "
+                                 + (f"its {theirs} one only in {voices}; a pair must be of one voice" if voices else
+                                    f"and no {theirs} one at all; copy the file again"))
     pairs = []
-    for key, row in sides["1"].items():
-        other = sides["0"][key]
+    for (item, voice), row in right.items():
+        other = wrong[item, voice]
         labels = (frequency_labels(row["frequency"] or other["frequency"], f"{where}, {row['filename']}") if task == "swuggy"
                   else {"type": row["type"], "subtype": row["subtype"]})
-        pairs.append(Pair(row["path"], other["path"], row["item"], row["voice"], labels))
-    in_rows = [[row["path"] for row in rows if row["correct"].strip().startswith(side)] for side in "10"]
-    order = tuple(zip(*in_rows)) if task == "sblimp" else ()
+        pairs.append(Pair(row["path"], other["path"], item, voice, labels))
+    # right and wrong stand in the order of the rows, by which the official scorer of sBLIMP pairs them
+    order = tuple((a["path"], b["path"]) for a, b in zip(right.values(), wrong.values())) if task == "sblimp" else ()
     return Benchmark(task, name, split, tuple(pairs), row_order=order, stems=stems)
-
-
-def refuse_unpaired(right, wrong, where):
-    """Raise ValueError for (item, voice) keys without a partner, and say so where the partner speaks in another voice."""
-    for ones, others, mine, theirs in ((right, wrong, "right", "wrong"), (wrong, right, "wrong", "right")):
-        alone = next((key for key in ones if key not in others), None)
-        if alone is not None:
-            voices = sorted(voice for item, voice in others if item == alone[0])
-            raise ValueError(f"{where}: {alone[0]} has its {mine} one in voice {alone[1]}, "
-                             + (f"its {theirs} one only in {', '.join(voices)}; a pair must be of one voice" if voices else
-                                f"and no {theirs} one at all; copy the file again"))
 
 
 def find_gold(task, folders, root, split, required):
     """All folders of sLM21 for a task. root itself may be lexical/dev. required: explain what is wrong instead of passing by."""
-    kind, found, others = GOLD[task][0], [], set()
+    (kind, columns), found, others = GOLD[task], [], set()
     for folder, files in folders.items():
         parts = folder.resolve().parts
-        official = parts[-2:-1] == (kind,)
-        if not official and (folder != Path(root) or "gold.csv" not in files or not is_gold_of(task, files["gold.csv"])):
-            continue
+        official, here = parts[-2:-1] == (kind,), folder == root
         if official and parts[-1] != split:
             others.add(parts[-1])
-            continue
-        if "gold.csv" in files:
-            found.append(read_gold(task, folder, files, display(folder, root) if folder != Path(root) else "/".join(parts[-2:]),
-                                   split if official else ""))
-        elif wavs_of(files):
-            raise ValueError(WITHOUT_GOLD.format(folder=folder))
+        elif "gold.csv" in files:
+            if official or here and all(row.keys() >= {*columns} for row in read_rows(files["gold.csv"], ("filename",))[:1]):
+                name = "/".join(parts[-2:]) if here else display(folder, root)
+                found.append(read_gold(task, folder, files, name, split if official else ""))
+        elif official and wavs_of(files):
+            raise ValueError(f"{folder} has recordings but no gold.csv, so nothing says which are pairs: this is the archive of "
+                             "the 2021 challenge (zerospeech2021-dataset.zip). Get sLM21-dataset, which has it (zrc "
+                             "datasets:pull sLM21-dataset), or put its gold.csv there")
     if required and not found and others:
         raise ValueError(f"--split={split}: {root} has {kind}/{', '.join(sorted(others))} only")
     return found
-
-
-def is_gold_of(task, path):
-    return all(name in row for name in GOLD[task][1] for row in read_rows(path, ("filename",))[:1])
 
 
 # ---------------------------------------------------------------------------------------------- pairs by the names of files
@@ -212,8 +198,7 @@ def numbered_pairs(wavs, mark):
         pairs = [(numbers.get(n), numbers.get(n + 1)) for n in sorted({n - (n - first) % 2 for n in numbers})]
         return {a or b: (a, b) for a, b in pairs}
 
-    even, odd = paired(0), paired(1)
-    return odd if any(None in pair for pair in even.values()) and not any(None in pair for pair in odd.values()) else even
+    return min(paired(0), paired(1), key=lambda pairs: any(None in pair for pair in pairs.values()))
 
 
 def story_pairs(wavs):
@@ -275,7 +260,7 @@ def find_named(task, folders, root):
     groups, official = defaultdict(list), {kind for kind, _ in GOLD.values()}
     for folder, files in folders.items():
         wavs, around = wavs_of(files), [folder, *folder.parents]
-        around = around[:around.index(Path(root)) + 1]  # the folder itself and those around it, up to --data
+        around = around[:around.index(root) + 1]  # the folder itself and those around it, up to --data
         tables = any(table in folders.get(place, ()) for place in around for table in ("gold.csv", "pairs.csv"))
         if not wavs or tables or folder.parent.name in official:
             continue
@@ -323,29 +308,28 @@ def find_pairs(task, folders, root):
         if "pairs.csv" in files:
             words = folder.resolve().name.casefold().replace("-", "").replace("_", "")
             own = next((known for known in TASKS if words.removeprefix("mini").startswith(known)), "pairs")
-            if own == task or (task == "pairs" and folder == Path(root)):
+            if own == task or (task == "pairs" and folder == root):
                 found.append(read_pairs(task, folder, files, display(folder, root)))
     return found
 
-
-# ---------------------------------------------------------------------------------------------- the way in
 
 def find(task, root, split="dev", voices=()):
     """All benchmarks of a task below a folder or zip, or of every task where task is `all`.
 
     Raises: FileNotFoundError for no such folder; ValueError if there is none, one is empty, or its files contradict themselves.
     """
+    root = Path(root)
     folders, found = scan(root), []
     for each in TASKS if task == "all" else (task,):
         if each in GOLD:
             found += find_gold(each, folders, root, split, required=task != "all")
         found += find_named(each, folders, root) + find_pairs(each, folders, root)
     if not found and task in STORIES:  # the folder's name does not say which, but the user does
-        places = [(folder, "" if folder == Path(root) else display(folder, root), wavs_of(files))
+        places = [(folder, "" if folder == root else display(folder, root), wavs_of(files))
                   for folder, files in folders.items() if any(re.search(r"_(in)?correct\.", name) for name in files)]
         others = [name for name in STORIES if name != task and names_task(name, str(root))]
         if places and not others:
-            found = [by_names(task, Path(root).resolve().name, places)]
+            found = [by_names(task, root.resolve().name, places)]
     if not found:
         seen = ", ".join(sorted({display(folder, root) for folder in folders})[:6]) or "nothing"
         raise ValueError(f"--task={task}: no such evaluation set in {root} (found {seen}); the head of evaluation/sets.py "
@@ -367,8 +351,7 @@ def only_voices(benchmark, voices):
                          f"{', '.join(sorted(known - {''})) or 'recordings of voices without a name'}")
     pairs = tuple(pair for pair in benchmark.pairs if pair.voice in voices)
     kept = {path for pair in pairs for path in (pair.positive, pair.negative)}
-    return replace(benchmark, pairs=pairs, stems={path: stem for path, stem in benchmark.stems.items() if path in kept},
-                   row_order=tuple(pair for pair in benchmark.row_order if pair[0] in kept and pair[1] in kept))
+    return replace(benchmark, pairs=pairs, row_order=tuple(pair for pair in benchmark.row_order if kept.issuperset(pair)))
 
 
 def complete_pairs(benchmark, usable):
@@ -389,13 +372,3 @@ def complete_pairs(benchmark, usable):
     if left_out > MOST_MISSING * total:
         raise ValueError(f"{benchmark.name}: {sentence}, more than {MOST_MISSING:.0%}; copy the evaluation set again")
     return pairs, missing, sentence
-
-
-def label_values(pairs):
-    """{label: its values, in order} of those labels that divide the pairs: voice, and what `labels` holds."""
-    values = defaultdict(set)
-    for pair in pairs:
-        for key, value in {"voice": pair.voice, **pair.labels}.items():
-            values[key].add(value)
-    rank = {name: i for i, name in enumerate(BANDS)}
-    return {key: sorted(found, key=lambda value: (rank.get(value, 0), value)) for key, found in values.items() if len(found) > 1}

@@ -146,7 +146,7 @@ def mixed(tmp_path, files, batch, **options):
         folder = tmp_path / f"corpus{i}"
         loaders.append(UnitLoader(UnitShards(folder) if folder.exists() else write(folder, part), WITH, 4, batch,
                                   seed=number, **options))
-    return Mixture(loaders, [5, 3, 2], batch)
+    return Mixture(loaders, [5, 3, 2])
 
 
 @pytest.mark.parametrize("kind", ["stream", "documents", "mixture"])
@@ -222,9 +222,9 @@ def test_rows_of_a_mixture_are_the_windows_of_its_corpora(tmp_path, files):
 
 def test_quotas_are_largest_remainders(shards):
     loaders = [UnitLoader(shards, WITH, 8, 4, seed=0)] * 3
-    assert Mixture(loaders, [1, 1, 1], 4).quotas.tolist() == [334, 333, 333]
-    assert Mixture(loaders, [0.0012, 0.0019, 0.9969], 4).quotas.tolist() == [1, 2, 997]
-    assert Mixture(loaders[:1], [3], 4).quotas.tolist() == [ROUND]
+    assert Mixture(loaders, [1, 1, 1]).quotas.tolist() == [334, 333, 333]
+    assert Mixture(loaders, [0.0012, 0.0019, 0.9969]).quotas.tolist() == [1, 2, 997]
+    assert Mixture(loaders[:1], [3]).quotas.tolist() == [ROUND]
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -242,29 +242,27 @@ def test_an_option_out_of_range_is_one_sentence(shards, options, words):
 @pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")], []])
 def test_weights_must_be_one_positive_number_a_corpus(shards, weights):
     with pytest.raises(ValueError, match="2 corpora: expected one finite number above 0"):
-        Mixture([UnitLoader(shards, WITH, 8, 4, seed=0)] * 2, weights, 4)
+        Mixture([UnitLoader(shards, WITH, 8, 4, seed=0)] * 2, weights)
 
 
 def test_corpora_that_do_not_fit_together_are_refused(tmp_path, shards):
     loader = UnitLoader(shards, WITH, 8, 4, seed=0)
     other = write(tmp_path / "other", drawn([[50]]), {**RECIPE, "centers": "xyz"})
     with pytest.raises(ValueError, match="other: units of another tokenizer"):
-        Mixture([loader, UnitLoader(other, WITH, 8, 4, seed=0)], [1, 1], 4)
+        Mixture([loader, UnitLoader(other, WITH, 8, 4, seed=0)], [1, 1])
     for second in (UnitLoader(shards, WITH, 4, 4, seed=0), UnitLoader(shards, WITHOUT, 8, 4, seed=0),
                    UnitLoader(shards, WITH, 8, 4, seed=0, packing="documents")):
         with pytest.raises(ValueError, match="block size, vocabulary and packing"):
-            Mixture([loader, second], [1, 1], 4)
+            Mixture([loader, second], [1, 1])
     with pytest.raises(ValueError, match="smallest is under one row in 1000"):
-        Mixture([loader, loader], [1, 1e-4], 4)
-    with pytest.raises(ValueError, match="batch 0"):
-        Mixture([loader, loader], [1, 1], 0)
+        Mixture([loader, loader], [1, 1e-4])
     with pytest.raises(ValueError, match="0 corpora"):
-        Mixture([], [], 4)
+        Mixture([], [])
 
 
 def test_windows_that_do_not_exist_are_refused(shards):
     loader = UnitLoader(shards, WITH, 8, 4, seed=0)
-    for one in (loader, Mixture([loader, loader], [1, 1], 4)):
+    for one in (loader, Mixture([loader, loader], [1, 1])):
         for number in (-1, one.windows):
             with pytest.raises(ValueError, match="there are 0 .. "):
                 one.window(0, number)
