@@ -54,23 +54,11 @@ class Moments(NamedTuple):
     first: torch.Tensor  # (B, kernel) sum of u
     second: torch.Tensor  # (B, kernel, kernel) sum of u u'
 
-    def plus(self, other):
-        return Moments(*(a + b for a, b in zip(self, other)))
-
 
 def frames_of(length, kernel, stride):
     """Output steps of a convolution without padding, for an int or a tensor of input steps; at least 0."""
     frames = (length - kernel) // stride + 1
     return frames.clamp(min=0) if isinstance(frames, torch.Tensor) else max(0, frames)
-
-
-def patches(x, kernel, stride):
-    """(B, T, C) -> (B, T', kernel * C): the steps that each output step of a strided convolution sees, side by side."""
-    T = frames_of(x.shape[1], kernel, stride)
-    if kernel == stride:
-        return x[:, :T * stride].reshape(len(x), T, -1)  # no overlap: the same memory
-    last = (T - 1) * stride + 1
-    return torch.cat([x[:, i:i + last:stride] for i in range(kernel)], dim=2)
 
 
 class StridedConv(nn.Module):
@@ -86,7 +74,8 @@ class StridedConv(nn.Module):
         return functional.linear(x, self.weight.flatten(1))
 
     def forward(self, x):
-        return self.product(patches(x, self.kernel, self.stride))
+        patches = x.unfold(1, self.kernel, self.stride).transpose(2, 3).flatten(2)  # (B, T', kernel * C), a view
+        return self.product(patches.contiguous())
 
 
 class EncoderLayer(nn.Module):
