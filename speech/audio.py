@@ -85,11 +85,7 @@ class Resampler:
 
 
 def resample(samples, source_rate, target_rate=SAMPLE_RATE):
-    """Change the sampling rate (whole numbers of Hz) of a whole recording: see Resampler.
-
-    Args: samples (S,) float tensor at source_rate.
-    Returns: (ceil(S * target_rate / source_rate),) tensor of the same dtype.
-    """
+    """A whole recording (S,) -> (ceil(S * target_rate / source_rate),) of the same dtype; rates in whole Hz. See Resampler."""
     resampler = Resampler(source_rate, target_rate, samples.dtype)
     return torch.cat([resampler.feed(samples), resampler.finish()])
 

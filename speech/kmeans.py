@@ -16,12 +16,11 @@ def reservoir(sample, new, seen, size, generator):
     room = max(0, size - seen)
     sample = new[:room].clone() if sample is None else torch.cat([sample, new[:room]])
     late = new[room:]
-    if len(late):
-        ends = torch.arange(seen + min(room, len(new)), seen + len(new)) + 1  # rows that have come, each included
-        places = (torch.rand(len(late), generator=generator, dtype=torch.float64) * ends).long()
-        kept = places < size
-        for place, row in zip(places[kept].tolist(), late[kept]):  # one after the other: a later row may replace an earlier
-            sample[place] = row
+    ends = torch.arange(seen + min(room, len(new)), seen + len(new)) + 1  # rows that have come, each included
+    places = (torch.rand(len(late), generator=generator, dtype=torch.float64) * ends).long()
+    kept = places < size
+    for place, row in zip(places[kept].tolist(), late[kept]):  # one after the other: a later row may replace an earlier
+        sample[place] = row
     return sample
 
 
