@@ -1,4 +1,4 @@
-"""The one place where an implementation is chosen: attention(), linear_cross_entropy() and cross_entropy().
+"""attention(), linear_cross_entropy() and cross_entropy(): the one place that checks arguments and chooses an implementation.
 
 choose() is a pure function of what is asked for and returns (backend, reason); nothing is tried and swallowed. Backends:
 
@@ -17,14 +17,12 @@ import os
 import torch
 import torch.nn.functional as F
 
-from kernels.checks import DTYPES, check_attention, check_range, check_targets
-
 triton = importlib.util.find_spec("triton")  # not made for macOS and Windows
 
 if triton is not None:
     from kernels import flash_attention, flash_decoding, fused_cross_entropy
 
-BACKENDS = ("triton", "torch")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that Triton's kernels take
 OPERATIONS = ("attention", "decode_attention", "cross_entropy", "linear_cross_entropy")
 
 
@@ -43,8 +41,8 @@ def choose(operation, device, dtype=None, head_dim=None, forced=None):
     Raises: ValueError if what is forced does not exist or cannot run, with the reason.
     """
     forced = os.environ.get("TWIST_KERNELS", "") if forced is None else forced
-    if forced not in ("", *BACKENDS):
-        raise ValueError(f"TWIST_KERNELS={forced}: no such backend, expected {' or '.join(BACKENDS)}")
+    if forced not in ("", "triton", "torch"):
+        raise ValueError(f"TWIST_KERNELS={forced}: no such backend, expected triton or torch")
     obstacle = None
     if triton is None:
         obstacle = "the package triton is not installed"
@@ -87,6 +85,35 @@ def autocast_to(*tensors):
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
+def check_attention(q, k, v, scale, alibi_slopes, document_starts):
+    """ValueError unless these can be the arguments of attention(); scale is a number."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention takes q (B, T, H, D) and k, v (B, S, K, D), got {tuple(q.shape)}, {tuple(k.shape)} and "
+                         f"{tuple(v.shape)}")
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    if H % K:
+        raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
+    if S < T or T < 1:
+        raise ValueError(f"attention of {T} queries over {S} keys: every query needs the keys up to its own position")
+    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v must share a dtype and a device, got {q.dtype} on {q.device}, {k.dtype} on {k.device}, "
+                         f"{v.dtype} on {v.device}")
+    if not scale > 0:
+        raise ValueError(f"scale = {scale}: expected a positive number")
+    if alibi_slopes is not None and (alibi_slopes.shape != (H,) or alibi_slopes.dtype != torch.float32):
+        raise ValueError(f"alibi_slopes must be ({H},) float32, got {tuple(alibi_slopes.shape)} {alibi_slopes.dtype}")
+    if document_starts is None:
+        return
+    if document_starts.shape != (B, T) or document_starts.dtype != torch.int32 or S != T:
+        raise ValueError(f"document_starts must be ({B}, {T}) int32 and go with as many keys as queries, got "
+                         f"{tuple(document_starts.shape)} {document_starts.dtype} and {S} keys")
+    if document_starts.device.type == "cpu" and not torch.compiler.is_compiling():
+        ascending = (document_starts[:, 1:] >= document_starts[:, :-1]).all() and (document_starts >= 0).all()
+        if not ascending or (document_starts > torch.arange(T)).any():
+            raise ValueError("document_starts must ascend along each row, from 0, and never lie beyond their own position")
+
+
 def attention(q, k, v, *, scale=None, alibi_slopes=None, document_starts=None):
     """Causal attention: softmax(scale q k^T + bias) v, position t seeing positions <= t of its document.
 
@@ -106,7 +133,7 @@ def attention(q, k, v, *, scale=None, alibi_slopes=None, document_starts=None):
     operation = "attention" if T == S else "decode_attention"
     backend, _ = choose(operation, q.device.type, q.dtype, q.shape[-1])
     if backend == "triton" and T == S:
-        return flash_attention.attention(q, k, v, scale, alibi_slopes, document_starts)
+        return flash_attention.forward(q, k, v, scale, alibi_slopes, document_starts)[0]
     if backend == "triton" and T == 1:
         return flash_decoding.decode(q, k, v, scale, alibi_slopes)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, length, D)
@@ -126,17 +153,35 @@ def attention(q, k, v, *, scale=None, alibi_slopes=None, document_starts=None):
     return y.transpose(1, 2)
 
 
+def check_loss(x, weight, targets, ignore_index):
+    """ValueError unless these can be the arguments of linear_cross_entropy(), or of cross_entropy(): then weight is None."""
+    if x.ndim != 2 or targets.shape != x.shape[:1]:
+        raise ValueError(f"got {tuple(x.shape)} and targets {tuple(targets.shape)}, expected (N, .) and (N,): flatten batch and "
+                         "time first")
+    if targets.dtype != torch.int64 or targets.device != x.device:
+        raise ValueError(f"got {targets.dtype} targets on {targets.device}, expected int64 on {x.device}; convert them")
+    if weight is not None and (weight.shape[1:] != x.shape[1:] or weight.dtype != x.dtype or weight.device != x.device):
+        raise ValueError(f"got x {tuple(x.shape)} {x.dtype} on {x.device} and weight {tuple(weight.shape)} {weight.dtype} on "
+                         f"{weight.device}: expected (N, C) and (V, C), as nn.Linear stores it, in one dtype on one device")
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    V = x.shape[1] if weight is None else len(weight)
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if bad.any():
+        n = int(bad.nonzero()[0])
+        raise ValueError(f"targets[{n}] is {int(targets[n])}: expected a class in [0, {V}), or {ignore_index} for none")
+
+
 def cross_entropy(logits, targets, *, ignore_index=-100):
     """Mean of -log softmax(logits)[target] over the targets that count. float32 inside, whatever the logits' dtype.
 
     Args: logits (N, V); targets (N,) int64, ignore_index where there is none.
     Returns: () float32; NaN where no target counts.
-    Raises: ValueError for shapes that do not fit, and (on CPUs) for targets outside [0, V).
+    Raises: ValueError for shapes and dtypes that do not fit, and (on CPUs) for targets outside [0, V).
     """
+    check_loss(logits, None, targets, ignore_index)
     if choose("cross_entropy", logits.device.type, logits.dtype)[0] == "triton":
         return fused_cross_entropy.cross_entropy(logits, targets, ignore_index)
-    check_targets(logits, targets)
-    check_range(targets, logits.shape[1], ignore_index)
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index)
 
 
@@ -147,8 +192,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100):
     Returns, raises: as cross_entropy.
     """
     x, weight = autocast_to(x, weight)
+    check_loss(x, weight, targets, ignore_index)
     if choose("linear_cross_entropy", x.device.type, x.dtype)[0] == "triton":
         return fused_cross_entropy.linear_cross_entropy(x, weight, targets, ignore_index)
-    check_targets(x, targets)
-    check_range(targets, len(weight), ignore_index)
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=ignore_index)

@@ -9,9 +9,7 @@ A compiler accepts what a GPU refuses to launch (more shared memory than it has)
 Triton's interpreter accepts even more. Exit code 1 if any variant does so. tests/test_kernel_compilation.py runs this command.
 """
 import argparse
-import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -26,7 +24,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import flash_attention, flash_decoding, fused_cross_entropy
+from kernels import flash_attention, flash_decoding, fused_cross_entropy, interpreted
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that one program can have
 DTYPES = {2: "bf16", 4: "fp32"}  # by bytes per number; float16 is as bfloat16
@@ -45,15 +43,14 @@ def variant(name, kernel, dtype, constants, types=ATTENTION, sixteens=STRIDES):
                  for argument in kernel.arg_names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, (argument, kind) in enumerate(signature.items())
                   if kind[0] == "*" or argument in sixteens}
-    return {"name": name, "kernel": kernel, "signature": signature, "constexprs": constants, "attrs": attributes, **launch}
+    return dict(name=name, kernel=kernel, signature=signature, constexprs=constants, attrs=attributes, launch=launch)
 
 
 def attention_variants(arch):
     """Each row of the TILES of attention, plain and with everything switched on (there D = 80 stands for 128)."""
     for (name, D, itemsize), extras in product(flash_attention.TILES[arch], (False, True)):
         kernel, D = getattr(flash_attention, f"{name}_kernel"), 80 if extras and D == 128 else D
-        constants = dict(D=D, ALIBI=extras, DOCUMENTS=extras, PRECISION=flash_attention.precision(itemsize),
-                         **flash_attention.tile(name, D, itemsize, arch))
+        constants = flash_attention.tile(name, D, itemsize, arch) | {"ALIBI": extras, "DOCUMENTS": extras}
         constants |= {} if extras else dict.fromkeys({"SLOPES", "STARTS", "ENDS"} & set(kernel.arg_names))
         name = f"attention_{name}_{D}_{DTYPES[itemsize]}{'_alibi_documents' if extras else ''}"
         yield variant(name, kernel, DTYPES[itemsize], constants)
@@ -81,7 +78,6 @@ def row_variants():
         yield variant(name, fused_cross_entropy.row_kernel, dtype, constants, ROWS, sixteens)
 
 
-@functools.cache
 def variants(arch):
     """{name: what a compiler needs} of everything that the project launches on an architecture."""
     return {found["name"]: found for found in (*attention_variants(arch), *decoding_variants(), *row_variants())}
@@ -91,8 +87,7 @@ def compile_variant(arch, name):
     """One row of the table."""
     variant = variants(arch)[name]
     source = ASTSource(variant["kernel"], variant["signature"], variant["constexprs"], variant["attrs"])
-    options = {key: variant[key] for key in ("num_warps", "num_stages")}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant["launch"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -101,7 +96,7 @@ def compile_variant(arch, name):
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     wgmma, mma = (compiled.asm["ptx"].count(instruction) for instruction in ("wgmma.mma_async", "mma.sync"))
     return {"arch": f"sm_{arch}", "kernel": name, "registers": registers, "spilled_bytes": stack,
-            "shared_bytes": compiled.metadata.shared, "wgmma": wgmma, "mma": mma, **options}
+            "shared_bytes": compiled.metadata.shared, "wgmma": wgmma, "mma": mma, **variant["launch"]}
 
 
 def faults(row):
@@ -123,18 +118,17 @@ def main(argv=None):
     parser.add_argument("--arch", type=int, nargs="*", choices=sorted(SHARED_BYTES), default=sorted(SHARED_BYTES))
     parser.add_argument("--out", default="results", help="folder for kernels.json")
     options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "") == "1":
+    if interpreted():
         sys.exit("TRITON_INTERPRET=1 turns the compiler off; unset it")
     tasks = [(arch, name) for arch in options.arch for name in variants(arch)]
     with ProcessPoolExecutor() as pool:
         rows = list(tqdm(pool.map(compile_variant, *zip(*tasks)), total=len(tasks), unit="kernel", disable=None))
     wrong = [f"{row['arch']} {row['kernel']}: {fault}" for row in rows for fault in faults(row)]
     result = {"command": "python -m kernels.compile", "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-    path = Path(options.out) / "kernels.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = Path(options.out) / "kernels.tmp"
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(temporary.with_suffix(".json"))
     widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
     for row in ({key: key for key in widths}, *rows):
         print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))

@@ -312,9 +312,10 @@ def architecture(device):
 
 
 def tile(kernel, D, itemsize, arch):
-    """Constants of a launch: BLOCK_D, BLOCK_M, BLOCK_N, num_warps, num_stages."""
+    """Constants of a launch: sizes, BLOCK_M, BLOCK_N, num_warps, num_stages, and how products are rounded."""
     values = TILES[arch][kernel, 64 if D <= 64 else 128, itemsize]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values), BLOCK_D=triton.next_power_of_2(D))
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values), D=D, BLOCK_D=triton.next_power_of_2(D),
+                PRECISION=precision(itemsize))
 
 
 def precision(itemsize):
@@ -323,15 +324,13 @@ def precision(itemsize):
 
 
 def shared_arguments(q, k, v, alibi_slopes, document_starts):
-    """What all kernels take after their pointers, and their constants."""
-    T, H, D = q.shape[1:]
+    """What all kernels take after their pointers, and which of their parts are switched on."""
+    T, H = q.shape[1:3]
     apart = max(x.stride(1) for x in (q, k, v))  # numbers from one position to the next
     if T * apart >= 2**31:
         raise ValueError(f"{T} positions, {apart} numbers apart: the kernels count in 32 bits; give shorter sequences")
     numbers = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    constants = dict(D=D, ALIBI=alibi_slopes is not None, DOCUMENTS=document_starts is not None,
-                     PRECISION=precision(q.element_size()))
-    return numbers, (T, H, H // k.shape[2]), constants
+    return numbers, (T, H, H // k.shape[2]), dict(ALIBI=alibi_slopes is not None, DOCUMENTS=document_starts is not None)
 
 
 def rows_contiguous(x):
@@ -342,15 +341,15 @@ def rows_contiguous(x):
 @torch.library.custom_op("nanotwist::attention", mutates_args=())
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, alibi_slopes: torch.Tensor | None,
             document_starts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse); the arguments are those of kernels.attention, with S = T."""
+    """(o, lse); the arguments are those of kernels.attention that choose() lets through, with S = T."""
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     (B, T, H, D), itemsize = q.shape, q.element_size()
     o, lse = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
-    strides, sizes, constants = shared_arguments(q, k, v, alibi_slopes, document_starts)
+    strides, sizes, switches = shared_arguments(q, k, v, alibi_slopes, document_starts)
     launch = tile("forward", D, itemsize, architecture(q.device))
     with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be theirs
         forward_kernel[(triton.cdiv(T, launch["BLOCK_M"]) * B * H,)](
-            q, k, v, o, lse, alibi_slopes, document_starts, scale * LOG2E.value, *strides, *sizes, **constants, **launch)
+            q, k, v, o, lse, alibi_slopes, document_starts, scale * LOG2E.value, *strides, *sizes, **switches, **launch)
     return o, lse
 
 
@@ -372,16 +371,16 @@ def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     if document_starts is not None:  # a column's document ends where the first row stands whose document begins after it
         columns = torch.arange(T, device=q.device, dtype=torch.int32).expand(B, T)
         ends = torch.searchsorted(document_starts, columns.contiguous(), right=True, out_int32=True)
-    strides, sizes, constants = shared_arguments(q, k, v, alibi_slopes, document_starts)
+    strides, sizes, switches = shared_arguments(q, k, v, alibi_slopes, document_starts)
     scale, do_strides = scale * LOG2E.value, do.stride()[:3]
     arch, given = architecture(q.device), (alibi_slopes, document_starts)
     by_keys, by_queries = (tile(name, D, itemsize, arch) for name in ("keys", "queries"))
     with torch.cuda.device_of(q):
         delta_kernel[(triton.cdiv(T, 64) * B * H,)](o, do, delta, *do_strides, T, H, D=D, BLOCK_D=by_keys["BLOCK_D"], BLOCK_M=64)
         keys_kernel[(triton.cdiv(T, by_keys["BLOCK_N"]) * B * heads,)](
-            q, k, v, do, dk, dv, lse, delta, *given, ends, scale, *strides, *do_strides, *sizes, **constants, **by_keys)
+            q, k, v, do, dk, dv, lse, delta, *given, ends, scale, *strides, *do_strides, *sizes, **switches, **by_keys)
         queries_kernel[(triton.cdiv(T, by_queries["BLOCK_M"]) * B * H,)](
-            q, k, v, do, dq, lse, delta, *given, scale, *strides, *do_strides, *sizes, **constants, **by_queries)
+            q, k, v, do, dq, lse, delta, *given, scale, *strides, *do_strides, *sizes, **switches, **by_queries)
     return dq, dk, dv
 
 
@@ -412,8 +411,3 @@ def _(q_shape, k_shape, v_shape, *_, **__):
 def _(do_shape, q_shape, *_, **__):
     B, T, H, D = q_shape
     return 8 * B * H * T * T * D
-
-
-def attention(q, k, v, scale, alibi_slopes=None, document_starts=None):
-    """kernels.attention for what its choose() lets through: S = T, one dtype of DTYPES, D of HEAD_DIMS, scale > 0."""
-    return forward(q, k, v, scale, alibi_slopes, document_starts)[0]

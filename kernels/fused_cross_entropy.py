@@ -37,8 +37,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.checks import DTYPES, check_range, check_targets
-
 # (BLOCK_V, num_warps): the first row with BLOCK_V >= V holds a whole row of logits; a longer row takes several of the
 # last. 16 logits a thread is two 16-byte loads of bfloat16 in flight for each and a small part of its registers. Beyond
 # 4096 a wider tile would only have more threads wait for each other at each sum. Reasoned, not measured.
@@ -122,7 +120,6 @@ def per_target(value, targets, ignore_index):
 
 @torch.library.custom_op("nanotwist::cross_entropy", mutates_args=())
 def cross_entropy_forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    check_range(targets, logits.shape[1], ignore_index)
     losses = logits.new_empty(len(targets), dtype=torch.float32)
     statistics = logits.new_empty(len(targets), 2, dtype=torch.float32)
     run_rows(logits, targets, ignore_index, losses, statistics)
@@ -164,11 +161,10 @@ def chunk_rows(N, V, itemsize):
 
 
 @torch.library.custom_op("nanotwist::linear_cross_entropy", mutates_args=())
-def linear_forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int | None, x_gradient: bool,
+def linear_forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, x_gradient: bool,
                    weight_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     (N, _), V = x.shape, weight.shape[0]
-    check_range(targets, V, ignore_index)
-    chunk = max(1, chunk_rows(N, V, x.element_size()) if chunk is None else min(chunk, N))
+    chunk = max(1, chunk_rows(N, V, x.element_size()))
     losses = x.new_empty(N, dtype=torch.float32)
     statistics = x.new_empty(chunk, 2, dtype=torch.float32)
     # One buffer for all chunks: a fresh one each would stand beside the last for a moment. Rows begin at multiples of 16
@@ -192,18 +188,18 @@ def linear_forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 
 
 @linear_forward.register_fake
-def _(x, weight, targets, ignore_index, chunk, x_gradient, weight_gradient):
+def _(x, weight, targets, ignore_index, x_gradient, weight_gradient):
     return (x.new_empty((), dtype=torch.float32), x.new_empty(x.shape if x_gradient else (0,)),
             x.new_empty(weight.shape if weight_gradient else (0,), dtype=torch.float32))
 
 
 @register_flop_formula(torch.ops.nanotwist.linear_cross_entropy)
-def _(x_shape, weight_shape, targets_shape, ignore_index, chunk, x_gradient, weight_gradient, **_):
+def _(x_shape, weight_shape, targets_shape, ignore_index, x_gradient, weight_gradient, **_):
     return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * (1 + x_gradient + weight_gradient)
 
 
 def keep_gradients(ctx, inputs, output):
-    _, weight, targets, ctx.ignore_index, _, ctx.x_gradient, ctx.weight_gradient = inputs
+    _, weight, targets, ctx.ignore_index, ctx.x_gradient, ctx.weight_gradient = inputs
     ctx.dtype = weight.dtype
     ctx.save_for_backward(targets, *output[1:])
 
@@ -218,35 +214,17 @@ def _(ctx, grad_loss, _grad_dx, _grad_dweight):
     targets, dx, dweight = ctx.saved_tensors
     factor = per_target(grad_loss, targets, ctx.ignore_index)
     return (scaled(dx, factor, ctx.dtype) if ctx.x_gradient else None,
-            scaled(dweight, factor, ctx.dtype) if ctx.weight_gradient else None, None, None, None, None, None)
-
-
-def refuse_unusable(values, targets):
-    """ValueError unless values (N, .) and targets (N,) fit the kernel and each other."""
-    check_targets(values, targets)
-    if values.dtype not in DTYPES:
-        raise ValueError(f"got {values.dtype}, expected float32, float16 or bfloat16; convert it first")
+            scaled(dweight, factor, ctx.dtype) if ctx.weight_gradient else None, None, None, None, None)
 
 
 def cross_entropy(logits, targets, ignore_index=-100):
-    """As kernels.cross_entropy, for logits in a dtype of DTYPES, rows at any stride; they are left as they are."""
-    refuse_unusable(logits, targets)
+    """As kernels.cross_entropy, which checks the arguments. Rows at any stride; they are left as they are."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     return cross_entropy_forward(logits, targets.contiguous(), ignore_index)[0]
 
 
-def linear_cross_entropy(x, weight, targets, ignore_index=-100, chunk=None):
-    """As kernels.linear_cross_entropy, for x and weight in one dtype of DTYPES, on one device.
-
-    chunk: rows of logits held at once, at least 1; None: chunk_rows() decides.
-    """
-    refuse_unusable(x, targets)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"got x {tuple(x.shape)} and weight {tuple(weight.shape)}: expected (N, C) and "
-                         "(V, C); pass the head's weight as nn.Linear stores it")
-    if weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(f"got x {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}: "
-                         "expected one dtype on one device; convert one of them first")
+def linear_cross_entropy(x, weight, targets, ignore_index=-100):
+    """As kernels.linear_cross_entropy, which checks the arguments."""
     wanted = torch.is_grad_enabled()
-    return linear_forward(x, weight, targets.contiguous(), ignore_index, chunk, wanted and x.requires_grad,
+    return linear_forward(x, weight, targets.contiguous(), ignore_index, wanted and x.requires_grad,
                           wanted and weight.requires_grad)[0]

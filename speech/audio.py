@@ -11,7 +11,6 @@ A path may lead on into a zip archive, archive.zip/folder/a.wav: the member is r
 import io
 import math
 import mmap
-import os
 import re
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import soundfile
 import torch
 
-from checkpoints import archive
+from checkpoints import archive, files
 
 SAMPLE_RATE = 16_000  # Hz; every encoder and vocoder of this project works at this rate
 LOWPASS_ZEROS = 6  # zero crossings of the sinc on each side of its centre
@@ -86,11 +85,7 @@ class Resampler:
 
 
 def resample(samples, source_rate, target_rate=SAMPLE_RATE):
-    """Change the sampling rate (whole numbers of Hz) of a whole recording: see Resampler.
-
-    Args: samples (S,) float tensor at source_rate.
-    Returns: (ceil(S * target_rate / source_rate),) tensor of the same dtype.
-    """
+    """A whole recording (S,) -> (ceil(S * target_rate / source_rate),) of the same dtype; rates in whole Hz. See Resampler."""
     resampler = Resampler(source_rate, target_rate, samples.dtype)
     return torch.cat([resampler.feed(samples), resampler.finish()])
 
@@ -105,7 +100,7 @@ class _Sequential(soundfile.SoundFile):
 def _with_length(path):
     """The path, or for a WAV from a pipe whose header says 0 a copy-on-write view of it with the length filled in."""
     with archive.open_file(path) as file:
-        head, size = file.read(1 << 16), file.seek(0, os.SEEK_END)
+        head, size = file.read(1 << 16), file.seek(0, io.SEEK_END)
         start = head.find(b"data") + 8
         closed = int.from_bytes(head[4:8], "little") + 8 == size  # then the file is just empty
         inside = isinstance(file, io.BytesIO)  # a member of a zip
@@ -200,9 +195,6 @@ def duration(path):
 
 def write_wav(path, samples, rate=SAMPLE_RATE):
     """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     array = torch.as_tensor(samples).detach().float().clamp(-1, 1).cpu().numpy()
-    soundfile.write(temporary, array, rate, subtype="PCM_16", format="WAV")
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        soundfile.write(temporary, array, rate, subtype="PCM_16", format="WAV")

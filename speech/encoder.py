@@ -27,11 +27,7 @@ ROUNDING = 5e-6  # of features in a batch against alone, relative to their norm;
 
 def deduplicate(frame_units):
     """Collapse runs: (F,) -> units (T,), runs (T,), both int64. [5 5 5 2 2 5] -> [5 2 5], [3 2 1]."""
-    frame_units = torch.as_tensor(frame_units)
-    if frame_units.numel() == 0:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return empty, empty.clone()
-    return torch.unique_consecutive(frame_units, return_counts=True)
+    return torch.unique_consecutive(torch.as_tensor(frame_units, dtype=torch.int64), return_counts=True)
 
 
 class UnitEncoder(nn.Module):
@@ -85,14 +81,9 @@ class UnitEncoder(nn.Module):
         to the middle between two centres that rounding could decide is encoded again, alone.
         """
         wavs, results = [self.checked(wav) for wav in wavs], [None] * len(wavs)
-        short = [i for i, wav in enumerate(wavs) if len(wav) <= self.longest]
-        for batch in self.batches([len(wavs[i]) for i in short]):
-            batch = [short[i] for i in batch]
-            for i, units in zip(batch, self.units_of([wavs[i] for i in batch])):
+        for batch in self.batches([len(wav) for wav in wavs]):
+            for i, units in zip(batch, self.whole_or_pieces([wavs[i] for i in batch], self.units_of)):
                 results[i] = units
-        for i, wav in enumerate(wavs):
-            if results[i] is None:
-                results[i] = torch.cat(list(self.pieces(lambda wav=wav: [wav], self.units_of)))
         return results
 
     @torch.inference_mode()
@@ -101,15 +92,23 @@ class UnitEncoder(nn.Module):
 
         They are asked for twice: the statistics of the group norm are those of the whole recording.
         """
-        return torch.cat(list(self.pieces(self.padded(blocks), self.units_of)))
+        silence = [torch.zeros(self.pad)]
+
+        def padded():
+            return (block.to(self.centers.device) for block in itertools.chain(silence, blocks(), silence))
+
+        return torch.cat(list(self.pieces(padded, self.units_of)))
 
     @torch.inference_mode()
     def features(self, wav):
         """(S,) float32 at 16 kHz -> (F, C) float32. Raises ValueError below one receptive field."""
-        wav = self.checked(wav)
-        if len(wav) <= self.longest:
-            return self.features_of([wav])[0]
-        return torch.cat(list(self.pieces(lambda: [wav], self.features_of)))
+        return self.whole_or_pieces([self.checked(wav)], self.features_of)[0]
+
+    def whole_or_pieces(self, wavs, compute):
+        """compute (features_of or units_of) of recordings that fit into one forward, or of one that is longer."""
+        if len(wavs[0]) <= self.longest:
+            return compute(wavs)
+        return [torch.cat(list(self.pieces(lambda: wavs, compute)))]
 
     # ---- recordings that fit into one forward
 
@@ -135,15 +134,14 @@ class UnitEncoder(nn.Module):
         return functional.pad(wav, (self.pad, self.pad)) if self.pad else wav
 
     def batches(self, lengths):
-        """Lists of indices that share a forward: of like length, and together within the budget."""
-        groups = []
+        """Lists of indices that share a forward: of like length, and together within the budget; each long one is alone."""
+        groups, group, most = [], [], 0
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            longest = lengths[groups[-1][0]] if groups else 0
-            fits = (len(groups[-1]) + 1) * longest <= self.budget * SAMPLE_RATE if groups else False
-            if fits and lengths[i] >= LEAST_FILL * longest:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
+            if len(group) == most or lengths[i] < LEAST_FILL * lengths[group[0]]:
+                most = max(1, int(self.budget * SAMPLE_RATE) // lengths[i]) if lengths[i] <= self.longest else 1
+                group = []
+                groups.append(group)
+            group.append(i)
         return groups
 
     def features_of(self, wavs, moments=None, kept=slice(None)):
@@ -154,7 +152,7 @@ class UnitEncoder(nn.Module):
         ragged = bool((lengths != lengths[0]).any())
         try:
             x = self.hubert(nn.utils.rnn.pad_sequence(wavs, batch_first=True), self.layer, lengths if ragged else None,
-                            moments=moments and Moments(*(part.expand(len(wavs), *part.shape[1:]) for part in moments)))
+                            moments=moments)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -204,73 +202,55 @@ class UnitEncoder(nn.Module):
 
     # ---- long recordings
 
-    def padded(self, blocks):
-        """blocks() on the encoder's device, with zeros around the recording if the recipe says so."""
-        silence = [torch.zeros(self.pad)] if self.pad else []
-        return lambda: (block.to(self.centers.device) for block in itertools.chain(silence, blocks(), silence))
-
     def pieces(self, blocks, compute):
         """compute (features_of or units_of) of a long recording, piece after piece; blocks() gives its padded samples."""
         piece, context = (int(seconds * self.native_rate) for seconds in CHUNKINGS[self.chunking])  # frames
-        moments, mean, spread, total = None, 0.0, 1.0, None
+        moments, mean, spread, overlap = None, 0.0, 1.0, 0
         if self.chunking == "overlap":
             piece, context = piece // 2 * 2, context // 2 * 2  # neighbours that are averaged lie in one piece
-            moments, mean, spread, samples = self.statistics(blocks)
-            total = self.hubert.num_frames(samples)
-        ranges = self.frame_ranges(piece, context, total)
-        group, group_kept = [], None
-        for wav, kept in self.cut(blocks(), ranges, overlap=total is not None):
-            full = group and (len(group) + 1) * len(wav) > self.budget * SAMPLE_RATE
-            if group and (full or len(wav) != len(group[0]) or kept != group_kept):
-                yield from compute(group, moments, group_kept)
-                group = []
-            group, group_kept = [*group, (wav - mean) / spread if self.hubert.config.normalize and moments else wav], kept
-        if group:
-            yield from compute(group, moments, group_kept)
+            moments, mean, spread = self.statistics(blocks)
+            overlap = self.hubert.receptive_field - self.hubert.hop
+        pieces = self.cut(blocks(), piece, context, overlap)
+        for (length, kept), alike in itertools.groupby(pieces, key=lambda found: (len(found[0]), found[1])):
+            while group := list(itertools.islice(alike, max(1, int(self.budget * SAMPLE_RATE) // length))):
+                yield from compute([(wav - mean) / spread for wav, _ in group], moments, kept)
 
-    def frame_ranges(self, piece, context, total):
-        """(first, last, slice to keep) of each piece in frames of the network; the slice in frames at the encoder's rate."""
-        factor = self.frame_rate / self.native_rate
-        for begin in itertools.count(0, piece):
-            if total is not None and begin >= total:
-                return
-            first, end = max(0, begin - context), begin + piece
-            last = end + context if total is None else min(total, end + context)
-            yield first, last, slice(int((begin - first) * factor), int((end - first) * factor))
+    def cut(self, blocks, piece, context, overlap):
+        """(samples, slice of their features to keep) of each piece, from blocks that are read once; memory holds one piece.
 
-    def cut(self, blocks, ranges, overlap):
-        """(samples, slice) of each range, from blocks that are read once; the last may be short. Memory holds one piece."""
-        hop, field = self.hubert.hop, self.hubert.receptive_field
+        piece, context: frames of the network; the slice is in frames at the encoder's rate. overlap: samples that the last
+        frame sees of the next, or 0 if pieces are independent and lose that frame. The last pieces may be short.
+        """
+        hop, factor = self.hubert.hop, self.frame_rate / self.native_rate
         blocks, held, start = iter(blocks), torch.zeros(0, device=self.centers.device), 0  # start: position of held[0]
-        for first, last, kept in ranges:
-            begin, end = first * hop, (last - 1) * hop + field if overlap else last * hop
-            while start + len(held) < end and (block := next(blocks, None)) is not None:
+        for begin in itertools.count(0, piece):
+            first, end = max(0, begin - context), begin + piece
+            seen = (end + context) * hop + overlap
+            while start + len(held) < seen and (block := next(blocks, None)) is not None:
                 held = torch.cat([held, block])
-            held, start = held[begin - start:], begin
-            wav = held[:end - begin]
-            if len(wav) < self.shortest:
+            if start + len(held) - begin * hop < self.shortest:
                 return
-            yield wav, kept
+            held, start = held[first * hop - start:], first * hop
+            yield held[:seen - start], slice(int((begin - first) * factor), int((end - first) * factor))
 
     def statistics(self, blocks):
-        """One pass over a recording: Moments for the group norm, mean and deviation of the waveform, number of samples."""
+        """One pass over a recording: Moments for the group norm, mean and deviation of the waveform."""
         kernel, stride = self.hubert.config.conv_kernel[0], self.hubert.config.conv_stride[0]
-        rest, moments, samples, total, squares = torch.zeros(0, device=self.centers.device), None, 0, 0.0, 0.0
+        rest, parts, samples, total, squares = torch.zeros(0, device=self.centers.device), [], 0, 0.0, 0.0
         for block in blocks():
             samples, total, squares = samples + len(block), total + block.double().sum(), squares + block.double().square().sum()
             rest = torch.cat([rest, block])  # windows that begin in one block may end in the next
             if windows := frames_of(len(rest), kernel, stride):
-                part = self.hubert.moments(rest[None])
-                moments, rest = part if moments is None else moments.plus(part), rest[windows * stride:]
+                parts.append(self.hubert.moments(rest[None]))
+                rest = rest[windows * stride:]
         if samples < self.shortest:
             raise ValueError(f"{samples} samples are shorter than one frame ({self.shortest} samples); give a longer recording")
-        mean, spread = 0.0, 1.0
-        if self.hubert.config.normalize:  # windows of (wav - mean) / spread, from those of wav
-            mean = total / samples
-            spread = torch.sqrt(squares / samples - mean.square() + 1e-5)
-            first = moments.first - moments.count[:, None] * mean
-            second = (moments.second - mean * (moments.first[:, :, None] + moments.first[:, None, :])
-                      + moments.count[:, None, None] * mean.square())
-            moments = Moments(moments.count, first / spread, second / spread.square())
-            mean, spread = mean.float(), spread.float()
-        return moments, mean, spread, samples
+        count, first, second = (sum(field) for field in zip(*parts))
+        if not self.hubert.config.normalize:
+            return Moments(count, first, second), 0.0, 1.0
+        mean = total / samples
+        spread = torch.sqrt(squares / samples - mean.square() + 1e-5)
+        # windows of (wav - mean) / spread, from those of wav
+        second = second - mean * (first[:, :, None] + first[:, None, :]) + count[:, None, None] * mean.square()
+        moments = Moments(count, (first - count[:, None] * mean) / spread, second / spread.square())
+        return moments, mean.float(), spread.float()

@@ -54,23 +54,11 @@ class Moments(NamedTuple):
     first: torch.Tensor  # (B, kernel) sum of u
     second: torch.Tensor  # (B, kernel, kernel) sum of u u'
 
-    def plus(self, other):
-        return Moments(*(a + b for a, b in zip(self, other)))
-
 
 def frames_of(length, kernel, stride):
     """Output steps of a convolution without padding, for an int or a tensor of input steps; at least 0."""
     frames = (length - kernel) // stride + 1
     return frames.clamp(min=0) if isinstance(frames, torch.Tensor) else max(0, frames)
-
-
-def patches(x, kernel, stride):
-    """(B, T, C) -> (B, T', kernel * C): the steps that each output step of a strided convolution sees, side by side."""
-    T = frames_of(x.shape[1], kernel, stride)
-    if kernel == stride:
-        return x[:, :T * stride].reshape(len(x), T, -1)  # no overlap: the same memory
-    last = (T - 1) * stride + 1
-    return torch.cat([x[:, i:i + last:stride] for i in range(kernel)], dim=2)
 
 
 class StridedConv(nn.Module):
@@ -86,7 +74,8 @@ class StridedConv(nn.Module):
         return functional.linear(x, self.weight.flatten(1))
 
     def forward(self, x):
-        return self.product(patches(x, self.kernel, self.stride))
+        patches = x.unfold(1, self.kernel, self.stride).transpose(2, 3).flatten(2)  # (B, T', kernel * C), a view
+        return self.product(patches.contiguous())
 
 
 class EncoderLayer(nn.Module):
@@ -123,7 +112,7 @@ class Hubert(nn.Module):
         self.group_norm = nn.GroupNorm(config.conv_dim[0], config.conv_dim[0], eps=1e-5)
         self.feature_norm = nn.LayerNorm(config.conv_dim[-1], config.norm_eps)
         self.projection = nn.Linear(config.conv_dim[-1], config.n_embd)
-        self.pos_norm = nn.BatchNorm1d(config.n_embd) if config.pos_batch_norm else None
+        self.pos_norm = nn.BatchNorm1d(config.n_embd) if config.pos_batch_norm else nn.Identity()
         self.pos_conv = nn.Conv1d(config.n_embd, config.n_embd, config.pos_kernel,
                                   padding=config.pos_kernel // 2, groups=config.pos_groups)
         self.ln_in = nn.LayerNorm(config.n_embd, config.norm_eps)
@@ -173,8 +162,7 @@ class Hubert(nn.Module):
                           for i in range(0, frames, step)], dim=1)
 
     def first_layer(self, moments):
-        """The first convolution and the group norm as one matrix a recording, (B, kernel + 1, conv width); the last row is the
-        shift. float64."""
+        """First convolution and group norm as one float64 matrix a recording, (B, kernel + 1, conv width); last row: shift."""
         w, norm = self.convs[0].weight[:, :, 0].double(), self.group_norm
         mean = moments.first / moments.count[:, None]
         covariance = moments.second / moments.count[:, None, None] - mean[:, :, None] * mean[:, None, :]
@@ -210,17 +198,12 @@ class Hubert(nn.Module):
         x = self.projection(self.feature_norm(self.front_end(wav, moments)))  # (B, F, C)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
-        keys = None
-        position = x.transpose(1, 2)
-        if self.pos_norm is not None:
-            position = self.pos_norm(position)
+        position, keys = self.pos_norm(x.transpose(1, 2)), None
         if lengths is not None:
             valid = torch.arange(x.shape[1], device=x.device) < self.num_frames(lengths)[:, None]  # (B, F)
             # after the batch norm, which would turn zeros into something else; alone, a recording ends in zeros here
             position, keys = position * valid[:, None], valid[:, None, None]
-        position = self.pos_conv(position)
-        if self.config.pos_kernel % 2 == 0:
-            position = position[:, :, :-1]  # an even kernel with symmetric padding yields one frame too many
+        position = self.pos_conv(position)[:, :, :x.shape[1]]  # an even kernel, padded on both sides, gives a frame too many
         x = self.ln_in(x + functional.gelu(position).transpose(1, 2))
         for block in self.layers[:layer]:
             x = block(x, keys)

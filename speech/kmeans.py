@@ -16,12 +16,11 @@ def reservoir(sample, new, seen, size, generator):
     room = max(0, size - seen)
     sample = new[:room].clone() if sample is None else torch.cat([sample, new[:room]])
     late = new[room:]
-    if len(late):
-        ends = torch.arange(seen + min(room, len(new)), seen + len(new)) + 1  # rows that have come, each included
-        places = (torch.rand(len(late), generator=generator, dtype=torch.float64) * ends).long()
-        kept = places < size
-        for place, row in zip(places[kept].tolist(), late[kept]):  # one after the other: a later row may replace an earlier
-            sample[place] = row
+    ends = torch.arange(seen + min(room, len(new)), seen + len(new)) + 1  # rows that have come, each included
+    places = (torch.rand(len(late), generator=generator, dtype=torch.float64) * ends).long()
+    kept = places < size
+    for place, row in zip(places[kept].tolist(), late[kept]):  # one after the other: a later row may replace an earlier
+        sample[place] = row
     return sample
 
 
@@ -36,18 +35,18 @@ def fit_kmeans(features, k, generator, iterations=25, batch=None):
         raise ValueError(f"{len(features)} frames cannot be divided into {k} clusters; give more audio")
     centers = seed_centers(features, k, generator)
     given = torch.zeros(k)  # rows that each centre has been given; Lloyd's steps forget them
-    steps = iterations * max(1, len(features) // batch) if batch else iterations
-    for step in range(steps):
+    epoch = max(1, len(features) // batch) if batch else 1  # steps that take as many rows as there are
+    for step in range(iterations * epoch):
         rows = features[torch.randint(len(features), (batch,), generator=generator)] if batch else features
         labels = nearest_centers(rows, centers)[1]
         counts = torch.bincount(labels, minlength=k).float()
         sums = torch.zeros_like(centers).index_add_(0, labels, rows)
         given = given + counts if batch else counts
         centers = centers + (sums - counts[:, None] * centers) / given.clamp(min=1)[:, None]
-        if not batch or (step + 1) % max(1, len(features) // batch) == 0:
+        if (step + 1) % epoch == 0:
             for dead in (given == 0).nonzero().flatten().tolist():  # re-seed on a random frame
                 centers[dead] = features[int(torch.randint(len(features), (1,), generator=generator))]
-            given = given * 0.5 if batch else given  # old rows were given to centres that stood elsewhere
+            given = given * 0.5  # old rows were given to centres that stood elsewhere
     return centers, nearest_centers(features, centers)[0].mean().item()
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from kernels import fused_cross_entropy, reference
 from kernels.compile import row_variants
 
@@ -166,9 +167,11 @@ def linear_expected(x, weight, targets, incoming=1.0):
 
 @each_dtype
 @pytest.mark.parametrize("V, chunk", [(50, 1), (50, 8), (50, 23), (50, None), (4500, 8), (4500, None)])
-def test_linear_cross_entropy_equals_float64_in_any_chunks(V, chunk, dtype):
+def test_linear_cross_entropy_equals_float64_in_any_chunks(V, chunk, dtype, monkeypatch):
     x, weight, targets = linear_case(23, 16, V, dtype)  # chunks of 8 leave 7
-    loss = fused_cross_entropy.linear_cross_entropy(x, weight, targets, chunk=chunk)
+    if chunk:
+        monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda *_: chunk)
+    loss = fused_cross_entropy.linear_cross_entropy(x, weight, targets)
     got = torch.autograd.grad(loss, (x, weight), torch.tensor(256.0, device=DEVICE))
     wanted = linear_expected(x, weight, targets, 256.0)
     assert loss.dtype == torch.float32 and loss.shape == ()
@@ -195,11 +198,12 @@ def test_small_probabilities_survive_float16_with_many_targets():
 
 
 @pytest.mark.parametrize("chosen", ["x", "weight"])
-def test_only_the_gradients_asked_for_are_computed(chosen):
+def test_only_the_gradients_asked_for_are_computed(chosen, monkeypatch):
     x, weight, targets = linear_case(9, 8, 30, torch.float32)
     wanted = linear_expected(x, weight, targets)
     (weight if chosen == "x" else x).requires_grad_(False)
-    fused_cross_entropy.linear_cross_entropy(x, weight, targets, chunk=4).backward()
+    monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda *_: 4)
+    fused_cross_entropy.linear_cross_entropy(x, weight, targets).backward()
     got, other, value = (x.grad, weight.grad, wanted[1]) if chosen == "x" else (weight.grad, x.grad, wanted[2])
     assert other is None
     torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-6)
@@ -230,7 +234,7 @@ def test_chunks_have_4096_rows_or_256_megabytes_and_are_even():
     assert fused_cross_entropy.chunk_rows(1, 512, 2) == 1 and fused_cross_entropy.chunk_rows(0, 512, 2) == 0
 
 
-def test_the_operators_pass_opcheck():
+def test_the_operators_pass_opcheck(monkeypatch):
     logits, targets = draw(6, 20, torch.float32)
     strided = torch.randn(6, 40, device=DEVICE)[:, :20]
     for values in (logits.clone().requires_grad_(), logits, strided.requires_grad_()):
@@ -238,9 +242,10 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(fused_cross_entropy.cross_entropy_backward,
                           (torch.tensor(1.0, device=DEVICE), logits, targets, torch.ones(6, 2, device=DEVICE), -100))
     x, weight, targets = linear_case(6, 8, 20, torch.float32)
-    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight, targets, -100, 4, True, True))
-    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight.detach(), targets, -100, None, True, False))
-    torch.library.opcheck(fused_cross_entropy.linear_forward, (x.detach(), weight.detach(), targets, -100, None, False, False))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight.detach(), targets, -100, True, False))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x.detach(), weight.detach(), targets, -100, False, False))
+    monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda *_: 4)
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight, targets, -100, True, True))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
@@ -277,33 +282,44 @@ def test_its_three_products_are_counted():
     assert counter.get_total_flops() == 3 * 2 * 5 * 8 * 20
 
 
+@pytest.fixture
+def forced(monkeypatch):
+    """The kernels, by way of the public functions, which check for them."""
+    monkeypatch.setenv("TWIST_KERNELS", "triton")
+
+
 @pytest.mark.parametrize("change, words", [
-    (dict(logits=torch.zeros(2, 3, 20)), "flatten"), (dict(targets=torch.zeros(3, dtype=torch.int64)), "flatten"),
-    (dict(logits=torch.zeros(4, 20, dtype=torch.float64)), "float64"), (dict(targets=torch.zeros(4, dtype=torch.int32)), "int32"),
+    (dict(logits=torch.zeros(2, 3, 20, device=DEVICE)), "flatten"),
+    (dict(targets=torch.zeros(3, dtype=torch.int64, device=DEVICE)), "flatten"),
+    (dict(logits=torch.zeros(4, 20, dtype=torch.float64, device=DEVICE)), "float64"),
+    (dict(targets=torch.zeros(4, dtype=torch.int32, device=DEVICE)), "int32"),
     (dict(targets=torch.zeros(4, dtype=torch.int64, device="meta")), "meta"),
 ])
-def test_logits_and_targets_that_do_not_fit_are_refused_in_a_sentence(change, words):
-    arguments = dict(logits=torch.zeros(4, 20), targets=torch.zeros(4, dtype=torch.int64)) | change
+def test_logits_and_targets_that_do_not_fit_are_refused_in_a_sentence(change, words, forced):
+    arguments = dict(logits=torch.zeros(4, 20, device=DEVICE), targets=torch.zeros(4, dtype=torch.int64, device=DEVICE)) | change
+    logits, targets = arguments["logits"], arguments["targets"]
     with pytest.raises(ValueError, match=words):
-        fused_cross_entropy.cross_entropy(**arguments)
+        kernels.cross_entropy(logits, targets)
     with pytest.raises(ValueError, match=words):
-        fused_cross_entropy.linear_cross_entropy(arguments["logits"], torch.zeros(5, 20), arguments["targets"])
+        kernels.linear_cross_entropy(logits, torch.zeros(5, 20, dtype=logits.dtype, device=DEVICE), targets)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("weight, words", [(torch.zeros(8, 20), r"\(V, C\)"), (torch.zeros(8), r"\(V, C\)"),
                                            (torch.zeros(20, 8, dtype=torch.float16), "float16")])
-def test_a_head_that_does_not_fit_is_refused_in_a_sentence(weight, words):
+def test_a_head_that_does_not_fit_is_refused_in_a_sentence(weight, words, backend, monkeypatch):
+    monkeypatch.setenv("TWIST_KERNELS", backend)
     with pytest.raises(ValueError, match=words):
-        fused_cross_entropy.linear_cross_entropy(torch.zeros(4, 8), weight, torch.zeros(4, dtype=torch.int64))
+        kernels.linear_cross_entropy(torch.zeros(4, 8), weight, torch.zeros(4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("target", [20, -1])
-def test_a_target_out_of_range_is_named_where_reading_it_costs_nothing(target):
+def test_a_target_out_of_range_is_named_where_reading_it_costs_nothing(target, forced):
     targets = torch.tensor([0, 1, target, 3])
     with pytest.raises(ValueError, match=rf"targets\[2\] is {target}: expected a class in \[0, 20\)"):
-        fused_cross_entropy.cross_entropy(torch.zeros(4, 20), targets)
+        kernels.cross_entropy(torch.zeros(4, 20), targets)
     with pytest.raises(ValueError, match=r"targets\[2\]"):
-        fused_cross_entropy.linear_cross_entropy(torch.zeros(4, 8), torch.zeros(20, 8), targets)
+        kernels.linear_cross_entropy(torch.zeros(4, 8), torch.zeros(20, 8), targets)
 
 
 def test_variants_name_every_argument_of_the_kernel_once():
@@ -313,4 +329,4 @@ def test_variants_name_every_argument_of_the_kernel_once():
         names = list(row["signature"])
         assert {names[i] for i, in row["attrs"]} >= {name for name, kind in row["signature"].items() if kind[0] == "*"}
         assert {name for name, kind in row["signature"].items() if kind == "constexpr"} == set(row["constexprs"])
-    assert {(row["constexprs"]["BLOCK_V"], row["num_warps"]) for row in found} == set(fused_cross_entropy.TILES)
+    assert {(row["constexprs"]["BLOCK_V"], row["launch"]["num_warps"]) for row in found} == set(fused_cross_entropy.TILES)

@@ -14,7 +14,6 @@ from bench import timing
 from bench.__main__ import BenchConfig, main
 from bench.kernels import Case, causal
 from checkpoints import files
-from kernels.checks import check_attention
 
 OPTIONS = BenchConfig(device="cpu", repeats=1)
 TINY = (causal(1, 32, 2, 32), causal(1, 32, 4, 32, "grouped heads", 2), causal(1, 32, 2, 32, "ALiBi"),
@@ -88,7 +87,7 @@ def test_documents_are_seeded_and_their_work_is_half_their_squares():
     case = causal(16, 2048, 1, 1, "documents")
     starts = kernel_bench.draw_starts(case)
     q = torch.zeros(16, 2048, 1, 1)
-    check_attention(q, q, q, 1.0, None, starts)  # raises for starts that do not ascend
+    kernels.check_attention(q, q, q, 1.0, None, starts)  # raises for starts that do not ascend
     assert starts.equal(kernel_bench.draw_starts(case))
     lengths = torch.cat([row.unique(return_counts=True)[1] for row in starts]).double()
     assert 400 < lengths.mean() < 560 and lengths.max() <= 960  # 512, less what the ends of the rows cut off
