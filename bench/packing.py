@@ -6,7 +6,7 @@ The pocket models and random ones of real sizes (OPT-125M's shape, the 25 Hz HuB
 units, as evaluation/likelihood.py batches them. Sampling: 150 new units after a prompt of 50, a KV cache. Encoding: recordings of
 3 s alone and of 10 s in fours, up to the last layer. Packing itself is counted in each, once a call. Medians, taking turns.
 """
-import contextlib
+import functools
 
 import torch
 
@@ -15,11 +15,12 @@ from bench.memory import SIZES
 from bench.timing import side_by_side
 from evaluation import likelihood
 from hubert_units import load_unit_encoder
-from kernels.packed import packed
+from kernels import packed
 from model import generate
 from speech.hubert import Hubert, HubertConfig
 from training import distributed
 
+AVAILABLE = packed.AVAILABLE
 SEQUENCES = {"pocket": 400, "OPT-125M": 60}
 
 
@@ -49,12 +50,14 @@ def bench_cpu(options):
     """Rows of (what, ms with plain and with packed weights, how many times as fast the latter are)."""
     found = []
     for what, model, function in tasks():
-        def way(context, model=model, function=function):
-            with torch.inference_mode(), context(model):
+        def way(available, model=model, function=function):
+            packed.AVAILABLE = available and AVAILABLE
+            with torch.inference_mode(), packed.packed(model):
                 function()
 
-        ways = {"plain": lambda way=way: way(contextlib.nullcontext), "packed": lambda way=way: way(packed)}
+        ways = {"plain": functools.partial(way, False), "packed": functools.partial(way, True)}
         seconds = side_by_side(ways, options.repeats, "cpu")
+        packed.AVAILABLE = AVAILABLE
         plain, fast = 1000 * seconds["plain"], 1000 * seconds["packed"]
         found.append({"what": what, "plain_ms": round(plain, 1), "packed_ms": round(fast, 1), "times": round(plain / fast, 2)})
     return found

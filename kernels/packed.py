@@ -5,12 +5,17 @@
 
 A matrix product first copies its operands into blocks that suit the processor. The fewer rows x has, the more of the time goes
 into copying W, which is the same at every call: with few rows packing more than halves the time, and where F.linear's library
-favours another maker's processors it helps at any number of rows. `python -m bench cpu` measures both at the shapes of our
-commands. The operators are those that torch.compile emits for frozen models; they are outside PyTorch's public interface, so
-their absence changes the speed alone. Training never comes here.
+favours another maker's processors it helps at any number of rows. `python -m bench cpu` measures both in what our commands do.
+The operators are those that torch.compile emits for frozen models; they are outside PyTorch's public interface, so their absence
+changes the speed alone. Training never comes here.
+
+Memory that is freed is kept: glibc gives large blocks back to the system, which clears every page before it gives it out again.
+Batches of many short sequences then spend up to half of their time on that.
 
 Shapes: x (..., C), W (N, C).
 """
+import ctypes
+import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,6 +28,14 @@ AVAILABLE = torch.backends.mkldnn.is_available() and all(
 ROWS = 1024  # of x for which weights are laid out; any number works
 LEAST_WORK = 2**19  # multiplications below which the operator's own cost outweighs what it saves
 MOST_BYTES = 4 * 2**30  # of packed copies; layers beyond stay as they are
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+def keep_freed_memory():
+    """From now on glibc's malloc gives nothing back: the process holds on to the most that it ever used."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most of older versions
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def product(layer, weight, x):
@@ -41,15 +54,18 @@ def packed(model):
     dtypes and in a PyTorch without oneDNN nothing happens. Packed weights take as much memory as the weights themselves.
     """
     changed, size = [], 0
+    keep_freed_memory()
     try:
         for layer in model.modules():
             method = "product" if hasattr(layer, "product") else "forward"
-            if AVAILABLE and (method == "product" or isinstance(layer, nn.Linear)) and not torch.compiler.is_compiling():
-                size += layer.weight.nbytes
-                if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and size <= MOST_BYTES:
-                    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1).contiguous(), ROWS)
-                    setattr(layer, method, partial(product, layer, weight))
-                    changed.append((layer, method))
+            weight = layer.weight if method == "product" or isinstance(layer, nn.Linear) else None
+            if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.dtype != torch.float32:
+                continue  # a part of a weight, which FSDP makes whole, has another type
+            size += weight.nbytes
+            if AVAILABLE and size <= MOST_BYTES and method not in vars(layer):  # there: packed already
+                copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).contiguous(), ROWS)
+                setattr(layer, method, partial(product, layer, copy))
+                changed.append((layer, method))
         yield model
     finally:
         for layer, method in changed:

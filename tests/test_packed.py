@@ -1,4 +1,8 @@
 """kernels/packed.py: packed weights against float64; where they must not be used; that nothing of them stays."""
+import resource
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +74,17 @@ def test_a_layer_with_a_product_is_packed_as_its_flat_weight(monkeypatch):
 
 
 @ONEDNN
+def test_packing_twice_packs_once(model):
+    up = model.h[0].mlp.up
+    with packed(model):
+        first = vars(up)["forward"]
+        with packed(model):
+            assert vars(up)["forward"] is first
+        assert vars(up)["forward"] is first
+    assert "forward" not in vars(up)
+
+
+@ONEDNN
 def test_packed_weights_are_given_up_when_scoring_fails_and_do_not_serve_training(model, monkeypatch):
     monkeypatch.setattr(module, "LEAST_WORK", 0)
     up = model.h[0].mlp.up
@@ -110,3 +125,27 @@ def test_scoring_on_packed_weights_gives_what_the_model_gives(model, monkeypatch
         with torch.no_grad():
             expected = model(row[None, :-1])[0].log_softmax(-1).gather(1, row[1:, None])[:, 0]
         np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
+
+
+KEEP = """
+import resource, torch
+from kernels.packed import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+def work():
+    for _ in range(8):
+        x = torch.ones(20_000_000)
+        del x
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_kept_memory_is_not_cleared_again_by_the_system():
+    kept, not_kept = (int(subprocess.run([sys.executable, "-c", KEEP.format(keep=keep)], capture_output=True, text=True,
+                                         check=True, timeout=120).stdout) for keep in (True, False))
+    pages = 20_000_000 * 4 / resource.getpagesize()
+    assert kept < 2 * pages < not_kept  # the heap may grow once more
