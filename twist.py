@@ -109,7 +109,7 @@ def new_table(text_table, rows, lm_config, embedding, generator):
     if embedding not in EMBEDDINGS:
         raise ValueError(f"--embedding={embedding}: expected one of {', '.join(EMBEDDINGS)}")
     std = lm_config.init_std if embedding == "fresh" else text_table.float().std().item()
-    return torch.empty(rows, text_table.shape[1]).normal_(0.0, std, generator=generator).to(text_table.dtype)
+    return torch.empty(rows, text_table.shape[1]).normal_(0.0, std, generator=generator)
 
 
 def cold_tensors(model_config, seed=0):
@@ -192,15 +192,15 @@ def report(lm, slm, embedding="fresh"):
 
 # ---------------------------------------------------------------------------------------------- load and save
 
-def open_text_lm(folder_or_name="pocket", dtype=torch.float32):
+def open_text_lm(folder_or_name="pocket"):
     """A text LM as any Hugging Face folder holds it -> (TransformerConfig, {name: tensor} that are read when asked for)."""
-    family, architecture, tensors = pretrained.open_lm(files.find_model(folder_or_name, "lm"), dtype)
+    family, architecture, tensors = pretrained.open_lm(files.find_model(folder_or_name, "lm"))
     return TransformerConfig(**architecture, family=family), tensors
 
 
 def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
     """The same as a Transformer in eval mode."""
-    model_config, tensors = open_text_lm(folder_or_name, dtype)
+    model_config, tensors = open_text_lm(folder_or_name)
     return build(model_config, tensors.items(), dtype, folder_or_name)
 
 
@@ -261,17 +261,17 @@ def read_vocab(settings, where):
     return UnitVocab(num_units, offset, None, declared("eos_token_id", offset), declared("pad_token_id", offset))
 
 
-def open_speech_lm(folder_or_name="pocket", dtype=torch.float32):
+def open_speech_lm(folder_or_name="pocket"):
     """Ours, Meta's TWIST or slamkit's -> (TransformerConfig, tensors read when asked for, UnitVocab)."""
     folder = files.find_model(folder_or_name, "model")
     vocab = read_vocab(pretrained.read_settings(folder), folder)
-    family, architecture, tensors = pretrained.open_lm(folder, dtype)
+    family, architecture, tensors = pretrained.open_lm(folder)
     return TransformerConfig(**architecture, family=family), tensors, vocab
 
 
 def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
     """The same as (Transformer in eval mode, UnitVocab). Raises ValueError for a text LM."""
-    model_config, tensors, vocab = open_speech_lm(folder_or_name, dtype)
+    model_config, tensors, vocab = open_speech_lm(folder_or_name)
     return build(model_config, tensors.items(), dtype, folder_or_name), vocab
 
 

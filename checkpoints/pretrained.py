@@ -34,13 +34,10 @@ def read_settings(folder):
     return {**base, "vocab_size": settings["vocab_size"], "wrapper": UNIT_LM}
 
 
-def open_lm(folder, dtype=None):
-    """Returns (family name, keyword arguments of TransformerConfig, {our name: tensor} that are read when asked for).
-
-    dtype: of the tensors, None: as stored.
-    """
+def open_lm(folder):
+    """Returns (family name, keyword arguments of TransformerConfig, {our name: tensor as stored}, read when it is asked for)."""
     family, architecture = lm_architecture(read_settings(folder), folder)
-    return family, architecture, translate(files.open_tensors(folder), FAMILIES[family], architecture, folder, dtype)
+    return family, architecture, translate(files.open_tensors(folder), FAMILIES[family], architecture, folder)
 
 
 def lm_architecture(settings, where="config.json"):
@@ -102,11 +99,11 @@ def full_name(name, family):
     return name if name.startswith(family.prefix) else family.prefix + name
 
 
-def translate(source, family, architecture, where, dtype=None):
-    """{their name: tensor} -> {our name: tensor}: read, converted and copied when it is asked for, so one at a time.
+def translate(source, family, architecture, where):
+    """{their name: tensor} -> {our name: tensor}: read when it is asked for, so one at a time, and perhaps a view of the file.
 
     Every tensor of theirs is consumed or dropped on purpose; the names are checked here, before anything is read.
-    Args: source: best files.open_tensors. dtype: of what is read; None: as stored.
+    source: best files.open_tensors, whose dtypes stay.
     """
     names = {full_name(name, family): name for name in source}
     if architecture["tie_embeddings"]:
@@ -117,11 +114,10 @@ def translate(source, family, architecture, where, dtype=None):
         row, stored = place
         parts = [source[name] for name in stored]
         try:
-            value = row.layout.read(parts, architecture)
+            return row.layout.read(parts, architecture)
         except RuntimeError:
             raise ValueError(f"{where}: {stored[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
                              "they belong to different models") from None
-        return torch.empty(value.shape, dtype=dtype or value.dtype).copy_(value)
 
     return files.Lazy(fit(family.rows, architecture, names, where), read)
 

@@ -236,18 +236,19 @@ class UnitEncoder(nn.Module):
     def statistics(self, blocks):
         """One pass over a recording: Moments for the group norm, mean and deviation of the waveform."""
         kernel, stride = self.hubert.config.conv_kernel[0], self.hubert.config.conv_stride[0]
-        rest, parts, samples, total, squares = torch.zeros(0, device=self.centers.device), [], 0, 0.0, 0.0
+        rest, moments, samples, total, squares = torch.zeros(0, device=self.centers.device), (0, 0, 0), 0, 0.0, 0.0
         for block in blocks():
             samples, total, squares = samples + len(block), total + block.double().sum(), squares + block.double().square().sum()
             rest = torch.cat([rest, block])  # windows that begin in one block may end in the next
             if windows := frames_of(len(rest), kernel, stride):
-                parts.append(self.hubert.moments(rest[None]))
+                # added up at once: small tensors that are kept from every block would hold freed memory apart
+                moments = Moments(*(a + b for a, b in zip(moments, self.hubert.moments(rest[None]))))
                 rest = rest[windows * stride:]
         if samples < self.shortest:
             raise ValueError(f"{samples} samples are shorter than one frame ({self.shortest} samples); give a longer recording")
-        count, first, second = (sum(field) for field in zip(*parts))
         if not self.hubert.config.normalize:
-            return Moments(count, first, second), 0.0, 1.0
+            return moments, 0.0, 1.0
+        count, first, second = moments
         mean = total / samples
         spread = torch.sqrt(squares / samples - mean.square() + 1e-5)
         # windows of (wav - mean) / spread, from those of wav
