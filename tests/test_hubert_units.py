@@ -917,7 +917,6 @@ def test_the_way_of_one_recording_ends_at_the_units_of_the_command(folders, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_recording(tmp_path):
     peaks, code = [], "import sys; from bench.units import peak_of_encoding; print(peak_of_encoding(*sys.argv[1:]))"
     for minutes in (2, 20):
@@ -931,6 +930,7 @@ def test_memory_does_not_grow_with_the_length_of_a_recording(tmp_path):
     assert peaks[1] - peaks[0] < 80e6  # bytes
 
 
+@pytest.mark.slow
 def test_kills_and_broken_files_change_no_byte_of_the_shards(tmp_path):
     result = subprocess.run([sys.executable, "scripts/soak_units.py", "--files=60", "--broken=6", "--kills=2",
                              f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'soak.json'}"], cwd=ROOT, capture_output=True,
