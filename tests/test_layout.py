@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import bench.__main__
+
 ROOT = Path(__file__).parent.parent
 DOOR = {"twist.py", "model.py", "hubert_units.py", "vocoder.py", "train.py", "sample.py", "eval.py",  # the chapters
         "config.py", "conftest.py", "README.md", "GUIDE.md", "LICENSE", "pyproject.toml"}
@@ -41,6 +43,7 @@ MOST_ROOMS, MOST_ARROWS = 22, 80
 # Lines at most. A chapter gets an option and one call; the work stands in a room. Tests and pocket/stories.py are exempt.
 LINES = {"each chapter": 350, "each core file": 450, "chapters and core": 9_000, "bench": 1_700, "pocket": 2_800,
          "experiments": 1_200, "pages": 1_500}
+MOST_WORDS_AT_THE_DOOR = 1_250  # of README.md's prose: commands, output, tables and the picture are not counted
 CORE = ("speech", "corpus", "checkpoints", "training", "evaluation", "kernels")
 MOST_LINES_OF_THE_LOOP = 60
 TEST_ONLY = {"transformers", "sklearn", "joblib", "torchaudio", "fairseq", "pytest", "hypothesis", "scipy", "pandas"}
@@ -194,7 +197,9 @@ def test_the_loop_of_training_can_be_seen_at_once():
 PAGES = [path for path in (ROOT / "README.md", ROOT / "GUIDE.md", *ROOT.glob("docs/*.md"), ROOT / "configs/README.md",
                            ROOT / "pocket/README.md", ROOT / "results/README.md") if path.exists()]
 COMMAND = re.compile(r"(?:python|torchrun|scripts/\w+\.(?:sh|sbatch))\b[^\n`#|&]*")
-OTHERS = {"nproc-per-node", "nnodes", "node-rank", "max-restarts", "standalone", "nodes"}  # of torchrun and Slurm
+OTHERS = {"nproc-per-node", "nnodes", "node-rank", "max-restarts", "standalone", "nodes", "index-url"}  # of torchrun, Slurm, pip
+LINK = re.compile(r"\]\(([^)\s]*)\)")
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
 @functools.cache
@@ -247,3 +252,59 @@ def test_every_command_that_a_page_shows_exists_with_its_options(page):
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", "\n".join(drawn))) - {"key"}
     mentioned -= {option for _, options in commands_in(text) for option in options}
     assert mentioned <= everywhere, f"{relative(page)} mentions {sorted(mentioned - everywhere)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_benchmark_that_a_page_names_exists(page):
+    assert set(re.findall(r"python -m bench (\w+)", page.read_text())) - {"NAME"} <= {*bench.__main__.BENCHMARKS}
+
+
+def anchors_of(page):
+    """What GitHub calls the headings of a page: lower case, spaces as hyphens, other punctuation left out."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in LINK.findall(FENCED.sub("", page.read_text())):
+        path, _, anchor = target.replace("\\", "").partition("#")
+        there = page.parent / path if path else page
+        assert target.startswith("https://") or there.exists(), f"{relative(page)} links to {target}"
+        assert not anchor or anchor in anchors_of(there), f"{relative(page)} links to {target}"
+
+
+def test_the_door_is_read_in_minutes():
+    text = FENCED.sub("", (ROOT / "README.md").read_text())
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "!["))]
+    assert len(LINK.sub("]", " ".join(prose)).split()) <= MOST_WORDS_AT_THE_DOOR
+
+
+GUIDE = (ROOT / "GUIDE.md").read_text()
+
+
+def test_the_guide_has_a_sentence_for_every_file_of_the_core():
+    linked = {target.replace("\\", "") for target in LINK.findall(GUIDE)}
+    files = {relative(path) for path in CHAPTERS + PARTS if path.parent == ROOT or room_of(path) in CORE}
+    assert {path for path in files if not path.endswith("__init__.py")} <= linked
+
+
+def test_the_guide_draws_the_house_as_it_is():
+    drawn = re.findall(r"^floor (\d) +(.+)$", GUIDE, re.MULTILINE)
+    floors = {name: int(number) for number, names in drawn for name in names.split()}
+    assert set(floors) == set(IMPORTS)
+    assert all(floors[below] < floors[name] for name, others in IMPORTS.items() for below in others)
+    names = list(IMPORTS)
+    for number, name in enumerate(names, start=1):
+        marks = re.search(rf"^ *{number} {name} *([o. ]*)$", GUIDE, re.MULTILINE).group(1).split()
+        assert {other for other, mark in zip(names, marks) if mark == "o"} == set(IMPORTS[name]) and len(marks) == number - 1
+
+
+def test_the_guide_and_the_docs_name_nothing_that_does_not_exist():
+    code = "\n".join(path.read_text() for path in CHAPTERS + PARTS + TESTS)
+    for page in (page for page in PAGES if page.name == "GUIDE.md" or page.parent.name == "docs"):
+        text = FENCED.sub("", page.read_text())
+        for name in re.findall(r"`([A-Za-z_][\w.]*)`", text):
+            assert re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", code), f"{relative(page)}: {name}"
+        for path in re.findall(r"\b((?:tests|[a-z]+)/[\w/]+\.(?:py|toml|json))\b", text):
+            assert (ROOT / path).exists() or (page.parent / path).exists(), f"{relative(page)}: {path}"
