@@ -158,11 +158,6 @@ def test_the_variants_of_the_tokenizer_differ_in_their_data_alone():
         assert entry(path) == entry(ROOT / "configs" / "opt-350m.toml")
 
 
-def test_every_config_stands_in_the_readme():
-    text = (ROOT / "README.md").read_text()
-    assert [path.stem for path in CONFIGS if path.stem.replace("-cold", "") not in text] == []
-
-
 # ---------------------------------------------------------------------------------------------- launchers
 
 def environment(**more):

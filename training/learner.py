@@ -1,6 +1,6 @@
 """What the loop of train.py trains: a model that is spread over the processes, and its optimizer.
 
-    TransformerConfig --twist.empty--> a model without memory --divided among the processes--> --fill, a tensor at a time-->
+    TransformerConfig --twist.empty--> a model without memory --deal_out--> each process's part of it --fill--> weights
     rows of a batch --forward--> mean loss --backward, clip, step--> new weights
 
 Each process has whole copies of the weights (ddp) or a part of each (fsdp, hsdp); the loop need not know. Nothing is held twice:
