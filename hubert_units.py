@@ -63,8 +63,8 @@ def speech_to_units(path, encoder, seconds=0.0, dedup=True):
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """What makes units of speech, for every command that does. What is left open is as the speech LM was trained with, if there
-    is one that says so."""
+    """What makes units of speech, for every command that does. Where k (of a known tokenizer), frame rate, pad and chunking are
+    left open, they are those of the speech LM, if there is one that says so."""
 
     tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
     kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
@@ -72,7 +72,7 @@ class TokenizerOptions:
     layer: int | None = None  # transformer layer of the features; default the k-means file's (of --fit: the last)
     frame_rate: float | None = None  # Hz: the network's own, half or twice of it; default the speech LM's or the k-means file's
     pad: int | None = None  # zeros around each recording, samples (slamkit: 40); default the speech LM's, or none
-    chunking: str | None = None  # recordings over 70 s: overlap (60 s pieces, 5 s context; default), textless (100 s, alone)
+    chunking: str | None = None  # long ones: overlap (over 70 s: pieces of 60, 5 s context; default), textless (of 100 s, alone)
 
 
 def load_tokenizer(options, recipe=None):

@@ -33,13 +33,13 @@ SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with
 def find(name, kind):
     """A local folder or file, `pocket`, or a known name (downloaded once, see download.py) -> Path.
 
-    Args: kind: lm, model, tokenizer, kmeans, vocoder or units; what the option that names it is called.
+    Args: kind: lm, model, tokenizer, kmeans or vocoder, as the option is called that names it; or units, which several do.
     Raises: FileNotFoundError if there is nothing here and nothing can be fetched.
     """
     path = KINDS[kind] if name == "pocket" else Path(name)
     if path.exists():
         return download.find_zip(path) if path.suffix == ".zip" and path.is_file() else path
-    missing = f"--{kind}={name}: no such file or folder ({path})"
+    missing = f"{path}: no such file or folder" if kind == "units" else f"--{kind}={name}: no such file or folder ({path})"
     if kind == "units" or path.is_absolute():
         raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`, which comes with the repository")
     try:

@@ -5,6 +5,7 @@
 
     pip install -e '.[plot]' && python scripts/plot_starts.py
 """
+import argparse
 import csv
 import json
 from collections import defaultdict
@@ -61,6 +62,7 @@ def draw_curves(axes):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.7), width_ratios=(1.15, 1), layout="constrained")
     draw_pipeline(left)
     draw_curves(right)

@@ -14,7 +14,6 @@ import pytest
 import soundfile
 import torch
 
-import config
 import eval as evaluation_command
 import hubert_units as hubert_units
 import twist
@@ -708,11 +707,6 @@ def test_a_folder_without_an_evaluation_set_says_what_was_found(tmp_path):
     with pytest.raises(ValueError, match="do not say which recordings are pairs"):
         touch(tmp_path / "sSC/a.wav")
         found_in(tmp_path, "sstorycloze")
-
-
-def test_every_option_has_a_comment():
-    text = config.help_text(evaluation_command.EvalConfig)
-    assert len(text.splitlines()) > 60 and "        \n" not in text + "\n"
 
 
 def test_the_batched_scores_are_those_of_one_sequence_at_a_time(models):

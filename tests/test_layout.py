@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__
+import config
 
 ROOT = Path(__file__).parent.parent
 DOOR = {"twist.py", "model.py", "hubert_units.py", "vocoder.py", "train.py", "sample.py", "eval.py",  # the chapters
@@ -214,6 +215,14 @@ def options_of(module):
         for field in dataclasses.fields(getattr(importlib.import_module(module), name)):
             names |= {field.name.replace("_", "-")} | ({f"no-{field.name.replace('_', '-')}"} if field.type is bool else set())
     return names
+
+
+@pytest.mark.parametrize("path", [path for path in CHAPTERS + PARTS if "config.load(" in path.read_text()], ids=relative)
+def test_every_option_of_a_command_explains_itself(path):
+    for name in re.findall(r"config\.load\((\w+)", path.read_text()):
+        options = getattr(importlib.import_module(relative(path)[:-3].replace("/", ".")), name)
+        shown = config.help_text(options)
+        assert not [field.name for field in dataclasses.fields(options) if f"  --{field.name.replace('_', '-')}=" not in shown]
 
 
 def commands_in(text):

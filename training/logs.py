@@ -2,8 +2,11 @@
 
     loss             mean cross-entropy of the stream, nats per token: units and the <S> between recordings, at every place of a
                      row, also where little comes before. Not eval.py's, which scores the units of each recording alone
+    val_loss         the same over --val-data, at the same rows in every run
     perplexity       exp(loss), likewise of the stream
+    grad_norm        before it is clipped; lr, units_per_second: of this update; seconds: of training so far
     bits_per_second  bits per second of speech: loss / ln 2 x units per second of speech; comparable across tokenizers
+    memory_gb        most that this process has held, of the GPU or else resident
     hours            hours of speech seen: units seen / units per second of speech of the shards
     mfu              model FLOPs utilisation, %: units per second x FLOPs per unit / peak of all GPUs in dense bfloat16
     FLOPs per unit   6 x parameters outside the tables + 6 x head + 12 x layers x H D x T: products of forward and backward,
