@@ -2,8 +2,8 @@
 
     recordings --encoder, many processes--> journals in OUT/work/ --assemble, one process--> shards, in the order of the list
 
-    OUT/work/recipe.json         the recipe of the units
-             00003.00001.jsonl   what process 3 finished at its start number 1 (counted from 0), one line a recording:
+    work/recipe.json         the recipe of the units
+         00003.00001.jsonl   what process 3 finished at its start number 1 (counted from 0), one line a recording:
     {"file_name": ..., "seconds": ..., "units": base64 of uint16, "runs": base64 of uint16, "crc32": of the line up to here}
     {"file_name": ..., "reason": ..., "crc32": ...}                                        one that cannot be encoded
 
