@@ -28,7 +28,8 @@ import hubert_units
 import twist
 from checkpoints import download
 from checkpoints.files import POCKET, find
-from corpus.extract import encode_files, find_audio
+from checkpoints.recognise import recognise
+from corpus.extract import AUDIO_SUFFIXES, encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe
 from evaluation import generation, pairs, perplexity, reports, sets
 from evaluation.likelihood import UnitCounts, log_probabilities
@@ -117,7 +118,7 @@ class Evaluation:
         if options.versus:
             self.lms["versus"] = load_model(options.versus, options, dist)
             first, second = (lm.vocab for lm in self.lms.values())
-            if first.recipe and second.recipe:
+            if first.knows_recipe and second.knows_recipe:
                 self.check(second.recipe, f"--versus={options.versus}")
             if first.num_units != second.num_units:
                 raise ValueError(f"--versus={options.versus} knows {second.num_units} units, --model={options.model} "
@@ -152,6 +153,9 @@ class Evaluation:
     def shards(self, folder):
         """A folder of unit shards or of recordings."""
         if not (Path(folder) / "meta.json").exists():
+            said, inside = recognise(folder), Path(folder).rglob("*")
+            if said and not any(file.suffix.lower() in AUDIO_SUFFIXES for file in inside):
+                raise ValueError(f"--data={folder} {said}")
             return self.encode([str(file) for file in find_audio([folder])])
         found = UnitShards(folder)
         self.check(found.recipe, str(folder))

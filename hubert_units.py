@@ -19,7 +19,6 @@ has the same units alone and in a batch, on one process or on many; a command th
 Sources: HuBERT, Hsu et al. 2021 (arXiv 2106.07447) section III; deduplication, TWIST (arXiv 2305.13009) section 3. Shapes: B
 batch, S samples, F frames, C width, K centres, T units.
 """
-import glob
 import re
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,7 +28,7 @@ import torch
 
 import config
 from checkpoints import download
-from checkpoints.files import find, read_kmeans, write_tensors
+from checkpoints.files import find, note, read_kmeans, write_tensors
 from corpus import inspector
 from corpus.extract import encode_files, find_audio, sample_features
 from kernels.packed import packed
@@ -71,7 +70,7 @@ class TokenizerOptions:
     k: int | None = None  # centres, where a known tokenizer has k-means of several sizes
     layer: int | None = None  # transformer layer of the features; default the k-means file's (of --fit: the last)
     frame_rate: float | None = None  # Hz: the network's own, half or twice of it; default the speech LM's or the k-means file's
-    pad: int | None = None  # zeros around each recording, samples (slamkit: 40); default the speech LM's, or none
+    pad: int | None = None  # zeros around each recording, samples; default the speech LM's (of slamkit's models: 40), or none
     chunking: str | None = None  # long ones: overlap (over 70 s: pieces of 60, 5 s context; default), textless (of 100 s, alone)
 
 
@@ -80,6 +79,8 @@ def load_tokenizer(options, recipe=None):
     said = recipe or {}
     k = said.get("num_units") if options.k is None and options.tokenizer in download.KNOWN["tokenizer"] else options.k
     pad = said.get("pad", 0) if options.pad is None else options.pad
+    if options.pad is None and pad and "kind" not in said:
+        note(f"--pad={pad}: slamkit's models were trained on recordings with {pad} zeros on both sides")
     return load_unit_encoder(options.tokenizer, options.kmeans, options.layer, k, options.frame_rate or said.get("frame_rate"),
                              pad, options.chunking or said.get("chunking", "overlap"))
 
@@ -87,11 +88,12 @@ def load_tokenizer(options, recipe=None):
 def find_kmeans(path):
     """The k-means file that belongs to a tokenizer on disk: kmeans.* in its folder, or HUBERT_L11_km500.bin beside HUBERT.pt."""
     folder = path if path.is_dir() else path.parent
-    beside = [] if path.is_dir() else sorted(folder.glob(f"{glob.escape(path.stem)}*_km*"))
+    name = re.compile(re.escape(path.stem) + r"(_L\d+)?_km\d+(\.\w+)?")
+    beside = [] if path.is_dir() else sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
     if len(beside) > 1:
         raise ValueError(f"{path} has {len(beside)} k-means beside it ({', '.join(file.name for file in beside)}); "
                          "name one with --kmeans")
-    for file in (*(folder / f"kmeans.{ending}" for ending in ("safetensors", "bin", "pt")), *beside):
+    for file in (*(folder / f"kmeans.{ending}" for ending in ("safetensors", "bin", "pt", "npy")), *beside):
         if file.is_file():
             return file
     raise FileNotFoundError(f"no k-means centres at {folder / 'kmeans.safetensors'}; name a file with --kmeans, or one of "
@@ -117,7 +119,7 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
 
     Args:
         folder_or_file_or_name: Hugging Face folder, fairseq .pt file, `pocket`, or a known name (mhubert-base-25hz).
-        kmeans: file or known name; a safetensors file with `centers` (K, C), or scikit-learn's estimator as joblib wrote it.
+        kmeans: file or known name; safetensors with `centers` (K, C), .npy, or scikit-learn's estimator as joblib wrote it.
             Default: the one that belongs to the known name, with k centres, or stands beside the tokenizer's file.
         layer: transformer layer of the features, 1 is the first; default: what the k-means file or its name says.
         k: centres that are expected. frame_rate: Hz; default: what the k-means file says, or the network's own.
@@ -125,9 +127,11 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
     """
     name = str(folder_or_file_or_name)
     path = find(name, "tokenizer")
+    hubert = load_hubert(path)
     if kmeans is None and name in download.KNOWN["tokenizer"]:
         kmeans = known_kmeans(name, k)
-    file = find(str(kmeans), "kmeans") if kmeans else find_kmeans(path)
+    file = find(str(kmeans), "kmeans") if kmeans else path
+    file = file if kmeans and file.is_file() else find_kmeans(file)
     centers, said = read_kmeans(file)
     if k is not None and len(centers) != k:
         raise ValueError(f"{file} has {len(centers)} centres, not {k}; name another with --kmeans, or make one with --fit={k}")
@@ -136,7 +140,7 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
         layer = said.get("layer") or known and known.layer or named and named.group(1)
     if layer is None:
         raise ValueError(f"{file} does not say which layer it belongs to; give --layer")
-    return UnitEncoder(load_hubert(path), centers, int(layer), name_of(name, path), frame_rate or said.get("frame_rate"), pad,
+    return UnitEncoder(hubert, centers, int(layer), name_of(name, path), frame_rate or said.get("frame_rate"), pad,
                        chunking).eval()
 
 

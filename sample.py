@@ -7,7 +7,7 @@
     python sample.py prompt.wav --resynth                        # encode and decode, no language model: what the vocoder can do
 
 Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice.
-Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8).
+Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn among the 50 likeliest units).
 """
 import sys
 import time
@@ -39,7 +39,7 @@ class SampleConfig(TokenizerOptions):
     prompt_seconds: float = 3.0  # how much of the prompt the model hears; 0: all of it
     max_new_units: int = 150  # longest continuation, in units (the pocket voices speak 22 a second)
     temperature: float = 0.8  # 0 takes the likeliest unit each time
-    top_k: int | None = None  # draw among the k likeliest units only
+    top_k: int | None = 50  # draw among the k likeliest units only; none: among all
     top_p: float | None = None  # draw among the likeliest units that together reach this probability
     num_samples: int = 1  # continuations per prompt
     seed: int = 0  # the same seed gives the same continuations

@@ -23,6 +23,7 @@ from model import Transformer, TransformerConfig
 
 LARGEST_UNIT_VOCAB = 2**15  # rows; a larger table is one of text
 EMBEDDINGS = ("fresh", "matched", "truncate")  # how the new table of a warm start is drawn, see warm_tensors
+SLAMKIT_PAD = 40  # zeros around each recording that slamkit's models were trained on, samples; their files do not say it
 TABLES = ("wte.weight", "lm_head.weight")  # the tensors that have a row for every word, and the head only where it is not tied
 
 
@@ -35,7 +36,7 @@ class UnitVocab:
     bos: int | None = 1  # begins a recording; None: the model knows no such token
     eos: int | None = 1  # ends a recording (the same token: the stream is <S> units <S> units ...)
     pad: int | None = 0
-    recipe: dict | None = None  # which tokenizer the units come from, as in the shards' meta.json
+    recipe: dict | None = None  # which tokenizer the units come from, as in the shards' meta.json; slamkit's models: pad alone
 
     @property
     def size(self):
@@ -73,9 +74,17 @@ class UnitVocab:
         """Whether the units that the model knows are collapsed runs."""
         return (self.recipe or {}).get("dedup", True)
 
+    @property
+    def knows_recipe(self):
+        return "kind" in (self.recipe or {})
+
     def expected(self, recipe):
         """The recipe that units must have which this model is given; a checkpoint without one says only how many there are."""
-        return self.recipe or {**recipe, "num_units": self.num_units}
+        pad = (self.recipe or {}).get("pad", recipe.get("pad", 0))
+        if not self.knows_recipe and pad != recipe.get("pad", 0):
+            files.note(f"these units have {recipe.get('pad', 0)} zeros around each recording, slamkit's models were trained with "
+                       f"{pad} (--pad={pad}): many units differ")
+        return {**(self.recipe if self.knows_recipe else recipe), "num_units": self.num_units}
 
 
 # ---------------------------------------------------------------------------------------------- starts
@@ -129,6 +138,9 @@ def open_start(init, lm, recipe, seed=0, embedding="fresh"):
     """
     if init not in ("twist", "cold", "shuffled"):
         model_config, tensors, vocab = open_speech_lm(init)
+        if not vocab.knows_recipe:  # from here on it is a model of these units
+            vocab.expected(recipe)
+            vocab = dataclasses.replace(vocab, recipe={**recipe, "num_units": vocab.num_units})
         return model_config, vocab, tensors.items()
     vocab = UnitVocab(recipe["num_units"], recipe=recipe)
     if init == "cold":
@@ -234,19 +246,20 @@ def read_vocab(settings, where):
     ours         offset, num_units, bos, eos and pad are all written down
     Meta's TWIST `offset` alone; every row from there on is a unit. Trained without bos, whatever bos_token_id its text LM left
                  behind; an id below the offset may end a sequence.
-    slamkit      the wrapper: pad 0, <S> 1 at both ends, unit u is u + 2
+    slamkit      the wrapper: pad 0, <S> 1 at both ends, unit u is u + 2; trained on recordings with 40 zeros on both sides.
+                 The ids in its base_config are the text model's
     """
+    files.check_values(settings, {"tokenizer_recipe": dict}, where)
     rows = settings["vocab_size"]
 
-    def declared(key, limit, default=None):
-        token = settings.get(key, default)
+    def declared(key, limit):
+        token = settings.get(key)
         return token if type(token) is int and 0 <= token < limit else None
 
     if "wrapper" in settings:
         if rows > LARGEST_UNIT_VOCAB:
             raise ValueError(f"{where} has {rows} rows, a vocabulary of text and units together; only models of units alone open")
-        bos, eos, pad = (declared(f"{name}_token_id", 2, usual) for name, usual in (("bos", 1), ("eos", 1), ("pad", 0)))
-        return UnitVocab(rows - 2, 2, bos, eos, pad)
+        return UnitVocab(rows - 2, 2, bos=1, eos=1, pad=0, recipe={"pad": SLAMKIT_PAD})
     if "offset" not in settings:
         raise ValueError(f"{where} is no speech LM: its config.json has no `offset`; "
                          f"make one with train.py --init=twist --lm={where}")
@@ -264,7 +277,9 @@ def read_vocab(settings, where):
 def open_speech_lm(folder_or_name="pocket"):
     """Ours, Meta's TWIST or slamkit's -> (TransformerConfig, tensors read when asked for, UnitVocab)."""
     folder = files.find_model(folder_or_name, "model")
-    vocab = read_vocab(pretrained.read_settings(folder), folder)
+    settings = pretrained.read_settings(folder)
+    pretrained.lm_architecture(settings, folder)
+    vocab = read_vocab(settings, folder)
     family, architecture, tensors = pretrained.open_lm(folder)
     return TransformerConfig(**architecture, family=family), tensors, vocab
 

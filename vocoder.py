@@ -42,6 +42,8 @@ EDGE_KERNEL = 7  # taps of the first and the last convolution
 # Keys of published configs that would change the network; any value but these is refused rather than ignored.
 UNSUPPORTED = ("f0", "embedder_params", "f0_quant_num_bin", "code_vq_params")
 REMEDY = "give the config.json of a unit HiFi-GAN without f0"
+SIZES = (("num_embeddings", 1, 10**6), ("embedding_dim", 1, 10**4), ("upsample_initial_channel", 1, 10**4),
+         ("num_speakers", 0, 10**5), ("num_styles", 0, 10**5))
 SPEAKERS, STYLES = 200, 100  # rows of the tables of voices where the config does not say it, as in the published code
 
 
@@ -86,8 +88,8 @@ class VocoderConfig:
             (len(self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes) > 0
              and all(k % 2 for k in self.resblock_kernel_sizes),
              "resblock_kernel_sizes: expected odd numbers, each with its list in resblock_dilation_sizes"),
-            (all(type(n) is int and n >= 0 for n in (self.num_speakers, self.num_styles)),
-             f"num_speakers {self.num_speakers!r}, num_styles {self.num_styles!r}: expected whole numbers"),
+            *((least <= getattr(self, name) <= most, f"{name} is {getattr(self, name)}, expected {least} to {most}")
+              for name, least, most in SIZES),
             (self.model_in_dim == self.embedding_dim * (1 + bool(self.num_speakers) + bool(self.num_styles)),
              f"model_in_dim {self.model_in_dim} is not embedding_dim {self.embedding_dim}, once for the units and once more for "
              f"each of speakers ({self.num_speakers}) and styles ({self.num_styles}): it expects other inputs"),
@@ -235,21 +237,30 @@ class Vocoder(nn.Module):
 
 # -------------------------------------------------------------------------------------------------- loading
 
+KIND_OF = {int: int, tuple[int, ...]: list, tuple[tuple[int, ...], ...]: tuple}  # annotations -> what check_values calls them
+KINDS = {"dur_predictor_params": dict, "tokenizer": dict,
+         **{field.name: KIND_OF[field.type] for field in fields(VocoderConfig) if field.type in KIND_OF}}
+
+
 def parse_config(table):
     """A published config.json, as a dictionary -> VocoderConfig. Keys about training are ignored on purpose."""
     refused = [key for key in UNSUPPORTED if table.get(key)]
     if refused:
         raise ValueError(f"vocoder config asks for {', '.join(refused)}, which is not supported; {REMEDY}")
-    missing = [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if key not in table]
+    files.check_values(table, KINDS, "vocoder config")
+    missing = [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if table.get(key) is None]
     if missing:
         raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}")
-    known = {field.name: freeze(table[field.name]) for field in fields(VocoderConfig) if field.name in table}
+    known = {field.name: freeze(table[field.name]) for field in fields(VocoderConfig) if table.get(field.name) is not None}
     known.setdefault("code_hop_size", math.prod(known["upsample_rates"]))
     known["resblock"] = str(known.get("resblock", "1"))  # some files hold the number 1
     for field, key, usual in (("num_speakers", "multispkr", SPEAKERS), ("num_styles", "multistyle", STYLES)):
         known[field] = (table.get(field) or usual) if table.get(key) else 0
-    duration = known.get("dur_predictor_params")
-    known["dur_predictor_params"] = DurationConfig(**duration) if duration else None
+    if duration := known.pop("dur_predictor_params", None):
+        files.check_values(duration, kinds := {field.name: field.type for field in fields(DurationConfig)}, "vocoder config")
+        if unknown := sorted(set(duration) - set(kinds)):
+            raise ValueError(f"vocoder config: dur_predictor_params has {unknown[0]}, which is not supported; {REMEDY}")
+        known["dur_predictor_params"] = DurationConfig(**{key: value for key, value in duration.items() if value is not None})
     return VocoderConfig(**known)
 
 
@@ -273,21 +284,11 @@ def load_vocoder(folder_or_file_or_name="pocket"):
         the tokenizer whose units it speaks, or is None where the config does not say.
     Raises: ValueError naming tensors that are missing, unknown or of another shape; OSError if files are absent.
     """
-    path = files.find(str(folder_or_file_or_name), "vocoder")
-    table_path = beside(path, "config.json")
-    table = files.read_json(table_path)
-    try:
-        vocoder_config = parse_config(table)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{table_path} is no vocoder config ({error}); {REMEDY}") from None
-    tensors = files.read_tensors(path)
-    tensors = tensors.get("generator", tensors)  # trainers keep the generator under this key
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} holds {str(list(tensors)[:3]):.80}, not the tensors of a generator; give its g_... file")
-    tensors = fold_weight_norm(tensors)
+    path = files.find_generator(files.find(str(folder_or_file_or_name), "vocoder"))
+    table = files.read_json(beside(path, "config.json"))
     with torch.device("meta"):
-        vocoder = Vocoder(vocoder_config)
-    fill(vocoder.to_empty(device="cpu"), tensors.items(), path)
+        vocoder = Vocoder(parse_config(table))
+    fill(vocoder.to_empty(device="cpu"), fold_weight_norm(files.read_generator(path)).items(), path)
     vocoder.recipe = table.get("tokenizer")
     vocoder.speakers, vocoder.styles = (  # names of voices, one a line
         [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []

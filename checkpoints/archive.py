@@ -18,6 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from checkpoints.recognise import recognise
+
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError,
            RuntimeError)  # what zipfile raises for damage; RuntimeError: a password, or a method of packing that it has not
 
@@ -41,7 +43,7 @@ def names_in(archive):
     try:
         return open_zip(archive, archive.stat().st_mtime_ns).namelist()
     except (*DAMAGED, OSError) as error:
-        raise ValueError(f"{archive} is no zip archive, or damaged ({error}); copy it again") from None
+        raise ValueError(f"{archive} {recognise(archive) or f'is no zip archive, or damaged ({error}); copy it again'}") from None
 
 
 def open_file(path):

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from checkpoints.files import check_values
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -89,6 +91,13 @@ class Family:
     dropped: str = r"(?!)"  # regular expression of the tensors that carry no information: causal masks, rotary tables
 
 
+# fields of TransformerConfig -> the kind of value that a key of theirs must have; of all others: true or false
+KINDS = {**dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "embed_dim", "head_dim",
+                          "n_inner"), int),
+         **dict.fromkeys(("norm_eps", "rope_theta", "rope_fraction", "init_std"), float), "mlp": str, "rope_scaling": dict}
+OTHER_KINDS = {"sliding_window": int, "use_sliding_window": bool, "rope_parameters": dict, "rope_type": str, "type": str,
+               "original_max_position_embeddings": int, **dict.fromkeys(
+                   ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"), float)}
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # the order of our tuple
 # theirs -> ours; the tanh approximation has three spellings
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}
@@ -110,9 +119,10 @@ def read_rope(c):
     """Rotary fields, in the spelling of transformers 5 (rope_parameters) or of older files."""
     new = c.get("rope_parameters") or {}
     scaling = new or c.get("rope_scaling") or {}
+    check_values(scaling, OTHER_KINDS, "config.json, rotary settings")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"config.json: rope scaling of type {kind!r} is not supported, expected 'default' or 'llama3'")
+        raise ValueError(f"config.json: rope scaling of type {kind!r} as rope_type is not supported, expected default or llama3")
     theta = new.get("rope_theta") or c.get("rope_theta") or c.get("rotary_emb_base") or 10000.0
     return {"rope_theta": float(theta),
             "rope_scaling": tuple(scaling[key] for key in ROPE_SCALING) if kind == "llama3" else None}
@@ -121,7 +131,7 @@ def read_rope(c):
 def derive_llama(c):
     """Up to the length of a sliding window, attention is plain: the model is opened for that length."""
     windowed = c.get("use_sliding_window", c["model_type"] == "mistral")  # Qwen's key; LLaMA has no window
-    positions = c.get("max_position_embeddings", 2048)
+    positions = c.get("max_position_embeddings") or 2048
     window = c.get("sliding_window", 4096) if windowed else None
     return {**read_rope(c), "block_size": min(positions, window or positions)}
 
@@ -210,8 +220,8 @@ GPT2 = Family(
 
 
 def derive_neox(c):
-    new = c.get("rope_parameters") or {}
-    return {**read_rope(c), "rope_fraction": new.get("partial_rotary_factor", c.get("rotary_pct", 0.25))}
+    rope, fraction = read_rope(c), (c.get("rope_parameters") or {}).get("partial_rotary_factor", c.get("rotary_pct"))
+    return {**rope, "rope_fraction": 0.25 if fraction is None else fraction}
 
 
 NEOX = Family(
@@ -266,6 +276,8 @@ HUBERT_CONFIG = {  # theirs -> ours, where the value is the same
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "intermediate_size": "n_inner",
     "num_conv_pos_embeddings": "pos_kernel", "num_conv_pos_embedding_groups": "pos_groups",
     "conv_pos_batch_norm": "pos_batch_norm", "layer_norm_eps": "norm_eps"}
+HUBERT_KINDS = {key: list if ours.startswith("conv_") else {"pos_batch_norm": bool, "norm_eps": float}.get(ours, int)
+                for key, ours in HUBERT_CONFIG.items()}
 HUBERT_FIXED = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False,
                 "feat_proj_layer_norm": True, "feat_extract_activation": "gelu", "hidden_act": "gelu"}
 FAIRSEQ_FIXED = {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": False, "sample_rate": 16_000}
@@ -302,4 +314,6 @@ FAIRSEQ_NAMES = (  # beginning of a fairseq name, as a regular expression -> of 
     (r"encoder\.layers\.(\d+)\.fc2\.", r"encoder.layers.\1.feed_forward.output_dense."))
 FAIRSEQ_BATCH_NORM = (  # with a BatchNorm in front, the positional convolution is the second module
     (r"encoder\.pos_conv\.0\.", "encoder.pos_conv_embed.batch_norm."), (r"encoder\.pos_conv\.1\.", f"{POS_CONV}."))
-FAIRSEQ_DROPPED = r"(final_proj|target_glu)\..*|label_embs_concat"  # the prediction head of pretraining
+# heads: of pretraining, of recognition (CTC), of classification
+HUBERT_DROPPED = r"(final_proj|target_glu|lm_head|projector|classifier)\..*|label_embs_concat|layer_weights"
+HEADS_OF_WIDTH = {768: 12, 1024: 16}  # HuBERT base and large, for files that do not say it

@@ -8,9 +8,12 @@ No foreign pickle is executed: pickles.py reads them all. Everything that this p
 a temporary name first, so a file that exists is whole.
 """
 import contextlib
+import functools
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from safetensors.torch import save_file
 
 from checkpoints import download, pickles
 from checkpoints.archive import model_folder
+from checkpoints.recognise import WANTED, recognise, refuse_stranger
 
 POCKET = Path(__file__).parent.parent / "pocket"
 KINDS = {  # what an option asks for -> where the pocket world keeps it
@@ -28,6 +32,22 @@ KINDS = {  # what an option asks for -> where the pocket world keeps it
     "kmeans": POCKET / "hubert/kmeans.safetensors", "vocoder": POCKET / "vocoder", "units": POCKET / "units",
 }
 SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
+# what torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP put into the names of tensors
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|^module)\.")
+NESTED = ("generator", "state_dict", "model", "module")  # where trainers keep the tensors in a dictionary of other things
+VALUES = {  # kind of a value in JSON -> (how it is called, whether a value is one)
+    int: ("a whole number from 0 to 2**31", lambda value: type(value) is int and 0 <= value < 2**31),
+    float: ("a number", lambda value: type(value) in (int, float) and -1e300 < value < 1e300),  # NaN and Infinity parse, too
+    list: ("a list of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[int][1], value))),
+    tuple: ("a list of lists of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[list][1], value))),
+    **{kind: (called, lambda value, kind=kind: type(value) is kind)
+       for kind, called in ((bool, "true or false"), (str, "a text"), (dict, "a dictionary"))}}
+
+
+@functools.cache
+def note(text):
+    """What was understood in a way that its user may not expect, on screen: once a process."""
+    print(text, file=sys.stderr)
 
 
 def find(name, kind):
@@ -49,21 +69,53 @@ def find(name, kind):
 
 
 def find_model(name, kind):
-    """As find, for a model: the folder that holds config.json, which may stand in the one that was named."""
-    return model_folder(find(str(name), kind))
+    """As find, for a model: the folder that holds config.json, which may stand in the one that was named, or around the file."""
+    path = find(str(name), kind)
+    inside = path.name in ("config.json", *download.WEIGHTS) and (path.parent / "config.json").is_file()
+    if (folder := path.parent if inside else model_folder(path)) != path:
+        note(f"--{kind}={name}: the model is in {folder}")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"--{kind}={name}: {misfit(path)}")
+    return folder
+
+
+def misfit(path):
+    """What an existing path is that holds no model, as a sentence."""
+    held = f"holds {', '.join(sorted(each.name for each in path.iterdir())[:5])}" if path.is_dir() else "is one file"
+    return f"no config.json in {path}, which {recognise(path) or f'{held}: give a {WANTED}'}"
 
 
 def read_json(path):
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; a model folder holds config.json and its weights")
+        raise FileNotFoundError(misfit(path.parent) if path.parent.exists() else f"no file at {path}")
+    refuse_stranger(path)
     try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again")
     return value
+
+
+def check_values(settings, kinds, where):
+    """Raises ValueError that names the key of a value of the wrong kind. kinds: {key: kind, of VALUES}; null passes."""
+    for key, kind in kinds.items():
+        called, fits = VALUES[kind]
+        if settings.get(key) is not None and not fits(settings[key]):
+            raise ValueError(f"{where}: {key} is {settings[key]!r:.40}, expected {called}; copy the file again")
+
+
+def sound(tensor, name, where):
+    """The tensor as it is, if it can be a weight. Raises ValueError for quantised ones, and for values that are no numbers."""
+    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
+        raise ValueError(f"{where}: {name} is quantised ({tensor.dtype}); give the model in float32, float16 or bfloat16")
+    # a sum takes a tenth of the time of isfinite; it may overflow where all values are finite
+    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise ValueError(f"{where}: {name} holds {bad} values that are not finite; take an earlier checkpoint, or copy it again")
+    return tensor
 
 
 def write_json(path, value):
@@ -117,27 +169,38 @@ class Lazy(Mapping):
 def open_tensors(path):
     """All tensors of a weight file or model folder (there of the first of download.WEIGHTS), dtypes as stored: a Mapping.
 
+    Names are those of the file, less what compiling and distributing a model puts into them.
     Raises: FileNotFoundError naming what was looked for; ValueError for a truncated or foreign file.
     """
     path = Path(path)
     if path.is_dir():
         present = [name for name in download.WEIGHTS if (path / name).is_file()]
         if not present:
-            raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin (or their .index.json) in {path}")
+            raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin (or their .index.json) in {path}, which "
+                                    + (recognise(path) or "holds no weights"))
         path = path / present[0]
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}; the download or copy is incomplete")
+    refuse_stranger(path)
     if path.name.endswith(".index.json"):
         return open_sharded(path)
     if path.suffix != ".safetensors":
         return read_pickle(path)
 
-    def read(name, path):
+    def read(_, name):
         with open_safetensors(path) as file:  # opened for each tensor: a mapped file counts as memory until it is closed
             return file.get_tensor(name)
 
     with open_safetensors(path) as file:
-        return Lazy(dict.fromkeys(file.keys(), path), read)
+        return Lazy(unwrapped(file.keys(), path), read)
+
+
+def unwrapped(names, path):
+    """{name: its name in the file}, without the names of wrappers, which is said where there were any."""
+    plain = {WRAPPERS.sub("", name): name for name in names}
+    if changed := next((name for name, stored in plain.items() if name != stored), None):
+        note(f"{path}: {plain[changed]} is taken as {changed}: so are models saved that were compiled or distributed")
+    return plain if len(plain) == len(names) else dict(zip(names, names))
 
 
 def open_sharded(index):
@@ -151,10 +214,12 @@ def open_sharded(index):
         return opened[shard]
 
     for shard in sorted(set(weight_map.values())):
-        missing = sorted(name for name, place in weight_map.items() if place == shard and name not in tensors(shard))
+        missing = sorted(name for name, place in weight_map.items()
+                         if place == shard and WRAPPERS.sub("", name) not in tensors(shard))
         if missing:
             raise ValueError(f"{index} promises {len(missing)} tensors that {shard} lacks, e.g. {missing[0]}; copy both again")
-    return Lazy(weight_map, lambda name, shard: tensors(shard)[name])
+    plain = unwrapped(weight_map, index)
+    return Lazy(plain, lambda name, stored: tensors(weight_map[stored])[name])
 
 
 def open_safetensors(path):
@@ -172,12 +237,34 @@ def read_tensors(path):
 def read_pickle(path):
     """A pickle of tensors -> {name: tensor}, with any other entries (a trainer's step) that are plain data."""
     tensors = pickles.load(path)
+    if isinstance(tensors, dict):
+        tensors = next((tensors[key] for key in NESTED if isinstance(tensors.get(key), dict)), tensors)
     if not isinstance(tensors, dict) or not tensors:
         raise ValueError(f"{path} holds a {type(tensors).__name__} of no tensors, expected a dictionary of tensors")
     foreign = [name for name, value in tensors.items() if isinstance(value, pickles.Inert) or not isinstance(name, str)]
     if foreign:
         raise ValueError(f"{path} holds things that are no tensors ({str(foreign[0]):.60}); convert it to safetensors")
-    return tensors
+    return {name: tensors[stored] for name, stored in unwrapped(tensors, path).items()}
+
+
+def find_generator(path):
+    """The weight file in a vocoder's folder, if a trainer named it: the latest g_00400000, or the one .pt file; else `path`."""
+    refuse_stranger(path)
+    if path.is_dir() and not any((path / name).is_file() for name in download.WEIGHTS):
+        found = sorted(path.glob("g_[0-9]*"), key=lambda file: (len(file.name), file.name))[-1:] or sorted(path.glob("*.pt"))
+        if len(found) > 1:
+            raise ValueError(f"{path} holds {', '.join(file.name for file in found[:4])}: name the one that is the generator")
+        if found:
+            note(f"{path}: its generator is {found[0].name}")
+            return found[0]
+    return path
+
+
+def read_generator(path):
+    tensors = read_tensors(path)
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds {str(list(tensors)[:3]):.80}, not the tensors of a generator; give its g_... file")
+    return {name: sound(tensor, name, path) for name, tensor in tensors.items()}
 
 
 def held(value):
@@ -196,11 +283,13 @@ def read_fairseq(path):
     The settings stand in `args` (a Namespace) in files before fairseq 0.11, in `cfg` (sections of dictionaries, Namespaces or
     omegaconf containers) after; stripped copies have neither.
     """
+    refuse_stranger(path)
     value = pickles.load(path)
     tensors = value.get("model") if isinstance(value, dict) else None
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is no fairseq checkpoint: it has no `model` that is a dictionary of tensors; give the .pt file "
                          "of a HuBERT, or a Hugging Face folder")
+    tensors = {name: tensors[stored] for name, stored in unwrapped(tensors, path).items()}
     cfg = held(value.get("cfg") or {})
     sections = [value.get("args"), cfg.get("task"), cfg.get("model")] if isinstance(cfg, dict) else []
     sections = [section for section in map(held, sections) if isinstance(section, dict)]
@@ -211,15 +300,18 @@ def read_kmeans(path):
     """A k-means file -> centres (K, C) float32, and what the file says of them, as text by name: layer, frame_rate, model.
 
     Either our safetensors (`centers`, the rest in its header), or a pickle or joblib dump of a scikit-learn KMeans or
-    MiniBatchKMeans, of a dictionary with the centres, or of the array alone, which say nothing.
+    MiniBatchKMeans, of a dictionary with the centres, or of the array alone, also as .npy, which say nothing.
     """
     path = Path(path)
+    refuse_stranger(path)
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             if "centers" not in file.keys():
                 raise ValueError(f"{path} has no tensor `centers`, only {sorted(file.keys())[:3]}")
-            return file.get_tensor("centers").float(), file.metadata() or {}
-    value = pickles.load(path)
+            return sound(file.get_tensor("centers"), "centers", path).float(), file.metadata() or {}
+    with open(path, "rb") as file:
+        array = file.read(6) == b"\x93NUMPY"
+    value = read_npy(path) if array else pickles.load(path)
     state = value.state if isinstance(value, pickles.Inert) else value
     if isinstance(state, dict):
         state = next((state[key] for key in ("cluster_centers_", "cluster_centers", "centers") if key in state), None)
@@ -228,7 +320,14 @@ def read_kmeans(path):
     if not isinstance(state, torch.Tensor) or state.ndim != 2:
         raise ValueError(f"{path} holds no table of centres (K, C); give the joblib dump of a KMeans, or a safetensors file "
                          "with the tensor `centers`")
-    return state.float(), {}
+    return sound(state, "the table of centres", path).float(), {}
+
+
+def read_npy(path):
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no more than the file has, whatever it promises
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array of numbers, or damaged ({error}); copy it again") from None
 
 
 def write_tensors(path, tensors, metadata=None):

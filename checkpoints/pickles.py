@@ -403,6 +403,7 @@ def load(path):
             return read(file)
         except DAMAGED as error:
             reason = str(error).partition("\n")[0][:300]
-            reason = reason if isinstance(error, (ValueError, EOFError)) and reason else f"{type(error).__name__}: {reason}"
+            said = isinstance(error, (ValueError, EOFError)) and reason
+            reason = reason if said else f"it is damaged, or no pickle: {type(error).__name__}"
     raise ValueError(f"{path} cannot be opened as plain data ({reason}); download it again, or convert it to safetensors where "
                      "you trust it")

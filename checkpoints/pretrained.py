@@ -15,7 +15,7 @@ import torch
 from checkpoints import families, files
 from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_FIXED, HUBERT_ROWS, POS_CONV
 
-SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner")
+SIZES = tuple("vocab_size block_size n_layer n_head n_kv_head n_embd head_dim n_inner pos_kernel pos_groups".split())
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
 UNIT_LM = "speech_language_model"  # model_type of slamkit's wrapper around a text LM's network
 
@@ -26,10 +26,12 @@ def read_settings(folder):
     The table was resized after the inner config was written, so the inner vocab_size may still be the text model's.
     """
     settings = files.read_json(Path(folder) / "config.json")
+    files.check_values(settings, {"model_type": str, "vocab_size": int, "base_config": dict}, folder)
+    demand(settings, {"quantization_config": None}, f"{folder} holds quantised weights")
     if settings.get("model_type") != UNIT_LM:
         return settings
     base = settings.get("base_config")
-    if not isinstance(base, dict) or "vocab_size" not in settings:
+    if not base or not settings.get("vocab_size"):
         raise ValueError(f"{folder}: config.json of a {UNIT_LM} lacks base_config or vocab_size; copy it again")
     return {**base, "vocab_size": settings["vocab_size"], "wrapper": UNIT_LM}
 
@@ -43,19 +45,27 @@ def open_lm(folder):
 def lm_architecture(settings, where="config.json"):
     """config.json of a text LM -> (family name, keyword arguments of TransformerConfig)."""
     family = settings.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}"
+                         + "; of several models in one, give the text model alone" * ("text_config" in settings))
+    table = FAMILIES[family]
+    keys = {**table.keys, **{other: table.keys[key] for other, key in table.aliases.items()}}
+    kinds = {key: families.KINDS.get(ours, bool) for key, ours in keys.items()}
+    files.check_values(settings, families.OTHER_KINDS | kinds, f"{where}/config.json")
     try:
-        architecture = read_architecture(FAMILIES[family], settings)
+        architecture = read_architecture(table, settings)
     except KeyError as error:
         raise ValueError(f"{where}: config.json lacks {error} which a {family} model needs") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{where}: a value in config.json is of the wrong type ({error}); copy the file again") from None
-    for key in SIZES:
-        size, largest = architecture[key], MOST_LAYERS if key == "n_layer" else LARGEST_SIZE
-        if type(size) is not int or not 1 <= size <= largest:
-            raise ValueError(f"{where}: config.json makes {key} {size!r}, expected a whole number from 1 to {largest}")
+    check_sizes(architecture, {ours: key for key, ours in keys.items() if key in settings}, where)
     return family, architecture
+
+
+def check_sizes(architecture, keys, where):
+    """Raises ValueError for a size that no model has. keys: {our name: theirs}."""
+    for name in SIZES:
+        size, largest = architecture.get(name, 1), MOST_LAYERS if name == "n_layer" else LARGEST_SIZE
+        if type(size) is not int or not 1 <= size <= largest:
+            raise ValueError(f"{where}: {keys.get(name, name)} is {size!r:.40}, expected a whole number from 1 to {largest}")
 
 
 def demand(settings, values, where):
@@ -74,9 +84,9 @@ def read_architecture(family, c):
     for theirs, ours in family.keys.items():
         if ours not in found:
             if given[theirs] is None and theirs not in family.defaults:
-                raise TypeError(f"{theirs} is null")
+                raise KeyError(theirs)
             found[ours] = families.READ[ours](theirs, given[theirs]) if ours in families.READ else given[theirs]
-    usual = dict(n_kv_head=found["n_head"], head_dim=found["n_embd"] // found["n_head"], n_inner=4 * found["n_embd"],
+    usual = dict(n_kv_head=found["n_head"], head_dim=found["n_embd"] // max(1, found["n_head"]), n_inner=4 * found["n_embd"],
                  embed_dim=found["n_embd"])
     found |= {name: found.get(name) or value for name, value in usual.items()}
     return {"out_bias": found["attention_bias"], **found}
@@ -106,13 +116,16 @@ def translate(source, family, architecture, where):
     source: best files.open_tensors, whose dtypes stay.
     """
     names = {full_name(name, family): name for name in source}
-    if architecture["tie_embeddings"]:
-        names.pop(family.head, None)  # a second copy of the embedding table; config.json says they are one
+    if architecture["tie_embeddings"] and family.head in names:  # a second copy of the embedding table, or the only one
+        head, table = names.pop(family.head), family.rows[0].theirs[0]
+        if not torch.equal(source[names.setdefault(table, head)], source[head]):
+            raise ValueError(f"{where}: config.json says tie_word_embeddings, but {head} is another matrix than {names[table]}: "
+                             "set tie_word_embeddings to false to use both, or delete the first")
     names = {name: stored for name, stored in names.items() if not re.fullmatch(family.dropped, name)}
 
     def read(_, place):
         row, stored = place
-        parts = [source[name] for name in stored]
+        parts = [files.sound(source[name], name, where) for name in stored]
         try:
             return row.layout.read(parts, architecture)
         except RuntimeError:
@@ -164,7 +177,10 @@ def read_hubert(path):
     """A Hugging Face HuBERT folder or a fairseq .pt file -> (keyword arguments of HubertConfig, {our name: tensor})."""
     path = Path(path)
     architecture, tensors = hugging_face_hubert(path) if path.is_dir() else fairseq_hubert(path)
-    tensors = fold_weight_norm(tensors)
+    check_sizes(architecture, {ours: key for key, ours in HUBERT_CONFIG.items()}, path)
+    if any(architecture["n_embd"] % architecture[part] for part in ("n_head", "pos_groups")):
+        raise ValueError(f"{path}: its width cannot be divided by its number of heads or of groups in the positional convolution")
+    tensors = fold_weight_norm({name: files.sound(tensor, name, path) for name, tensor in tensors.items()})
     if "masked_spec_embed" not in tensors:  # encoding never masks, and stripped files lack it
         tensors["masked_spec_embed"] = torch.zeros(architecture["n_embd"])
     if architecture["pos_batch_norm"]:
@@ -176,17 +192,20 @@ def read_hubert(path):
 def hugging_face_hubert(folder):
     """Folder -> (keyword arguments of HubertConfig, {their name: tensor})."""
     settings = files.read_json(folder / "config.json")
+    files.check_values(settings, families.HUBERT_KINDS, f"{folder}/config.json")
     if settings.get("model_type") != "hubert":
         raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'")
     demand(settings, HUBERT_FIXED, f"{folder} is no HuBERT base")
     settings.setdefault("conv_pos_batch_norm", False)  # a key newer than the first releases
-    lacking = [key for key in HUBERT_CONFIG if key not in settings]
+    lacking = [key for key in HUBERT_CONFIG if settings.get(key) is None]
     if lacking:
         raise ValueError(f"{folder}: config.json lacks {', '.join(lacking)} which a HuBERT needs")
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     # preprocessor_config.json may ask for normalised waveforms; no published pipeline does that with these models
-    tensors = {name.removeprefix("hubert."): tensor for name, tensor in files.read_tensors(folder).items()}
-    return {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}, tensors
+    source = files.open_tensors(folder)
+    names = {name.removeprefix("hubert."): name for name in source}
+    return {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}, {
+        name: source[stored] for name, stored in names.items() if not re.fullmatch(families.HUBERT_DROPPED, name)}
 
 
 def fairseq_hubert(path):
@@ -198,7 +217,7 @@ def fairseq_hubert(path):
     table = families.FAIRSEQ_BATCH_NORM + FAIRSEQ_NAMES if "encoder.pos_conv.0.running_mean" in tensors else FAIRSEQ_NAMES
     left = {}
     for name, tensor in tensors.items():
-        if not re.fullmatch(families.FAIRSEQ_DROPPED, name):
+        if not re.fullmatch(families.HUBERT_DROPPED, name):
             new = next((re.sub(f"^{old}", new, name) for old, new in table if re.match(old, name)), name)
             left[new] = tensor
     demand(settings, families.FAIRSEQ_FIXED, f"{path} is no HuBERT base")
@@ -210,13 +229,19 @@ def fairseq_hubert(path):
         pos = next(left[name] for name in (f"{POS_CONV}.weight_v", f"{POS_CONV}.weight") if name in left)  # (C, C / groups, taps)
         architecture = dict(
             conv_dim=tuple(w.shape[0] for w in convs), conv_kernel=tuple(w.shape[2] for w in convs), n_embd=width,
-            n_layer=len(layers), n_head=settings.get("encoder_attention_heads") or width // 64,
+            n_layer=len(layers), n_head=settings.get("encoder_attention_heads"),
             n_inner=left["encoder.layers.0.feed_forward.intermediate_dense.weight"].shape[0], pos_kernel=pos.shape[2],
             pos_groups=width // pos.shape[1], pos_batch_norm=table is not FAIRSEQ_NAMES, norm_eps=1e-5,
             normalize=bool(settings.get("normalize") or False))
     except (KeyError, IndexError, StopIteration, ValueError) as error:
         raise ValueError(f"{path} is no HuBERT: a tensor is missing or of another shape ({error}); give a fairseq HuBERT "
                          "checkpoint or a Hugging Face folder") from None
+    if not architecture["n_head"]:
+        architecture["n_head"] = heads = families.HEADS_OF_WIDTH.get(width)
+        if not heads:
+            raise ValueError(f"{path} has no settings, and a width of {width}, for which the number of attention heads cannot be "
+                             "told; give a file with its settings, or a Hugging Face folder")
+        files.note(f"{path} has no settings: {heads} attention heads, as the published HuBERT of its width")
     return architecture | {"conv_stride": strides(settings.get("conv_feature_layers"), architecture, path)}, left
 
 

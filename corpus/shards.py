@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.files import read_json, write_bytes
+from checkpoints.recognise import recognise
 
 FORMAT = 1  # version of the layout above
 MAX_UNIT = 2**16 - 1
@@ -154,7 +155,8 @@ class UnitShards:
         if self.meta is None:
             remedy = ("its work/ is of an extraction that was interrupted: start the same command again"
                       if (folder / "work").is_dir() else "make them with python hubert_units.py AUDIO... --out=FOLDER")
-            raise FileNotFoundError(f"no meta.json in {folder}, so it holds no unit shards; {remedy}")
+            raise FileNotFoundError(f"no meta.json in {folder}, so it holds no unit shards" + (
+                f": it {said}" if (said := recognise(folder)) else f"; {remedy}"))
         if self.meta.get("format") != FORMAT:
             raise ValueError(f"{folder} is written in format {self.meta.get('format')}, this code reads {FORMAT}; "
                              "encode the audio again")

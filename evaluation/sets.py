@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from checkpoints import archive
+from checkpoints.recognise import recognise
 
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon", "pairs")
 SALMON = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender_consistency", "rir_consistency",
@@ -32,7 +33,7 @@ SALMON = ("bg_alignment", "bg_all_consistency", "bg_domain_consistency", "gender
 GOLD = {  # the archive's folder and the columns that are needed of its gold.csv, by task; further columns do no harm
     "swuggy": ("lexical", ("filename", "id", "voice", "frequency", "correct")),
     "sblimp": ("syntactic", ("filename", "id", "voice", "type", "subtype", "correct"))}
-BANDS = ("out of vocabulary", "1-5", "6-20", "21-100", ">100")  # of how often LibriSpeech has a word
+BANDS = ("out of vocabulary", "1-4", "5-19", "20-99", ">=100")  # how often LibriSpeech has a word, as the official scorer cuts it
 STORIES = ("sstorycloze", "tstorycloze")
 MOST_MISSING = 0.01  # of the pairs; more is an incomplete copy
 
@@ -120,7 +121,7 @@ def frequency_labels(text, where):
         raise ValueError(f"{where}: frequency {text!r}; expected a whole number or nothing") from None
     if frequency != frequency:
         return {}
-    band = BANDS[sum(frequency > last for last in (0, 5, 20, 100))]  # the official scorer counts 5, 20 and 100 to the next band
+    band = BANDS[sum(frequency >= first for first in (1, 5, 20, 100))]
     return {"vocabulary": "in vocabulary" if frequency > 0 else "out of vocabulary", "frequency": band}
 
 
@@ -332,8 +333,9 @@ def find(task, root, split="dev", voices=()):
             found = [by_names(task, root.resolve().name, places)]
     if not found:
         seen = ", ".join(sorted({display(folder, root) for folder in folders})[:6]) or "nothing"
-        raise ValueError(f"--task={task}: no such evaluation set in {root} (found {seen}); the head of evaluation/sets.py "
-                         "shows the layouts")
+        raise ValueError(f"--task={task}: no such evaluation set in {root}" + (
+            f", which {said}" if (said := recognise(root)) else
+            f" (found {seen}); the head of evaluation/sets.py shows the layouts"))
     for benchmark in found:
         if not benchmark.pairs:
             raise ValueError(f"{benchmark.name} in {root} is empty: it lists no pairs; copy it again")

@@ -35,7 +35,7 @@ class UnitEncoder(nn.Module):
 
     A long recording is encoded in pieces of 60 s that see 5 s more on both sides, which are then discarded. The statistics of
     the group norm are those of the whole recording, so pieces differ from the whole only in how far attention sees.
-    chunking="textless" does as the published pipeline: independent pieces of 100 s, each normalised by itself.
+    chunking="textless" does as the published pipeline: independent pieces of 100 s, the waveform normalised as a whole if at all.
 
     Args:
         hubert: Hubert. centers: (K, C). layer: 1 is the first. name: of the model, for the recipe.
@@ -210,6 +210,8 @@ class UnitEncoder(nn.Module):
             piece, context = piece // 2 * 2, context // 2 * 2  # neighbours that are averaged lie in one piece
             moments, mean, spread = self.statistics(blocks)
             overlap = self.hubert.receptive_field - self.hubert.hop
+        elif self.hubert.config.normalize:
+            moments, (_, mean, spread) = False, self.statistics(blocks)
         pieces = self.cut(blocks(), piece, context, overlap)
         for (length, kept), alike in itertools.groupby(pieces, key=lambda found: (len(found[0]), found[1])):
             while group := list(itertools.islice(alike, max(1, int(self.budget * SAMPLE_RATE) // length))):

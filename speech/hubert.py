@@ -187,14 +187,15 @@ class Hubert(nn.Module):
             lengths: (B,) int64, samples of each recording, the rest being padding; None: all of S. A recording in a padded
                 batch has the features that it has alone, in its first num_frames(length) frames; the frames after are waste.
             mask: (B, F) bool, frames replaced by the mask embedding (pretraining only).
-            moments: of the whole recordings of which wav is a piece, already normalised if the config says so; None: of wav.
+            moments: of the whole recordings of which wav is a piece, already normalised if the config says so; None: of wav;
+                False: of wav, which is normalised already.
         Returns: (B, F, C) float.
         """
         if lengths is not None:
             wav = wav * (torch.arange(wav.shape[1], device=wav.device) < lengths[:, None])
         if moments is None:
             wav = normalized(wav, lengths) if self.config.normalize else wav
-            moments = self.moments(wav, lengths)
+        moments = moments or self.moments(wav, lengths)
         x = self.projection(self.feature_norm(self.front_end(wav, moments)))  # (B, F, C)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)

@@ -189,8 +189,8 @@ def test_swuggy_in_the_official_layout_equals_a_reference_written_by_hand(world,
 
     assert abs(value("all") - 100 * mean(score for score, _ in found.values())) < 1e-9
     for subset, belongs in (("vocabulary = in vocabulary", lambda f: f > 0), ("vocabulary = out of vocabulary", lambda f: f == 0),
-                            ("frequency = 1-5", lambda f: 1 <= f <= 5), ("frequency = 6-20", lambda f: 6 <= f <= 20),
-                            ("frequency = 21-100", lambda f: 21 <= f <= 100), ("frequency = >100", lambda f: f > 100)):
+                            ("frequency = 1-4", lambda f: 1 <= f < 5), ("frequency = 5-19", lambda f: 5 <= f < 20),
+                            ("frequency = 20-99", lambda f: 20 <= f < 100), ("frequency = >=100", lambda f: f >= 100)):
         assert abs(value(subset) - 100 * mean(score for score, f in found.values() if belongs(f))) < 1e-9, subset
     assert abs(value("all voices right") - 100 * mean(score == 1 for score, _ in found.values())) < 1e-9
     assert result["sections"][0]["ties"]["model"] == 4  # question 3, whose recordings are the same, in four voices
@@ -422,9 +422,15 @@ def test_pairs_of_our_own_with_units_labels_and_frequencies(world, models):
     titles = [section["title"].partition(":")[0] for section in result["sections"]]
     assert titles == ["swuggy, sets/swuggy", "sblimp, sets/mini-sblimp", "pairs, sets/condition"]
     subsets = {key[1] for key in values if key[0] == "swuggy sets/swuggy"}
-    assert {"frequency = 6-20", "vocabulary = in vocabulary", "voice = v1", "macro over types"} <= subsets
+    assert {"frequency = 5-19", "vocabulary = in vocabulary", "voice = v1", "macro over types"} <= subsets
     assert "30 questions, 2 voices" in result["sections"][0]["title"]
     assert ("pairs sets/condition", "condition = y", "bigram", "%") in values
+
+
+def test_bands_of_frequency_are_closed_on_the_left():
+    edges = {"out of vocabulary": (0, 0.9), "1-4": (1, 4.9), "5-19": (5, 19), "20-99": (20, 99), ">=100": (100, 1e6)}
+    for band, frequencies in edges.items():
+        assert {sets.frequency_labels(str(frequency), "a row")["frequency"] for frequency in frequencies} == {band}
 
 
 # ---------------------------------------------------------------------------------------------- what must hold for any scores

@@ -110,7 +110,19 @@ def without_spare_tensors(tensors):
     return {name: tensor for name, tensor in tensors.items() if name not in spare}
 
 
+def compiled(tensors):
+    return {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+def with_heads(tensors):
+    """What CTC, classification and pretraining put beside the network, which is then called `hubert`."""
+    names = ("lm_head.weight", "lm_head.bias", "projector.weight", "classifier.bias", "final_proj.weight", "layer_weights",
+             "label_embs_concat")
+    return {**wrapped(tensors), **{name: torch.full((3,), torch.nan) for name in names}}
+
+
 @pytest.mark.parametrize("kind, change", [
+    ("50hz", compiled), ("25hz", with_heads), ("50hz", with_heads),
     ("50hz", None), ("50hz", old_weight_norm_names), ("50hz", wrapped), ("50hz", without_spare_tensors),
     ("25hz", None), ("25hz", wrapped), ("25hz", without_spare_tensors)])
 def test_features_of_every_layer_equal_those_of_transformers(kind, change, tmp_path):
@@ -303,6 +315,26 @@ def test_the_published_way_encodes_independent_pieces(folders, monkeypatch):
     assert encoder.recipe["chunking"] == "textless"
 
 
+def test_the_published_way_normalises_the_whole_recording_before_it_is_cut(monkeypatch):
+    """fairseq's own order: layer_norm of the waveform, then pieces, each through the network alone."""
+    monkeypatch.setattr("speech.encoder.CHUNKINGS", {"textless": (1, 0)})
+    hubert = Hubert(dataclasses.replace(BASE, normalize=True)).eval()
+    perturb(hubert.state_dict())
+    encoder = UnitEncoder(hubert, torch.randn(K, C, generator=torch.Generator().manual_seed(0)), 2, chunking="textless")
+    wav = noise(3 * SECOND + 4000)
+    wav[:SECOND] *= 1e-3  # a piece so quiet that the network hears its level
+    plain = Hubert(BASE).eval()
+    plain.load_state_dict(hubert.state_dict())
+    whole = ((wav.double() - wav.double().mean()) / (wav.double().var(correction=0) + 1e-5).sqrt()).float()
+    expected = torch.cat([plain(piece[None], 2)[0] for piece in whole.split(SECOND)])
+    for budget in (1.0, 60.0):  # pieces one by one, or together
+        encoder.budget = budget
+        torch.testing.assert_close(encoder.features(wav), expected, rtol=1e-3, atol=1e-4)
+    each = torch.cat([hubert(piece[None], 2)[0] for piece in wav.split(SECOND)])
+    assert (each - expected).abs().max() > 0.1  # pieces that are normalised by themselves differ
+    assert torch.equal(encoder.encode_stream(lambda: wav.split(3000)), encoder.encode(wav))
+
+
 @each_kind
 @pytest.mark.parametrize("normalize", [False, True])
 def test_pieces_with_context_have_the_frames_of_the_whole_and_its_statistics(kind, normalize, monkeypatch):
@@ -449,8 +481,8 @@ def omegaconf(section, classes):
 @each_kind
 def test_a_fairseq_file_gives_the_features_of_the_folder_to_the_bit(kind, style, legacy, fairseq_classes, tmp_path):
     config = dataclasses.replace(KINDS[kind][0], n_layer=12)
-    if style == "stripped":  # nothing says how many heads there are, and every HuBERT has 64 dimensions in each
-        config = dataclasses.replace(config, n_head=1, n_embd=64)
+    if style == "stripped":  # nothing says how many heads there are: the published number for the width of HuBERT base
+        config = dataclasses.replace(config, n_head=12, n_embd=768, n_layer=2)
     theirs = their_model(config)
     theirs.save_pretrained(tmp_path / "folder")
     model, task = settings_of(kind)
@@ -473,10 +505,11 @@ def test_a_fairseq_file_gives_the_features_of_the_folder_to_the_bit(kind, style,
     ours, wav = load_hubert(tmp_path / "hubert.pt"), noise(9000)
     assert ours.config == config == load_hubert(tmp_path / "folder").config
     folder = load_hubert(tmp_path / "folder")
-    for layer in (0, 1, 9, 11, 12):
+    for layer in (0, 1, config.n_layer - 1, config.n_layer):
         assert torch.equal(ours(wav[None], layer), folder(wav[None], layer))
+    wide = {"rtol": 1e-2, "atol": 5e-4} if style == "stripped" else {"rtol": 1e-4, "atol": 1e-5}
     with torch.no_grad():
-        torch.testing.assert_close(ours(wav[None]), theirs(wav[None]).last_hidden_state, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(wav[None]), theirs(wav[None]).last_hidden_state, **wide)
 
 
 def fairseq_file(path, kind="50hz", model=(), task=(), tensors=None):
@@ -491,6 +524,16 @@ def fairseq_file(path, kind="50hz", model=(), task=(), tensors=None):
     cfg = {"model": {**model_section, **dict(model)}, "task": {**task_section, **dict(task)}}
     torch.save({"cfg": cfg, "model": theirs}, path)
     return hubert
+
+
+def test_heads_of_a_file_without_settings_are_those_of_a_published_width_or_refused(tmp_path, monkeypatch, capsys):
+    fairseq_file(tmp_path / "hubert.pt")
+    torch.save({"model": torch.load(tmp_path / "hubert.pt", weights_only=True)["model"]}, tmp_path / "hubert.pt")
+    with pytest.raises(ValueError, match="no settings, and a width of 16, .*heads cannot be told; give a file with its settings"):
+        load_hubert(tmp_path / "hubert.pt")
+    monkeypatch.setitem(pretrained.families.HEADS_OF_WIDTH, 16, 4)
+    assert load_hubert(tmp_path / "hubert.pt").config.n_head == 4
+    assert "no settings: 4 attention heads" in capsys.readouterr().err
 
 
 def test_the_task_of_a_fairseq_file_says_whether_waveforms_are_normalised(tmp_path):
@@ -566,6 +609,9 @@ def test_the_k_means_file_of_a_tokenizer_is_found_beside_it(folders, tmp_path):
     joblib.dump(kmeans, tmp_path / "mhubert_base_L1_km4.bin")
     encoder = load_unit_encoder(tmp_path / "mhubert_base.pt")
     assert (encoder.layer, encoder.num_units, encoder.frame_rate, encoder.recipe["model"]) == (1, 4, 25.0, "mhubert_base")
+    for other in ("mhubert_base2_L3_km4.bin", "mhubert_base_25hz_L3_km4.bin", "mhubert_basenorm_L3_km50.bin"):
+        joblib.dump(kmeans, tmp_path / other)  # of other tokenizers, whose names begin alike
+    assert load_unit_encoder(tmp_path / "mhubert_base.pt").layer == 1
     joblib.dump(kmeans, tmp_path / "mhubert_base_L2_km4.bin")
     with pytest.raises(ValueError, match="2 k-means beside it .*_L1_km4.bin, .*--kmeans"):
         load_unit_encoder(tmp_path / "mhubert_base.pt")
@@ -580,13 +626,27 @@ def test_the_k_means_file_of_a_tokenizer_is_found_beside_it(folders, tmp_path):
 @pytest.mark.parametrize("value, save", [
     ({"cluster_centers": np.ones((3, C)), "n_clusters": 3}, pickle.dump),
     ({"cluster_centers_": np.ones((3, C), "f4")}, pickle.dump), (np.ones((3, C)), pickle.dump),
-    (np.ones((3, C), ">f8"), pickle.dump), ({"centers": torch.ones(3, C)}, torch.save)],
-    ids=["dictionary", "state", "array", "big-endian", "tensor"])
+    (np.ones((3, C), ">f8"), pickle.dump), ({"centers": torch.ones(3, C)}, torch.save),
+    *((np.ones((3, C), dtype), lambda value, file: np.save(file, value)) for dtype in ("f4", "f8"))],
+    ids=["dictionary", "state", "array", "big-endian", "tensor", "npy", "npy-float64"])
 def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     with open(tmp_path / "km.bin", "wb") as file:
         save(value, file)
     centers, said = files.read_kmeans(tmp_path / "km.bin")
     assert torch.equal(centers, torch.ones(3, C)) and centers.dtype == torch.float32 and said == {}
+
+
+@pytest.mark.parametrize("write, words", [
+    (lambda path: path.write_text("0.5,1.5\n2.5,3.5\n"), "table of text: k-means centres are taken as safetensors"),
+    (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (99, 9), }"), "no array of numbers"),
+    (lambda path: np.save(path.open("wb"), np.array([{}, None], dtype=object)), "no array of numbers"),
+    (lambda path: np.save(path.open("wb"), np.ones(3)), "no table of centres"),
+    (lambda path: np.save(path.open("wb"), np.full((2, 3), np.nan)), "6 values that are not finite")])
+def test_centres_in_other_files_are_a_sentence(write, words, tmp_path):
+    path = tmp_path / ("km.csv" if "text" in words else "km.npy")
+    write(path)
+    with pytest.raises(ValueError, match=words):
+        files.read_kmeans(path)
 
 
 @pytest.mark.parametrize("value", [

@@ -25,7 +25,7 @@ import twist
 import vocoder
 from checkpoints import download, known, pretrained
 from checkpoints.files import read_json, read_tensors, write_json, write_model, write_tensors
-from model import TransformerConfig
+from model import TransformerConfig, generate
 from speech import hubert
 from speech.audio import read_wav, write_wav
 from vocoder import DurationConfig, Vocoder, VocoderConfig, load_vocoder
@@ -61,6 +61,16 @@ def test_a_prompt_gets_a_continuation_that_can_be_heard_and_repeated(tmp_path, c
     assert 2.5 * 16000 < len(whole) - len(alone) <= 3 * 16000  # the first three seconds, in whole frames
     assert torch.equal(whole[-len(alone):], alone)
     assert names and (tmp_path / "a/prompt_0.wav").read_bytes() != (tmp_path / "a/prompt_1.wav").read_bytes()
+
+
+def test_continuations_are_drawn_among_the_fifty_likeliest_as_in_the_demonstration(tmp_path, monkeypatch):
+    """transformers' generate, which the demonstration calls, takes 50 where it is told nothing; `none` is all."""
+    assert "the 50 likeliest" in sample.__doc__
+    seen = []
+    monkeypatch.setattr(sample, "generate", lambda *given, **options: seen.append(given[4]) or generate(*given, **options))
+    for option in ([], ["--top-k=none"], ["--top-k=3"]):
+        sample.main([str(PROMPT), f"--out={tmp_path}", "--max-new-units=5", "--prompt-seconds=1", *option])
+    assert seen == [50, None, 3]
 
 
 def test_any_format_rate_and_channel_count_will_do_as_a_prompt(tmp_path):
@@ -308,7 +318,7 @@ def test_published_models_are_fetched_by_name_once_and_continue_a_prompt(publish
     assert len(published) == fetched
     vocab = twist.load_speech_lm("TWIST-350M")[1]
     assert (vocab.offset, vocab.bos, vocab.eos, vocab.num_units) == (3, None, 2, UNITS)
-    assert twist.load_speech_lm("slprl/slam")[1] == twist.UnitVocab(UNITS)
+    assert twist.load_speech_lm("slprl/slam")[1] == twist.UnitVocab(UNITS, recipe={"pad": 40})
     assert load_vocoder("mhubert-base-25hz-kmeans-500-hifigan").config.code_hop_size == 640
 
 

@@ -163,7 +163,23 @@ def with_tied_copy(tensors):
     return {**tensors, "lm_head.weight": table.clone()}
 
 
+def compiled(tensors):
+    return {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+def compiled_by_block_and_distributed(tensors):
+    return {f"module.{name.replace('.layers.1.', '.layers.1._orig_mod.')}": tensor for name, tensor in tensors.items()}
+
+
+def with_the_head_alone(tensors):
+    """Of two names of one matrix, save_model of safetensors keeps one."""
+    tensors = with_tied_copy(tensors)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(("embed_tokens.weight", "wte.weight"))}
+
+
 @pytest.mark.parametrize("case, change", [
+    ("llama-gqa", compiled), ("neox", compiled_by_block_and_distributed), ("opt", compiled_by_block_and_distributed),
+    ("llama-tied", with_the_head_alone), ("opt-350m", with_the_head_alone), ("gpt2", with_the_head_alone),
     ("opt-350m", without_prefix), ("opt", without_prefix), ("llama", without_prefix), ("llama-gqa", wrapped),
     ("opt-350m", wrapped), ("llama", with_inv_freq), ("llama-tied", with_inv_freq), ("llama-tied", with_tied_copy),
     ("opt", with_tied_copy), ("gpt2", with_masks), ("gpt2", lambda tensors: without_transformer(with_masks(tensors))),
@@ -175,6 +191,67 @@ def test_every_spelling_of_the_names_gives_the_same_logits(case, change, tmp_pat
     tensors, _ = save(case, tmp_path)
     rewrite(tmp_path, change(tensors))
     assert_same_logits(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama", "opt-untied", "neox", "gpt2", "bloom", "qwen2", "qwen3", "mistral"])
+def test_a_head_that_is_said_to_be_tied_and_is_another_matrix_is_refused(case, tmp_path):
+    """transformers 4 ties them, 5 does not: neither can be meant by all who wrote such a file."""
+    tensors, settings = save(case, tmp_path)
+    head, table = "embed_out.weight" if case == "neox" else "lm_head.weight", oracle(case)[0].get_input_embeddings().weight
+    rewrite(tmp_path, {**tensors, head: 2 * table.detach()}, {**settings, "tie_word_embeddings": True})
+    with pytest.raises(ValueError, match=f"tie_word_embeddings, but {head} is another matrix.* set tie_word_embeddings to false"):
+        load_text_lm(tmp_path)
+    rewrite(tmp_path, settings={**settings, "tie_word_embeddings": False})
+    load_text_lm(tmp_path)
+
+
+def test_names_of_wrappers_are_taken_off_shards_too(tmp_path, capsys):
+    tensors, _ = save("llama-gqa", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shards = {}
+    for i, (name, tensor) in enumerate(compiled(tensors).items()):
+        shards.setdefault(f"part-{i % 2}.safetensors", {})[name] = tensor
+    for file, part in shards.items():
+        save_file(part, tmp_path / file)
+    files.write_json(tmp_path / "model.safetensors.index.json",
+                     {"weight_map": {name: file for file, part in shards.items() for name in part}})
+    assert_same_logits("llama-gqa", tmp_path)
+    assert "_orig_mod." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-3", "neox-rotary", "opt-350m", "bloom", "gpt2", "qwen3", "mistral-window"])
+def test_a_value_of_any_kind_in_any_place_is_understood_or_named_by_its_key(case, tmp_path):
+    _, settings = save(case, tmp_path)
+    places = [(settings, key) for key in settings]
+    places += [(settings["rope_parameters"], key) for key in settings.get("rope_parameters") or ()]
+    refused = set()
+    for table, key in places:
+        kept = table[key]
+        for value in ("1e-5", "text", [1], [], {"a": 1}, True, 10**400, float("nan"), 1.5, -3):
+            table[key] = value
+            rewrite(tmp_path, settings=settings)
+            try:
+                load_lm_config(tmp_path)
+            except ValueError as error:
+                ours = "rope_fraction" if key == "partial_rotary_factor" and value in (1.5, -3) else key  # model.py's range
+                assert (key in str(error) or ours in str(error)) and "\n" not in str(error), (key, value, error)
+                refused.add(key)
+        table[key] = kept
+    assert refused >= {"model_type", "vocab_size"} and len(refused) >= 8
+
+
+def test_quantised_and_nested_models_are_named(tmp_path):
+    _, settings = save("llama", tmp_path)
+    rewrite(tmp_path, settings={**settings, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    with pytest.raises(ValueError, match="holds quantised weights: quantization_config = .* not supported, expected None"):
+        load_text_lm(tmp_path)
+    rewrite(tmp_path, settings={"model_type": "llava", "text_config": settings})
+    with pytest.raises(ValueError, match="'llava' is not supported.* give the text model alone"):
+        load_text_lm(tmp_path)
+    for value in ([], 3, {"a": 1}, True):
+        rewrite(tmp_path, settings={**settings, "model_type": value})
+        with pytest.raises(ValueError, match="model_type is .*, expected a text"):
+            load_text_lm(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -290,11 +367,12 @@ def test_old_opt_configs_without_the_newer_keys_are_understood(tmp_path):
     ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, expected 'silu'"),
     ("qwen3", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ("mistral", {"attention_bias": True}, "attention_bias = True"),
-    ("llama", {"num_hidden_layers": "two"}, "n_layer 'two', expected a whole number from 1 to 1000"),
-    ("gpt2", {"n_layer": 0}, "n_layer 0"), ("llama", {"num_hidden_layers": 10**9}, "n_layer 1000000000"),
-    ("opt", {"vocab_size": 10**12}, "vocab_size 1000000000000"),
+    ("llama", {"num_hidden_layers": "two"}, "num_hidden_layers is 'two', expected a whole number"),
+    ("gpt2", {"n_layer": 0}, "n_layer is 0, expected a whole number from 1 to 1000"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ("opt", {"vocab_size": 10**12}, "vocab_size is 1000000000000"),
     ("neox", {"rope_parameters": rope(1e4, partial_rotary_factor=-1)}, "rope_fraction"),
-    ("llama", {"num_attention_heads": None, "head_dim": None}, "wrong type"),
+    ("llama", {"num_attention_heads": None, "head_dim": None}, "lacks 'num_attention_heads'"),
     ("llama", {"num_key_value_heads": 3}, "3 key heads"),
     ("opt", {"activation_function": "silu"}, "'silu' is not supported, expected one of relu, gelu"),
     ("opt", {"enable_bias": False}, "enable_bias = False"),

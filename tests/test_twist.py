@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 
+import hubert_units
 import twist
 from checkpoints import files, pretrained
+from corpus.shards import check_recipe
 from model import Transformer, TransformerConfig
 from twist import UnitVocab, cold_start, load_speech_lm, save_speech_lm, warm_start
 
@@ -328,6 +330,9 @@ def test_metas_zip_opens_as_it_was_published(tmp_path):
     assert vocab == META and slm.config == dataclasses.replace(OPT, vocab_size=META.size)
 
 
+SLAMKITS = UnitVocab(30, offset=2, bos=1, eos=1, pad=0, recipe={"pad": 40})
+
+
 def wrap_as_slamkit(folder, rows, **base):
     """Rewrite a saved model as slamkit's UnitLM: `lm.` before every name, the text LM's config one level down."""
     settings = {**files.read_json(folder / "config.json"), **base}
@@ -347,7 +352,7 @@ def test_slamkits_wrapper_opens_with_its_own_ids_and_the_inner_rope_theta(shape,
     save_speech_lm(slm, vocab, tmp_path / "model")
     wrap_as_slamkit(tmp_path / "model", 32, vocab_size=inner_rows, bos_token_id=1, eos_token_id=1, pad_token_id=0)
     again, found = load_speech_lm(tmp_path / "model")
-    assert found == UnitVocab(30, offset=2, bos=1, eos=1, pad=0) and again.config == slm.config
+    assert found == SLAMKITS and again.config == slm.config
     assert_bit_equal(values(again), values(slm))
     if shape is QWEN:  # slam was trained with 10,000, not with the 1,000,000 of its text LM
         wrap = files.read_json(tmp_path / "model" / "config.json")
@@ -355,12 +360,46 @@ def test_slamkits_wrapper_opens_with_its_own_ids_and_the_inner_rope_theta(shape,
     assert twist.load_text_lm(tmp_path / "model").config == slm.config
 
 
-def test_a_wrapper_that_tells_no_ids_has_slamkits(tmp_path):
+@pytest.mark.parametrize("ids", [("absent",) * 3, (151643, 151645, 151643), (2, 2, 1), (0, 0, None)],
+                         ids=["none", "qwen", "opt", "pythia"])
+def test_a_wrapper_has_slamkits_ids_whatever_its_text_model_left_behind(ids, tmp_path):
     save_speech_lm(cold_start(QWEN, UnitVocab(30)), UnitVocab(30), tmp_path / "model")
-    absent = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "absent")
-    rewrite_config(tmp_path / "model", **absent)
+    rewrite_config(tmp_path / "model", **dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids)))
     wrap_as_slamkit(tmp_path / "model", 32)
-    assert load_speech_lm(tmp_path / "model")[1] == UnitVocab(30)
+    assert load_speech_lm(tmp_path / "model")[1] == SLAMKITS
+
+
+def test_units_for_slamkits_models_have_its_pad_unless_another_is_given(tmp_path, capsys):
+    save_speech_lm(cold_start(QWEN, UnitVocab(100)), UnitVocab(100), tmp_path / "model")
+    wrap_as_slamkit(tmp_path / "model", 102)
+    _, vocab = load_speech_lm(tmp_path / "model")
+    for given, pad, said in ((None, 40, "--pad=40: slamkit's"), (0, 0, "these units have 0 zeros"), (40, 40, "")):
+        files.note.cache_clear()
+        encoder = hubert_units.load_tokenizer(hubert_units.TokenizerOptions(pad=given), vocab.recipe)
+        check_recipe(encoder.recipe, vocab.expected(encoder.recipe), "--tokenizer")
+        assert encoder.pad == encoder.recipe["pad"] == pad
+        heard = capsys.readouterr().err
+        assert said in heard and bool(said) == bool(heard)
+    assert hubert_units.load_tokenizer(hubert_units.TokenizerOptions(), {"kind": "hubert", "pad": 0}).pad == 0
+    with pytest.raises(ValueError, match="num_units is 100, expected 99"):
+        check_recipe(encoder.recipe, dataclasses.replace(vocab, num_units=99).expected(encoder.recipe), "--tokenizer")
+
+
+def test_a_model_of_slamkit_that_is_saved_or_trained_on_here_keeps_its_pad(tmp_path, capsys):
+    save_speech_lm(cold_start(QWEN, UnitVocab(30)), UnitVocab(30), tmp_path / "model")
+    wrap_as_slamkit(tmp_path / "model", 32)
+    save_speech_lm(*load_speech_lm(tmp_path / "model"), tmp_path / "again")
+    assert load_speech_lm(tmp_path / "again")[1] == SLAMKITS
+    recipe = {"kind": "hubert", "num_units": 30, "layer": 11, "frame_rate": 25.0, "centers": "c"}
+    for folder in ("model", "again"):
+        for pad, said in ((40, False), (0, True)):  # from there on it is a model of those units
+            files.note.cache_clear()
+            vocab = twist.open_start(str(tmp_path / folder), "pocket", {**recipe, "pad": pad})[1]
+            assert vocab.recipe == {**recipe, "pad": pad} == vocab.expected({}) and vocab.offset == 2
+            assert ("slamkit's models were trained with 40" in capsys.readouterr().err) == said
+    vocab = twist.open_start(str(tmp_path / "model"), "pocket", {**recipe, "num_units": 31})[1]
+    with pytest.raises(ValueError, match="num_units is 31, expected 30"):
+        check_recipe({**recipe, "num_units": 31}, vocab.expected({}), "--data")
 
 
 @pytest.mark.parametrize("change, words", [

@@ -270,6 +270,28 @@ def test_a_published_file_with_the_generator_key_loads(weights, settings, tmp_pa
     assert voc.recipe is None and not voc.training and not any(parameter.requires_grad for parameter in voc.parameters())
 
 
+@pytest.mark.parametrize("names, taken", [
+    (["model.pt"], "model.pt"), (["g_00500000"], "g_00500000"), (["g_00400000", "g_00500000", "do_00500000"], "g_00500000"),
+    (["g_9", "g_10"], "g_10"), (["hifigan_generator.pt"], "hifigan_generator.pt")])
+def test_a_folder_of_a_trainers_files_opens(names, taken, tmp_path, capsys):
+    for name in names:  # the others are damaged
+        (tmp_path / name).write_bytes(b"\x80" if name != taken else b"")
+    torch.save({"generator": {f"module.{key}": tensor for key, tensor in network().state_dict().items()}}, tmp_path / taken)
+    (tmp_path / ("hifigan_config.json" if "hifigan" in taken else "config.json")).write_text(json.dumps(table()))
+    assert torch.equal(load_vocoder(tmp_path)(UNITS), network()(UNITS))
+    said = capsys.readouterr().err
+    assert f"its generator is {taken}" in said and "module.dict.weight is taken as dict.weight" in said
+
+
+def test_a_folder_of_several_generators_asks_for_one(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        torch.save({"generator": network().state_dict()}, tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(table()))
+    with pytest.raises(ValueError, match="holds a.pt, b.pt: name the one"):
+        load_vocoder(tmp_path)
+    assert len(load_vocoder(tmp_path / "b.pt")(UNITS))
+
+
 def test_half_precision_storage_is_widened(tmp_path):
     halves = {name: tensor.half() for name, tensor in network().state_dict().items()}
     voc = load_vocoder(write_folder(tmp_path, halves, tokenizer=RECIPE))
@@ -296,7 +318,7 @@ def test_the_config_may_leave_out_what_follows_from_the_rest():
     ({"model_in_dim": 24}, "model_in_dim 24"),
     ({"dur_predictor_params": {**dataclasses.asdict(CONFIG.dur_predictor_params), "var_pred_kernel_size": 5}}, "kernel size 3"),
     ({"dur_predictor_params": {**dataclasses.asdict(CONFIG.dur_predictor_params), "encoder_embed_dim": 16}}, "embed_dim 8"),
-    ({"dur_predictor_params": {"unknown": 1}}, "no vocoder config"), ({"upsample_rates": None}, "lacks upsample_rates"),
+    ({"dur_predictor_params": {"unknown": 1}}, "has unknown"), ({"upsample_rates": None}, "lacks upsample_rates"),
     ({"num_embeddings": None}, "lacks num_embeddings")])
 def test_a_config_of_another_kind_of_vocoder_is_refused(change, words, tmp_path):
     write_folder(tmp_path, **change)

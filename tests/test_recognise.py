@@ -1,0 +1,191 @@
+"""recognise.py: whatever is given to an option gets one sentence that says what it is and what to give instead."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import eval as evaluation
+import hubert_units
+import train
+import twist
+import vocoder
+from checkpoints import files
+from corpus.shards import UnitShards, write_shards
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 99\n"
+LINES = '{"units": [1, 2], "duration": [1, 1], "file_name": "a.wav"}\n'
+RECIPE = {"kind": "hubert", "num_units": 9, "layer": 1, "frame_rate": 25.0, "centers": "0"}
+
+
+def shards(folder):
+    write_shards(folder, RECIPE, [("a.wav", np.arange(9), np.ones(9, int), 1.0)])
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"}))
+    save_file({"lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
+
+
+def several(folder):
+    for name in ("checkpoint-5", "checkpoint-9"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+
+
+FOLDERS = {  # what it is -> (how it is made, what the sentence must say); names of files are made empty
+    "empty": (lambda folder: None, "is empty"),
+    "lora": (adapter, "LoRA adapter of org/base.*merge"),
+    "gguf": (["model-q4.gguf", "README.md"], r"GGUF.*Hugging Face folder"),
+    "onnx": (["model.onnx"], "ONNX"),
+    "keras": (["tf_model.h5", "tokenizer.json"], "TensorFlow.*from_tf"),
+    "flax": (["flax_model.msgpack"], "Flax"),
+    "meta": (["consolidated.00.pth", "params.json"], "Meta.*-hf"),
+    "deepspeed": (["global_step500/mp_rank_00_model_states.pt", "zero_to_fp32.py"], "DeepSpeed.*zero_to_fp32"),
+    "fsdp": (["pytorch_model_fsdp_0/__0_0.distcp"], "FSDP"),
+    "diffusers": (["model_index.json", "unet/x.bin"], "diffusers"),
+    "tokenizer": (["tokenizer.json", "tokenizer_config.json"], "tokenizer of text"),
+    "dataset": (["data.parquet"], "data set"),
+    "hub-cache": (["snapshots/0a1b/config.json", "refs/main"], "Hugging Face cache.*snapshots/0a1b"),
+    "several": (several, "several models.*checkpoint-5, .*checkpoint-9"),
+    "features": (["features.jsonl"], r"python -m corpus .*features.jsonl --out"),
+    "other": (["a.txt", "b.py"], "holds a.txt, b.py"),
+    "run": (["config.toml", "step_000100/state.json"], "run of train.py.*--init=resume"),
+}
+FILES = {  # name -> (its bytes, what the sentence must say)
+    "model.safetensors": (LFS, "Git LFS pointer.*git lfs pull"), "pytorch_model.bin": (LFS, "Git LFS pointer"),
+    "page.safetensors": (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
+    "nothing.bin": (b"", "is empty"), "model.gguf": (b"GGUF\3\0\0\0", "GGUF"), "model.h5": (b"\x89HDF\r\n\x1a\n", "Keras"),
+    "model.onnx": (b"\x08\x07", "ONNX"), "model.tar.gz": (b"\x1f\x8b\x08\0\0", "archive.*unpack"),
+    "features.jsonl": (LINES.encode(), r"python -m corpus \S*features.jsonl --out"),
+    "x.km": (b"1 2 3\n", "python -m corpus X.tsv X.km"),
+    "centres.csv": (b"1.0,2.0\n", "k-means centres are taken as safetensors"), "table.parquet": (b"PAR1\0\0", "data set"),
+    "last.ckpt": (b"PK\3\4 no archive", "Lightning"),
+}
+
+
+def made(root, kind):
+    what = (FOLDERS | FILES)[kind][0]
+    if kind in FILES:
+        (root / kind).write_bytes(what)
+        return root / kind
+    folder = root / kind
+    folder.mkdir()
+    if callable(what):
+        what(folder)
+    else:
+        for name in what:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x" if name.endswith("jsonl") else "")
+    return folder
+
+
+OPTIONS = {
+    "lm": lambda path: twist.load_text_lm(path), "lm of a cold start": lambda path: twist.load_lm_config(path),
+    "model": lambda path: twist.load_speech_lm(path), "tokenizer": lambda path: hubert_units.load_unit_encoder(path),
+    "kmeans": lambda path: hubert_units.load_unit_encoder("pocket", kmeans=path, layer=4),
+    "vocoder": lambda path: vocoder.load_vocoder(path), "data": lambda path: UnitShards(path),
+    "train --data": lambda path: train.shards_of(str(path), "train"),
+}
+RAW = re.compile(r"Errno|Traceback|object|NoneType|pop from|subscript|attribute|Error\b|iterable|int\(\)")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", [*FOLDERS, *FILES])
+def test_what_is_no_model_or_data_is_called_by_its_name(kind, option, tmp_path):
+    path, words = made(tmp_path, kind), (FOLDERS | FILES)[kind][1]
+    with pytest.raises((ValueError, OSError)) as caught:
+        OPTIONS[option](path)
+    said = str(caught.value)
+    assert "\n" not in said and not RAW.search(said), said
+    assert str(path) in said or kind == "features", said
+    if option == "kmeans" and kind in FOLDERS:
+        words = "no k-means centres at"
+    if kind == "other" and "data" in option:
+        words = "no unit shards"
+    assert re.search(words, said), said
+
+
+def test_what_is_plainly_meant_is_taken_with_a_line(tmp_path, capsys):
+    """A run's folder, a file of the model folder, shards beside the model; slamkit's and compiled models: see test_twist."""
+    vocab = twist.UnitVocab(9)
+    slm = twist.cold_start(twist.load_lm_config("pocket"), vocab)
+    twist.save_speech_lm(slm, vocab, tmp_path / "run/model")
+    for given in ("run", "run/model", "run/model/config.json", "run/model/model.safetensors"):
+        found, _ = twist.load_speech_lm(tmp_path / given)
+        assert torch.equal(found.wte.weight, slm.wte.weight)
+        assert (str(tmp_path / given) in capsys.readouterr().err) == (given != "run/model")
+    assert twist.load_lm_config(tmp_path / "run").n_embd == slm.config.n_embd
+
+
+def test_a_folder_of_folders_of_shards_names_them(tmp_path):
+    for part in ("train", "val"):
+        shards(tmp_path / "units" / part)
+    with pytest.raises(FileNotFoundError, match=r"folders of unit shards: name one, \S*units/train, \S*units/val"):
+        UnitShards(tmp_path / "units")
+    with pytest.raises(FileNotFoundError, match="no unit shards: it is the folder of a model"):
+        UnitShards(files.KINDS["lm"])
+    with pytest.raises(FileNotFoundError, match="unit shards, no model: give it as --data"):
+        twist.load_speech_lm(tmp_path / "units/train")
+
+
+@pytest.mark.parametrize("task", ["ppl", "swuggy", "all"])
+@pytest.mark.parametrize("kind", ["features.jsonl", "x.km", "features", "lora", "empty"])
+def test_what_eval_cannot_score_is_called_by_its_name(kind, task, tmp_path):
+    path = made(tmp_path, kind)
+    with pytest.raises((ValueError, OSError)) as caught:
+        evaluation.main([f"--task={task}", f"--data={path}", f"--out={tmp_path}/out", "--device=cpu"])
+    assert str(path) in str(caught.value) and re.search((FOLDERS | FILES)[kind][1], str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["lm", "tokenizer", "vocoder"])
+@pytest.mark.parametrize("name, content, words", [
+    ("model.safetensors", LFS, "model.safetensors is a Git LFS pointer"),
+    ("model.safetensors", b"", "model.safetensors is empty"),
+    ("model.safetensors", b"<html><body>404", "model.safetensors is a web page"),
+    ("config.json", LFS, "config.json is a Git LFS"),
+    ("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}", "config.json is not valid JSON"),
+    ("config.json", b"[" * 100_000, "config.json is not valid JSON"),
+    ("config.json", b"[1]", "holds a list, expected a JSON object"),
+    ("config.json", b"NaN", "holds a float, expected"), ("config.json", b'"llama"', "holds a str, expected")])
+def test_a_stranger_within_a_model_folder_is_called_by_its_name(kind, name, content, words, tmp_path):
+    for file in files.KINDS[kind].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        OPTIONS[kind](tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lm", "model", "tokenizer", "vocoder"])
+@pytest.mark.parametrize("value", ["text", "1e-5", [1], [[1]], {"a": 1}, True, 10**400, -(10**30), float("nan"), float("inf"),
+                                   1.5, 0, None])
+def test_a_value_of_any_kind_in_any_place_opens_or_is_a_sentence(kind, value, tmp_path):
+    """One key after the other of a whole config.json: the network is as before, or one sentence says what is wrong."""
+    for file in files.KINDS[kind].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    settings = files.read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()
+    opened = 0
+    for key in settings:
+        (tmp_path / "config.json").write_text(json.dumps({**settings, key: value}))
+        try:
+            OPTIONS[kind](tmp_path)
+            opened += 1
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and not RAW.search(str(error)) and len(str(error)) < 600, (key, error)
+    assert opened < len(settings)
+
+
+@pytest.mark.parametrize("kind", ["lm", "model", "tokenizer", "vocoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(kind, value, tmp_path):
+    files.write_json(tmp_path / "config.json", files.read_json(files.KINDS[kind] / "config.json"))
+    (tmp_path / "kmeans.safetensors").write_bytes(files.KINDS["kmeans"].read_bytes())
+    tensors = files.read_tensors(files.KINDS[kind])
+    name = sorted(name for name, tensor in tensors.items() if tensor.is_floating_point())[-1]
+    for wrong in (tensors[name].clone().fill_(value), tensors[name].to(torch.int8)):
+        save_file({**tensors, name: wrong}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"{re.escape(name)} (holds .* not finite|is quantised)"):
+            OPTIONS[kind](tmp_path)
