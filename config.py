@@ -14,19 +14,24 @@ import inspect
 import os
 import re
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
+LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
 
 
-def load(cls, argv=None, positional=None):
+def load(cls, argv=None, positional=None, base=None):
     """Parse the command line into an instance of the frozen dataclass `cls`.
 
     Args:
         argv: list of arguments, default sys.argv[1:].
         positional: name of the tuple[str, ...] field that takes the arguments without `--`; None allows none.
             A first argument that ends in .toml is always the options file.
+        base: {field: value} that the command line overrides, and that overrides the options file.
     Raises: ValueError for an unknown key, an ill-typed value or a stray argument. `--help` prints and exits 0.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -36,6 +41,7 @@ def load(cls, argv=None, positional=None):
     values, words = {}, []
     if argv and argv[0].endswith(".toml"):
         values.update(read_toml(cls, argv.pop(0)))
+    values.update(base or {})
     for argument in argv:
         if not argument.startswith("--"):
             words.append(argument)
@@ -158,6 +164,32 @@ def help_text(cls, positional=None):
                 default = "" if field.default is None else field.default
                 lines.append(f"  --{name.replace('_', '-')}={default}\n        {comment}")
     return "\n".join(lines)
+
+
+class Lines:
+    """Where tqdm writes a bar that no terminal shows: now and then one of its states becomes a line of its own."""
+
+    def __init__(self):
+        self.last = time.monotonic()
+
+    def write(self, text):
+        if text.strip() and time.monotonic() - self.last >= LINE_SECONDS:
+            print(text.strip(), file=sys.stderr, flush=True)
+            self.last = time.monotonic()
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(rows=None, shown=True, **options):
+    """A progress bar, as tqdm(rows, **options) makes it; without a terminal lines, none within LINE_SECONDS.
+
+    shown: False on the processes that print nothing.
+    """
+    if not sys.stderr.isatty():
+        layout = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left, {rate_fmt}{postfix}"
+        options |= {"file": Lines(), "bar_format": layout}
+    return tqdm(rows, disable=not shown, **options)
 
 
 def command(main):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import config
 import twist
@@ -48,12 +47,13 @@ class SampleConfig(TokenizerOptions):
     device: str = "auto"  # auto | cpu | cuda
 
 
-def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
+def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
-    write: False where another process writes the same files: the model alone runs.
+    write: False where another process writes the same files: the model alone runs. heard: (units, runs) of the prompt, if it was
+    encoded before.
     """
-    units, runs = speech_to_units(path, encoder, options.prompt_seconds, vocab.dedup)
+    units, runs = heard or speech_to_units(path, encoder, options.prompt_seconds, vocab.dedup)
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -81,6 +81,17 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True):
             files.append(files[-1].with_name(f"{Path(path).stem}_{i}_continuation.wav"))
             write_wav(files[-1], wav[int(runs.sum()) * vocoder.config.code_hop_size:])
     return files, new_units
+
+
+def hear(paths, encoder, dedup, seconds=SampleConfig.prompt_seconds):
+    """Prompts, before a model continues them -> {path: (units, runs)}, and what is wrong with the others, a sentence each."""
+    heard, errors = {}, []
+    for path in paths:
+        try:
+            heard[path] = speech_to_units(path, encoder, seconds, dedup)
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+    return heard, errors
 
 
 def load_voice(options, vocab=None):
@@ -120,7 +131,7 @@ def main(argv=None):
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     files, units, failed, begin = [], 0, 0, time.perf_counter()
     with packed(encoder):
-        for path in tqdm(options.prompts, desc="speaking", unit="prompt", disable=None):
+        for path in config.progress(options.prompts, desc="speaking", unit="prompt"):
             try:
                 written, count = (resynthesize(path, options, encoder, vocoder) if options.resynth else
                                   continue_prompt(path, options, encoder, vocoder, slm, vocab))

@@ -14,15 +14,14 @@ A text LM is trained by the same loop: its shards hold bytes in place of units (
 
 Source: TWIST (arXiv 2305.13009) section 3.
 """
+import contextlib
 import dataclasses
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import config
 import kernels
@@ -125,21 +124,25 @@ def load_options(argv):
     --auto-resume repeat the whole command, so its options hold.
     """
     options = config.load(TrainConfig, argv)
-    saved = Path(options.out) / "config.toml"
-    if options.init != "resume" and (options.auto_resume or distributed.attempt() > 0):
-        found = state.latest(options.out) is not None
-        return dataclasses.replace(options, overwrite=options.overwrite or not found), found  # killed before its first state
-    if options.init != "resume":
-        return options, False
-    if not saved.is_file():
-        raise FileNotFoundError(f"nothing to resume in {options.out}: it has no config.toml; start with --init=twist")
-    argv = [a for a in (sys.argv[1:] if argv is None else argv) if a.startswith("--") and not a.startswith("--init=")]
-    return config.load(TrainConfig, [str(saved), *argv]), True
+    out, saved = Path(options.out), Path(options.out) / "config.toml"
+    if options.init == "resume":
+        if not saved.is_file():
+            raise FileNotFoundError(f"nothing to resume in {out}: it has no config.toml; start with --init=twist")
+        before = config.read_toml(TrainConfig, saved)
+        given = config.load(TrainConfig, argv, base=before)
+        return dataclasses.replace(given, init=before.get("init", TrainConfig.init), out=options.out), True
+    if options.auto_resume or distributed.attempt() > 0:
+        found = state.latest(out) is not None
+        new = not found and not (out / "model").exists()  # a job that was killed before its first state starts over
+        return dataclasses.replace(options, overwrite=options.overwrite or new), found
+    return options, False
 
 
-def shards_of(name, split):
-    folder = files.find(name, "units")
-    return UnitShards(folder / split if name == "pocket" else folder)
+def shards_of(option, name, split):
+    folder = files.KINDS["units"] / split if name == "pocket" else Path(name)
+    if not folder.exists():
+        raise FileNotFoundError(f"--{option}={name}: no such folder; give one of unit shards, or `pocket`")
+    return UnitShards(folder)
 
 
 def split_batch(options, dist):
@@ -159,15 +162,29 @@ def split_batch(options, dist):
 
 # ------------------------------------------------------------------------------------------------ what else a run does
 
+def listen(options, vocab, dist, say):
+    """(vocoder, {prompt: its units and runs}), before the first step. A prompt that cannot be read is said and left out."""
+    encoder, vocoder = sample.load_voice(options, vocab)
+    own = {prompt: files.POCKET.parent / prompt for prompt in options.prompts}  # pocket/prompt.wav, in whatever folder we are
+    prompts = [place if place.exists() and not Path(prompt).exists() else prompt for prompt, place in own.items()]
+    heard, errors = dist.from_main(sample.hear, prompts, encoder, vocab.dedup)
+    for error in errors:
+        say(f"prompt left out: {error}")
+    return vocoder, heard
+
+
 @torch.no_grad()
-def speak(voice, learner, step, options, vocab):
+def speak(voice, learner, step, options, vocab, say):
     """Spoken continuations of --prompts into --out/samples; all processes call it, because under FSDP all have a part."""
     out = str(Path(options.out) / "samples" / f"step_{step:06d}")
     spoken = sample.SampleConfig(out=out, seed=options.seed)
     learner.model.eval()
     with learner.autocast():
-        for prompt in options.prompts:
-            sample.continue_prompt(prompt, spoken, *voice, learner.model, vocab, write=learner.dist.is_main)
+        for prompt, heard in voice[1].items():
+            try:
+                sample.continue_prompt(prompt, spoken, None, voice[0], learner.model, vocab, learner.dist.is_main, heard=heard)
+            except (ValueError, OSError) as error:
+                say(f"step {step}: {prompt} is not continued: {error}")
     learner.model.train()
 
 
@@ -178,21 +195,19 @@ class Facts:
     """What the loop must know about a run."""
 
     vocab: twist.UnitVocab
-    first: int  # step to go on from
-    row: dict  # of the log at that step
-    seconds: float  # of training before that
+    start: dict  # what there is to go on from: the keys of state.NOTHING, row being that of the log
     rows: int  # of one update on one process
     micro: int  # rows of one forward
     units_per_second_of_speech: float  # of the training shards
 
 
 def train(learner, loader, val_loader, saver, log, voice, facts, options, say):
-    """Updates from facts.first on; returns (steps done, last validation loss, seconds of training so far)."""
-    dist, step, bad = learner.dist, facts.first, 0
-    started = time.perf_counter() - facts.seconds
-    bar = tqdm(total=options.steps, initial=step, unit="step", disable=None if dist.is_main else True)
+    """Updates from facts.start on; returns (steps done, last validation loss, seconds of training so far)."""
+    dist, step, bad = learner.dist, facts.start["step"], 0
+    started = time.perf_counter() - facts.start["seconds"]
+    bar = config.progress(total=options.steps, initial=step, unit="step", shown=dist.is_main)
     val_loss = learner.evaluate(val_loader, options.eval_rows)
-    row = {"step": step, "seconds": facts.seconds} | facts.row
+    row = {"step": step, "seconds": facts.start["seconds"]} | facts.start["row"]
     if log.step < step or step == 0:  # a kill between state and log leaves the row to us
         log.write(row | ({"val_loss": val_loss} if step % options.eval_interval == 0 else {}))
     with distributed.stop_signals() as stop:
@@ -223,63 +238,54 @@ def train(learner, loader, val_loader, saver, log, voice, facts, options, say):
             saver.settle(wait=False)
             done = step == options.steps
             if step % options.save_interval == 0 or done:  # before the evaluation, which may run out of memory
-                save(saver, learner, row, facts, options, say, needed=done)
+                state.save(saver, learner, row, facts, options, say, needed=done)
             if step % options.eval_interval == 0 or done:
                 row["val_loss"] = val_loss = learner.evaluate(val_loader, options.eval_rows)
             if voice and (step % options.sample_interval == 0 or done):
-                speak(voice, learner, step, options, facts.vocab)
+                speak(voice, learner, step, options, facts.vocab, say)
             if step % options.log_interval == 0 or "val_loss" in row:
                 log.write(row)
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}")
             bar.update()
         if step < options.steps:
-            save(saver, learner, row, facts, options, say, needed=True)
+            state.save(saver, learner, row, facts, options, say, needed=True)
     saver.settle()
     bar.close()
     return step, val_loss, time.perf_counter() - started
-
-
-def save(saver, learner, row, facts, options, say, needed):
-    """The state after a step, and its row of the log. Without room for it the run goes on, unless it is `needed`."""
-    settings = {"step": row["step"], "seconds": row["seconds"], "row": dict(row), "options": dataclasses.asdict(options),
-                "model": dataclasses.asdict(learner.config), "vocab": dataclasses.asdict(facts.vocab)}
-    try:
-        saver.save(learner, settings)
-    except OSError as error:
-        if needed:
-            raise
-        say(f"step {row['step']}: state not saved: {error}")
 
 
 # ------------------------------------------------------------------------------------------------ a run
 
 def open_shards(options):
     """Training shards of --data, validation shards of --val-data: all of the same units."""
-    train_shards, val_shards = [shards_of(name, "train") for name in options.data], shards_of(options.val_data, "val")
+    train_shards = [shards_of("data", name, "train") for name in options.data]
+    val_shards = shards_of("val-data", options.val_data, "val")
     for shards, where in [*((shards, f"--data={name}") for shards, name in zip(train_shards, options.data)),
                           (val_shards, f"--val-data={options.val_data}")]:
         check_recipe(shards.recipe, train_shards[0].recipe, where)
     return train_shards, val_shards
 
 
-def run(options, resuming, dist):
-    """From options to a run folder: data, the start's weights or a state's, the loop, the exported model."""
+def run(options, resuming, found, dist):
+    """From options to a run folder: data, the weights of the start or of the state that was found, the loop, the model."""
     say = print if dist.is_main else lambda *_: None
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # denormal second moments of AdamW are many times slower on CPUs
     out = Path(options.out)
-    if (out / "log.csv").exists() and not (resuming or options.overwrite or options.dry_run):
-        raise ValueError(f"{out} already holds a run; go on with --init=resume, or give another --out, or --overwrite")
     train_shards, val_shards = open_shards(options)
-    found, tensors = {"step": 0, "seconds": 0.0, "row": {}}, None
+    say(f"training on {', '.join(options.data)}, validation on {options.val_data}")
+    if (options.data == TrainConfig.data) != (options.val_data == TrainConfig.val_data):
+        say("warning: only one of --data and --val-data was given; the other is the pocket world's")
+    tensors = None
     if resuming:
-        found = state.read(out)
         model_config, vocab = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"])
     else:
         model_config, vocab, tensors = twist.open_start(options.init, options.lm, train_shards[0].recipe, options.seed,
                                                         options.embedding)
     check_recipe(train_shards[0].recipe, vocab.expected(train_shards[0].recipe), f"--data={options.data[0]}")
+    if resuming and (changes := state.changes(found, options, train_shards[0].recipe)):
+        say(f"from step {found['step']} on with other options: {changes}")
     if options.block_size > model_config.block_size:
         raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model_config.block_size}")
     rows, micro = split_batch(options, dist)
@@ -287,20 +293,21 @@ def run(options, resuming, dist):
                                fraction=options.data_fraction) for shards in train_shards], options.data_weights)
     val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
     hours = sum(shards.meta["hours"] for shards in train_shards)
-    facts = Facts(vocab, found["step"], found["row"], found["seconds"], rows, micro,
+    facts = Facts(vocab, found, rows, micro,
                   sum(shards.meta["units"] for shards in train_shards) / max(3600 * hours, 1e-9))
 
     learner = Learner(model_config, options, dist)
     say(f"{options.init}{' (resumed)' if resuming else ''}: {learner.parameters:,} parameters; "
-        f"{loader.windows * loader.T:,} ids of {hours:.1f} h in an epoch; steps {facts.first} to {options.steps}, "
+        f"{loader.windows * loader.T:,} ids of {hours:.1f} h in an epoch; steps {found['step']} to {options.steps}, "
         f"{options.tokens_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}; "
         f"{learner.parallel if learner.parallel != 'none' else 'one process'}")
-    say(kernels.explain(dist.device.type, learner.dtype, model_config.head_dim))
+    say(kernels.explain(dist.device.type, learner.dtype, model_config.head_dim, brief=True))
     if options.dry_run:
         mine = dist.each(sum(distributed.part(parameter).numel() for parameter in learner.model.parameters()))
         say(f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}")
         say(memory.table(model_config, options, learner.parallel, dist.world, micro, learner.dtype))
         return
+    voice = listen(options, vocab, dist, say) if options.sample_interval else None
     learner.fill(tensors)
     saver = state.Saver(out, options.keep, options.async_save, dist)
     if resuming:
@@ -309,8 +316,7 @@ def run(options, resuming, dist):
         saver.remove_all()  # of a run that --overwrite replaces
     if dist.is_main:
         files.write_text(out / "config.toml", config.to_toml(dataclasses.replace(options, overwrite=False)))
-    log = logs.Log(out, facts.first, dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options))
-    voice = sample.load_voice(options, vocab) if options.sample_interval else None
+    log = logs.Log(out, found["step"], dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options))
 
     step, val_loss, seconds = train(learner, loader, val_loader, saver, log, voice, facts, options, say)
     log.close()
@@ -329,7 +335,9 @@ def run(options, resuming, dist):
 def main(argv=None):
     options, resuming = load_options(argv)
     dist = distributed.setup(options.device)
-    run(options, resuming, dist)  # a model that outlived the process group would wait for it forever
+    with contextlib.ExitStack() as stack:
+        found = dist.from_main(state.claim, options, resuming, stack)
+        run(options, resuming, found, dist)  # a model that outlived the process group would wait for it forever
     distributed.leave()
 
 

@@ -137,7 +137,11 @@ def open_start(init, lm, recipe, seed=0, embedding="fresh"):
         recipe: of the units to train on.
     """
     if init not in ("twist", "cold", "shuffled"):
-        model_config, tensors, vocab = open_speech_lm(init)
+        try:
+            model_config, tensors, vocab = open_speech_lm(init)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{str(error).replace('--model=', '--init=')}. The starts are twist, cold, shuffled, resume, "
+                                    "and the folder or name of a speech LM") from None
         if not vocab.knows_recipe:  # from here on it is a model of these units
             vocab.expected(recipe)
             vocab = dataclasses.replace(vocab, recipe={**recipe, "num_units": vocab.num_units})

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional
-from tqdm import tqdm
 
 import config
 from checkpoints import files
@@ -332,7 +331,7 @@ def main(argv=None):
         raise ValueError("no units given; name .jsonl files or shard folders, as in vocoder.py units.jsonl --out=DIR")
     vocoder, seconds, taken = load_vocoder(options.vocoder).to(config.choose_device(options.device)), 0.0, set()
     rows = (row for path in options.units for row in read_units(path, vocoder))
-    for name, units, runs in tqdm(rows, desc="speaking", unit="file", disable=None):  # None: quiet off a terminal
+    for name, units, runs in config.progress(rows, desc="speaking", unit="file"):
         if options.use_durations and runs is None:
             raise ValueError(f"{name} has no run lengths; leave out --use-durations")
         stem, copy = Path(name).stem, 1

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import config
 import twist
 from bench.timing import side_by_side
 from corpus import foreign
@@ -45,7 +45,7 @@ def bench_loader(options):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         writers = [ShardWriter(folder / "units", shard) for shard in range(LOADER_SHARDS)]
-        for writer in tqdm(writers, desc="writing", disable=None):
+        for writer in config.progress(writers, desc="writing"):
             for length in rng.integers(100, 501, LOADER_DOCUMENTS):
                 units = rng.integers(0, 500, length)
                 writer.add(units, np.ones_like(units), "made up", length / 25)

@@ -20,8 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
 
+import config
 import twist
 from model import Transformer, TransformerConfig
 from training import distributed, memory
@@ -93,7 +93,7 @@ def most_rows(of, room):
 def fits():
     """Rows of (size, processes, how, optimizer, GPU, state, most rows for none, selective, full)."""
     rows = []
-    for size, world, optimizer in tqdm([*itertools.product(SIZES, WORLDS, memory.STATES)], desc="fits", disable=None):
+    for size, world, optimizer in config.progress([*itertools.product(SIZES, WORLDS, memory.STATES)], desc="fits"):
         found = {recompute: plans(size, world, optimizer, recompute) for recompute in memory.RECOMPUTE}
         plan, spread = found["full"][0](1), found["full"][1]
         state = plan.weights + plan.gradients + plan.optimizer + plan.copies
@@ -143,7 +143,7 @@ def measured():
     """Rows of (optimizer, recompute, dtype, plan and measurement in MB, measured / planned)."""
     rows = []
     modes = ("adamw", torch.float32), ("adamw", torch.bfloat16), ("split", torch.bfloat16)
-    for (optimizer, dtype), recompute in tqdm([*itertools.product(modes, memory.RECOMPUTE)], desc="measured", disable=None):
+    for (optimizer, dtype), recompute in config.progress([*itertools.product(modes, memory.RECOMPUTE)], desc="measured"):
         plan = memory.plan(SMALL, parallel="none", shard=1, micro_rows=SMALL_ROWS, block_size=SMALL.block_size, dtype=dtype,
                            optimizer=optimizer, recompute=recompute, pieces=SMALL_PIECES)
         with returning_memory():

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+import config
 import twist
 from bench.memory import in_own_process, resident
 from checkpoints import files, pretrained
@@ -77,7 +77,7 @@ def bench_opening(options):
     openers = [how for how in OPENERS if how != "transformers" or importlib.util.find_spec("transformers")]
     stored = (("float32 safetensors", torch.float32, "safetensors"), ("float16 safetensors", torch.float16, "safetensors"),
               ("float16 bin", torch.float16, "bin"))
-    for name, dtype, kind in tqdm(stored, desc="opening", disable=None):
+    for name, dtype, kind in config.progress(stored, desc="opening"):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "model"
             parameters = write_large_model(folder, options, dtype, kind)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import config
 import kernels
 
 ROUNDS = 20  # samples of each way on a GPU
@@ -216,7 +216,7 @@ def compare(rows, peers):
 def run_cases(what, options, cases, rows_of):
     """rows_of(case, device, rounds) for every case -> {name of a table: its rows}, the losing shapes last."""
     device, rows = options.device, []
-    for case in tqdm(cases, desc=what, disable=None):
+    for case in config.progress(cases, desc=what):
         rows += rows_of(case, device, max(ROUNDS, options.repeats) if device == "cuda" else options.repeats)
         if device == "cuda":
             torch.cuda.empty_cache()

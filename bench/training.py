@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import config
 import train
 import twist
 from bench.memory import SIZES, in_own_process, resident
@@ -242,7 +242,7 @@ def bench_train(options, chosen=None):
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device={options.device}: expected cpu, or cuda on a machine with a GPU")
     rows, compiled = [], options.compile or options.device == "cuda"
-    for shape in tqdm(chosen or shapes(options.device), desc="train", disable=None):
+    for shape in config.progress(chosen or shapes(options.device), desc="train"):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "model"
             flops = logs.flops_per_unit(shape.config, write_start(shape, folder), shape.T)

@@ -16,8 +16,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from tqdm import tqdm
-
+import config
 from checkpoints.recognise import recognise
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError,
@@ -83,7 +82,7 @@ def unzip(archive, folder):
             members = file.infolist()
             check_members(members, archive)
             room_for(sum(member.file_size for member in members), temporary)
-            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None):
+            for member in config.progress(members, desc=f"unpacking {archive.name}", unit="file"):
                 unpack(file, member, temporary / member.filename)
         if not (model_folder(temporary) / "config.json").is_file():
             held = ", ".join(sorted(path.name for path in temporary.iterdir())[:5]) or "nothing"

@@ -26,8 +26,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
+import config
 from checkpoints.archive import model_folder, room_for, unzip
 from checkpoints.known import KNOWN
 
@@ -253,7 +252,7 @@ def receive(response, url, part, total):
             if not offset:
                 beside(part).write_text(json.dumps({"url": url, "validator": validator(response.headers)}))
             room_for((total or 0) - offset, part.parent)
-            with tqdm(total=total, initial=offset, desc=part.stem, unit="B", unit_scale=True, disable=None) as bar:
+            with config.progress(total=total, initial=offset, desc=part.stem, unit="B", unit_scale=True) as bar:
                 while chunk := read(response):
                     file.write(chunk)
                     bar.update(len(chunk))

@@ -90,7 +90,8 @@ def misfit(path):
 def read_json(path):
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(misfit(path.parent) if path.parent.exists() else f"no file at {path}")
+        model = path.name == "config.json" and path.parent.exists()
+        raise FileNotFoundError(misfit(path.parent) if model else f"no file at {path}")
     refuse_stranger(path)
     try:
         value = json.loads(path.read_bytes())

@@ -11,8 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 import config
 from checkpoints.files import replacing
 from corpus import foreign, inspector
@@ -61,7 +59,7 @@ def import_units(options):
 
     def documents():
         rows = foreign.read(options.paths, recipe["num_units"], recipe["frame_rate"])
-        for name, units, runs, seconds in tqdm(rows, desc="importing", unit="file", disable=None):
+        for name, units, runs, seconds in config.progress(rows, desc="importing", unit="file"):
             yield name, *(foreign.collapse(units, runs) if options.dedup else (units, runs)), seconds
 
     # The recipe tells the truth about the units, whatever the file's format suggests.

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import config
 from corpus.journal import Journal, assemble, complete
 from speech import audio
 from speech.audio import SAMPLE_RATE
@@ -106,7 +107,7 @@ def encode_files(files, encoder, options, dist):
     journal, mine = Journal(options.out, recipe, dist.rank), names[dist.rank::dist.world]
     left = [file for file in mine if file not in journal.finished]
     heard, failures, began = 0.0, 0, time.perf_counter()  # seconds, files
-    bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="encoding", unit="file", disable=not dist.is_main or None)
+    bar = config.progress(total=len(mine), initial=len(mine) - len(left), desc="encoding", unit="file", shown=dist.is_main)
     with ThreadPoolExecutor(options.workers) as pool, bar:
         for group in decoded(left, encoder, pool):
             for file, result in encode_group(group, encoder).items():
@@ -131,7 +132,7 @@ def sample_features(files, encoder, size, generator):
     Raises: ValueError if no file gives features.
     """
     sample, seen = None, 0
-    for file in tqdm(files, desc="features", unit="file", disable=None):
+    for file in config.progress(files, desc="features", unit="file"):
         wav = tried(audio.read_wav, file)
         features = wav if isinstance(wav, Exception) else tried(encoder.features, wav)
         if isinstance(features, Exception):

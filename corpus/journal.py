@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+import config
 from checkpoints.files import write_bytes
 from corpus.shards import FORMAT, as_uint16, fingerprint_names, read_if_there, refuse_other_recipe, write_shards
 
@@ -138,7 +138,7 @@ def assemble(folder, recipe, names):
     documents = read_places([(name, *places[name]) for name in names if name in places])
     failures = [(name, reasons[name]) for name in names if name not in places]
     with full_disk_explained(folder):
-        meta = write_shards(folder, recipe, tqdm(documents, desc="assembling", unit="file", disable=None), failures, names)
+        meta = write_shards(folder, recipe, config.progress(documents, desc="assembling", unit="file"), failures, names)
     os.replace(folder / "work", folder / "work.done")  # in one step: a part of them would look like work still to do
     shutil.rmtree(folder / "work.done", ignore_errors=True)
     return meta

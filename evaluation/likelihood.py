@@ -14,8 +14,8 @@ Shapes: B sequences of a batch, T tokens, V vocabulary, K units.
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
+import config
 from kernels.packed import packed
 
 BUDGET = {"cpu": 2048, "cuda": 65_536}  # tokens of one forward pass, padding included
@@ -58,7 +58,7 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     flat = np.zeros(ends[-1])
     pieces = [(i, *piece) for i, row in enumerate(rows) if len(row) > 1 for piece in windows(len(row), window, stride)]
     groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET[device.type])
-    bar = tqdm(total=len(pieces), desc=label, unit="sequence", disable=None if dist.is_main else True)
+    bar = config.progress(total=len(pieces), desc=label, unit="sequence", shown=dist.is_main)
     with packed(model), bar, torch.inference_mode():
         for group in groups[dist.rank::dist.world]:
             some = [pieces[i] for i in group]

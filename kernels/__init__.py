@@ -71,10 +71,13 @@ def choose(operation, device, dtype=None, head_dim=None, forced=None):
     return "triton", "our kernels"
 
 
-def explain(device=None, dtype=None, head_dim=None):
-    """What runs where, and why, as text of one line an operation."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return "\n".join("{}: {} ({})".format(operation, *choose(operation, device, dtype, head_dim)) for operation in OPERATIONS)
+def explain(device=None, dtype=None, head_dim=None, brief=False):
+    """What runs where, and why, as text of one line an operation; brief: one line for all that have the same answer."""
+    device, lines = device or ("cuda" if torch.cuda.is_available() else "cpu"), {}
+    for operation in OPERATIONS:
+        answer = "{} ({})".format(*choose(operation, device, dtype, head_dim))
+        lines.setdefault(answer if brief else operation, ([], answer))[0].append(operation)
+    return "\n".join(f"{', '.join(operations)}: {answer}" for operations, answer in lines.values())
 
 
 def autocast_to(*tensors):

@@ -33,7 +33,6 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 import twist
@@ -210,7 +209,7 @@ def balanced(choices, count, studio, in_turn, label):
     spoken by one voice, the next by the other, instead of by both.
     """
     lengths, phonemes, made, seen = 0, 0, 0, set()
-    with tqdm(total=count, desc=label, disable=None) as bar:
+    with config.progress(total=count, desc=label) as bar:
         for alternatives in choices:
             voices = HELD_OUT_VOICES
             if in_turn:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from tqdm import tqdm
 
 import config
 from pocket.stories import story
@@ -141,7 +140,7 @@ def main(argv=None):
     with open(out / "phones.tsv.tmp", "w", newline="") as file:
         table = csv.writer(file, delimiter="\t")
         table.writerow(["file", "voice", "text", "phones"])
-        for i in tqdm(range(options.count), desc="speaking", disable=None):
+        for i in config.progress(range(options.count), desc="speaking"):
             voice = i % len(voices)
             text = story(options.first_story + i)
             samples, phones = engine.say(text, *voices[voice])

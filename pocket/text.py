@@ -7,7 +7,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 from corpus.shards import write_shards
@@ -30,7 +29,7 @@ class TextConfig:
 
 def main(argv=None):
     options = config.load(TextConfig, argv)
-    seeds = tqdm(range(options.first_story, options.first_story + options.count), desc="writing", disable=None)
+    seeds = config.progress(range(options.first_story, options.first_story + options.count), desc="writing")
     texts = ((f"story {seed}", encode(story(seed))) for seed in seeds)
     meta = write_shards(options.out, RECIPE, ((name, units, np.ones_like(units), 0.0) for name, units in texts))
     print(f"{meta['units']:,} bytes in {options.out}")

@@ -22,7 +22,6 @@ import soundfile
 import torch
 import torch.nn as nn
 from torch.nn import functional
-from tqdm import tqdm
 
 import config
 from checkpoints import files, pretrained
@@ -142,7 +141,7 @@ def hidden(model, speech, layers, recordings=None):
     model.eval()
     result = {layer: [] for layer in layers}
     recordings = range(len(speech.rows)) if recordings is None else recordings
-    for i in tqdm(recordings, desc="features", disable=None):
+    for i in config.progress(recordings, desc="features"):
         x = model(speech.wave(i)[None], 0)
         for layer, block in enumerate(model.layers[:max(layers)], start=1):
             x = block(x)
@@ -205,7 +204,7 @@ def pretrain(model, head, speech, targets, steps, options, name, report):
     model.train()
     long_enough = (speech.frames >= options.crop_frames).nonzero().flatten()
     saved_at, losses, hits = time.time(), [], []
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, disable=None)
+    bar = config.progress(range(first, steps), initial=first, total=steps, desc=name)
     for step in bar:
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)  # crops and masks of this step
         picks = long_enough[torch.randint(len(long_enough), (options.batch,), generator=generator)]

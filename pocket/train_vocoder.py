@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional
-from tqdm import tqdm
 
 import config
 from checkpoints import files
@@ -93,7 +92,7 @@ class Corpus:
             raise ValueError(f"--rates={options.rates} make {hop} samples a unit, but {options.units} holds "
                              f"{self.recipe['frame_rate']} units a second; their product must be {SAMPLE_RATE}")
         rows = [self.read(Path(options.audio, name), *shards.document(i))
-                for i, name in enumerate(tqdm(shards.names, desc="reading", disable=None))]
+                for i, name in enumerate(config.progress(shards.names, desc="reading"))]
         if len(rows) <= options.held_out:
             raise ValueError(f"{len(rows)} recordings in {options.units}; give more than --held-out={options.held_out}")
         self.held_out = rows[len(rows) - options.held_out:]
@@ -421,7 +420,7 @@ def train(run, corpus, options):
 
     def progress():
         return run.step / options.steps if options.steps else run.seconds / 60 / options.minutes
-    with tqdm(total=100, desc="training", unit="%", disable=None) as bar:
+    with config.progress(total=100, desc="training", unit="%") as bar:
         while progress() < 1 and not stop:
             rows.append(train_step(run, corpus, spectra, options, progress()))
             run.step, run.seconds = run.step + 1, time.monotonic() - began

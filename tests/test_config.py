@@ -1,4 +1,6 @@
 """config.py: defaults < file < command line, and errors that help."""
+import io
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -87,3 +89,34 @@ def test_an_old_name_is_taken_and_says_the_new_one(tmp_path, capsys):
     assert config.load(Heir, ["--velocity=4"]).speed == 4.0
     assert capsys.readouterr().err == "--velocity is now called --speed\n" * 2
     assert "velocity" not in config.to_toml(Heir())
+
+
+def test_a_base_lies_between_the_file_and_the_command_line(tmp_path):
+    (tmp_path / "a.toml").write_text("steps = 7\npeak_lr = 2.0\nfast = true\n")
+    options = config.load(Example, [str(tmp_path / "a.toml"), "--steps=3"], base={"steps": 5, "peak_lr": 1.0})
+    assert options == Example(steps=3, peak_lr=1.0, fast=True)
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    """Not one of each state of the bar, not one of a bar that is soon done, and none on processes that print nothing."""
+    def work(**options):
+        with config.progress(total=4, desc="working", unit="file", **options) as bar:
+            for i in range(4):
+                bar.update()
+                bar.set_postfix(loss=i)
+        return capsys.readouterr().err.splitlines()
+
+    assert work() == []
+    monkeypatch.setattr(config, "LINE_SECONDS", 0.0)
+    assert work(shown=False) == []
+    lines = work()
+    assert len(lines) > 4 and lines[-1].startswith("working: 4 of 4 file, ") and lines[-1].endswith(", loss=3")
+    assert list(config.progress(range(3))) == [0, 1, 2] and "3 of 3 it" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_bar(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    list(config.progress(range(3), desc="working"))
+    assert "working: 100%" in screen.getvalue() and "\r" in screen.getvalue()

@@ -17,7 +17,9 @@ def rows(folder):
 
 
 def test_a_row_says_perplexity_bits_per_second_and_hours():
-    facts, options = SimpleNamespace(units_per_second_of_speech=10.0), SimpleNamespace(tokens_per_step=7_200, block_size=64)
+    start = {"step": 3, "seconds": 0.0, "units": 21_600, "process_seconds": 0.0}
+    facts = SimpleNamespace(units_per_second_of_speech=10.0, start=start)
+    options = SimpleNamespace(tokens_per_step=7_200, block_size=64)
     learner = SimpleNamespace(dist=SimpleNamespace(device=torch.device("cpu")))
     row = logs.derived({"step": 5, "loss": math.log(2), "units_per_second": 100}, learner, facts, options)
     assert row["perplexity"] == pytest.approx(2) and row["bits_per_second"] == pytest.approx(10) and row["hours"] == 1
@@ -32,6 +34,28 @@ def test_rows_beyond_the_restored_step_are_dropped(tmp_path):
     log.write({"step": 3, "loss": 2.0})
     log.close()
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("0", "1.0"), ("1", "1.0"), ("2", "1.0"), ("3", "2.0")]
+
+
+def test_what_was_spent_counts_what_went_before_a_resumption():
+    """40 units in 5 s of two processes, then two steps of 16 in 3 s of four."""
+    start = {"step": 10, "seconds": 5.0, "units": 40, "process_seconds": 10.0}
+    facts, options = SimpleNamespace(start=start), SimpleNamespace(tokens_per_step=16)
+    assert logs.spent(facts, options, 12, 8.0, 4) == (72, 22.0)
+
+
+@pytest.mark.parametrize("torn", ["1", "12,0.5", "\0\0\0\0\n", "\n", "4.5e,1\n", "\udcff"])
+def test_what_a_power_cut_left_of_the_last_row_is_dropped(torn, tmp_path):
+    log = logs.Log(tmp_path, 0, True)
+    for step in range(3):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    with open(tmp_path / "log.csv", "a", errors="surrogateescape") as file:
+        file.write(torn)
+    log = logs.Log(tmp_path, 20, True)
+    assert log.step == 2
+    log.write({"step": 3, "loss": 2.0})
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "3"]
 
 
 def test_a_log_of_older_columns_goes_on(tmp_path):

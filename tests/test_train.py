@@ -1,6 +1,7 @@
 """train.py: every start trains, resuming is exact to the bit, and a mistake costs nothing."""
 import csv
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -229,6 +230,218 @@ def test_validation_is_the_same_for_any_number_of_rows_per_forward(tiny_world):
     assert together == pytest.approx(sum(alone) / len(alone), abs=1e-5)
 
 
+# ---------------------------------------------------------------------------------------------- what a run goes on from
+
+@pytest.fixture(scope="module")
+def finished(tiny_world, tmp_path_factory):
+    """A run of 12 steps, from the text LM, with states of steps 10 and 12, and its arguments."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    arguments = [f"--lm={tiny_world}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val", "--steps=12",
+                 "--tokens-per-step=128", "--block-size=32", "--warmup=2", "--eval-interval=6", "--save-interval=5", "--eval-rows=4",
+                 "--threads=1", "--peak-lr=1e-2"]
+    train.main([*arguments, f"--out={run}"])
+    return run, arguments
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of that run, and the arguments of the command that made it."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run", [*finished[1], f"--out={tmp_path}/run"]
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--init=cold", "--auto-resume"], "--init=twist, which cannot go on with --init=cold"),
+    (["--init=pocket", "--auto-resume"], "cannot go on with --init=pocket"), (["--init=resume", "--lm=other"], "--lm=other"),
+    (["--init=resume", "--embedding=matched"], "--embedding=matched"), (["--init=resume", "--optimizer=split"], "--optimizer=split"),
+    (["--init=resume", "--steps=11"], "has done 12 steps"), (["--init=resume", "--block-size=256"], "at most 128"),
+    (["--init=twist"], "already holds a run"), (["--init=resume", "--tensorboard"], "pip install")])
+def test_what_contradicts_a_state_is_refused_and_changes_nothing(given, words, run, monkeypatch):
+    folder, arguments = run
+    before = content(folder)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=words):
+        train.main([*([] if "--init=resume" in given else arguments), f"--out={folder}", *given])
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("other", [{"model": "another"}, {"centers": "different"}, {"layer": 2}])
+def test_units_of_another_tokenizer_do_not_go_on(other, run, tmp_path):
+    from conftest import RECIPE, write_shards
+    write_shards(tmp_path / "units", 0, recipe=RECIPE | other)
+    before = content(run[0])
+    with pytest.raises(ValueError, match=f"--data={tmp_path}/units: units of another tokenizer"):
+        train.main(["--init=resume", f"--data={tmp_path}/units", f"--val-data={tmp_path}/units", "--steps=14", f"--out={run[0]}"])
+    assert content(run[0]) == before
+
+
+def test_what_may_change_is_announced_and_what_was_trained_is_counted(run, capsys):
+    folder, arguments = run
+    train.main(["--init=resume", f"--out={folder}", "--steps=14", "--peak-lr=5e-3", "--tokens-per-step=256"])
+    said = capsys.readouterr().out
+    assert "from step 12 on with other options: " in said and "--peak-lr 0.01 -> 0.005" in said and "--steps 12 -> 14" in said
+    assert "for 2,048 units" in said  # 12 x 128 + 2 x 256
+    found = train.state.read(folder)
+    assert found["units"] == 2048 and found["process_seconds"] == pytest.approx(found["seconds"]) and found["seconds"] > 0
+    hours = [float(row["hours"]) for row in rows(folder)[1:]]
+    assert hours[13] == pytest.approx(hours[11] / 1536 * 2048, abs=1e-4)
+    assert 'init = "twist"' in (folder / "config.toml").read_text()
+    train.main([*arguments, "--steps=15", "--auto-resume"])  # the same command again: each step counts as it was
+    assert "for 2,176 units" in capsys.readouterr().out
+
+
+def test_the_same_command_announces_nothing(run, capsys):
+    shutil.rmtree(run[0] / "step_000012")
+    train.main([*run[1], "--auto-resume"])
+    said = capsys.readouterr().out
+    assert "steps 10 to 12" in said and "other options" not in said and "for 1,536 units" in said
+
+
+def test_the_options_of_a_run_come_before_those_of_a_file(run, tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text("peak_lr = 1.0\nsteps = 100\n")
+    train.main([str(tmp_path / "recipe.toml"), "--init=resume", f"--out={run[0]}", "--steps=13"])
+    assert "other options: --steps 12 -> 13\n" in capsys.readouterr().out
+
+
+def spoil_state(folder, change):
+    found = json.loads((folder / "state.json").read_text())
+    change(found)
+    (folder / "state.json").write_text(json.dumps(found))
+
+
+def older(found):
+    """What states held before they said what was spent, and which files they have."""
+    for key in ("units", "process_seconds", "files"):
+        del found[key]
+
+
+def test_a_state_of_an_earlier_version_goes_on(run, capsys):
+    shutil.rmtree(run[0] / "step_000012")
+    spoil_state(run[0] / "step_000010", older)
+    expected = weights(run[0])
+    train.main(["--init=resume", f"--out={run[0]}"])
+    assert all(torch.equal(weights(run[0])[name], tensor) for name, tensor in expected.items())
+    assert "for 1,536 units" in capsys.readouterr().out
+
+
+def cut(folder):
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+DAMAGE = {"cut": cut, "gone": lambda folder: next(folder.glob("*.safetensors")).unlink(),
+          "old and cut": lambda folder: (spoil_state(folder, older), cut(folder)),
+          "state.json cut": lambda folder: os.truncate(folder / "state.json", 100),
+          "state.json empty": lambda folder: os.truncate(folder / "state.json", 0),
+          "state.json gone": lambda folder: (folder / "state.json").unlink(),
+          "state.json without model": lambda folder: spoil_state(folder, lambda found: found.pop("model")),
+          "garbled": lambda folder: next(folder.glob("*.safetensors")).write_bytes(bytes(100))}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("start", [["--init=resume"], ["--auto-resume"]], ids=lambda start: start[0])
+def test_a_damaged_state_is_named_and_the_one_before_it_offered(damage, start, run, capsys):
+    folder, arguments = run
+    DAMAGE[damage](folder / "step_000012")
+    before = content(folder)
+    arguments = arguments if start == ["--auto-resume"] else [f"--out={folder}"]
+    with pytest.raises(ValueError, match="step_000012 is damaged .*; delete it and repeat the command: .* step_000010$"):
+        train.main([*arguments, *start])
+    assert content(folder) == before
+    shutil.rmtree(folder / "step_000012")
+    train.main([*arguments, *start])
+    assert "steps 10 to 12" in capsys.readouterr().out
+    assert [int(row["step"]) for row in rows(folder)] == list(range(13))
+
+
+def test_an_old_state_that_lacks_a_file_of_several_is_refused(finished, run, tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.state, "FILE_BYTES", 2**15)
+    train.main([*finished[1], "--steps=1", f"--out={tmp_path}/several"])
+    files = sorted((tmp_path / "several/step_000001").glob("*.safetensors"))
+    assert len(files) > 3
+    spoil_state(tmp_path / "several/step_000001", older)
+    for file in files:
+        kept = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ValueError, match="lacks one of its files"):
+            train.main(["--init=resume", f"--out={tmp_path}/several"])
+        file.write_bytes(kept)
+    train.main(["--init=resume", f"--out={tmp_path}/several"])
+
+
+@pytest.mark.parametrize("name", [b"", b"\n", b"\xff\xfe", b"step_000099\n", b"../elsewhere\n"])
+def test_a_latest_that_names_nothing_leaves_the_newest_state(name, run, capsys):
+    (run[0] / "latest").write_bytes(name)
+    train.main(["--init=resume", f"--out={run[0]}", "--steps=13"])
+    assert "steps 12 to 13" in capsys.readouterr().out
+
+
+def test_states_of_a_million_steps_and_more_are_found(tmp_path):
+    for step in (2, 999_999, 1_000_000):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    (tmp_path / "step_000003.tmp").mkdir()
+    assert [path.name for path in train.state.step_folders(tmp_path)] == ["step_000002", "step_999999", "step_1000000"]
+    assert train.state.latest(tmp_path).name == "step_1000000"
+
+
+def test_a_model_without_states_is_not_replaced_by_auto_resume(run):
+    for folder in train.state.step_folders(run[0]):
+        shutil.rmtree(folder)
+    before = content(run[0])
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main([*run[1], "--auto-resume"])
+    assert content(run[0]) == before
+
+
+# ---------------------------------------------------------------------------------------------- one process a run
+
+@pytest.mark.parametrize("start", [[], ["--overwrite"], ["--auto-resume"], ["--init=resume"]])
+def test_a_folder_in_which_another_process_trains_is_refused(start, run, tmp_path):
+    from test_files import holder
+    before = content(run[0])
+    other = holder(run[0])
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="run: another process is at work on the run there"):
+        train.main([*run[1], *start])
+    train.main([*run[1], "--dry-run"])
+    other.kill()
+    other.communicate(timeout=60)
+    (run[0] / ".lock").unlink()
+    assert content(run[0]) == before
+
+
+@pytest.mark.parametrize("mistake", ["--val-data=nowhere", "--lm=nowhere", "--wandb=speech", "--block-size=256"])
+def test_a_run_that_cannot_begin_leaves_no_folder(mistake, train_arguments, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises((ValueError, OSError)):
+        train.main([*train_arguments, mistake])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mistake, words", [
+    ("--val-data=nope", "^--val-data=nope: no such folder"), ("--data=nope", "^--data=nope: no such folder"),
+    ("--init=wrm", "^--init=wrm: .*The starts are twist, cold, shuffled, resume, and")])
+def test_a_path_that_does_not_exist_is_called_by_its_option(mistake, words, train_arguments):
+    with pytest.raises(FileNotFoundError, match=words):
+        train.main([*train_arguments, mistake])
+
+
+def test_the_first_line_says_what_is_trained_and_validated_on(train_arguments, tiny_world, capsys):
+    train.main([*train_arguments, "--dry-run"])
+    first, *others = capsys.readouterr().out.splitlines()
+    assert f"{tiny_world}/train" in first and f"{tiny_world}/val" in first and not any("warning" in line for line in others)
+    train.main(["--dry-run"])
+    assert "warning" not in capsys.readouterr().out
+    train.main([f"--data={train.files.KINDS['units']}/train", "--dry-run"])
+    _, warning, *others = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: only one of --data and --val-data")
+    assert sum("Triton" in line for line in others) <= 1
+
+
 def test_the_environment_of_a_launcher_is_not_needed():
     assert "RANK" not in os.environ
 
@@ -260,6 +473,30 @@ def test_prompts_are_continued_on_the_way(tmp_path):
         "run/samples/step_000001/prompt_0.wav", "run/samples/step_000002/prompt_0.wav"]
     header = list(rows(tmp_path / "run")[1])
     assert header == list(train.logs.COLUMNS)
+
+
+@pytest.mark.parametrize("prompts", [["pocket/prompt.wav"], []])
+def test_prompts_that_cannot_be_read_are_named_before_the_first_step_and_left_out(prompts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "noise.wav").write_bytes(b"no audio at all, but many bytes of something else" * 99)
+    monkeypatch.chdir(tmp_path)  # from where pocket/prompt.wav is none of ours
+    bad = ["empty.wav", "noise.wav", "nowhere.wav"]
+    train.main(["--init=twist", "--steps=2", "--tokens-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
+                f"--prompts={','.join(bad + prompts)}", "--threads=1", f"--out={tmp_path}/run"])
+    said = capsys.readouterr().out
+    assert said.count("prompt left out: ") == 3 and all(said.count(name) == 1 for name in bad)
+    assert len([*(tmp_path / "run").rglob("*.wav")]) == 2 * len(prompts) and (tmp_path / "run/model/config.json").exists()
+
+
+def test_what_goes_wrong_with_speaking_later_is_a_line_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/samples").write_text("a file where a folder should be made")
+    train.main(["--init=twist", "--steps=2", "--tokens-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
+                "--threads=1", f"--out={tmp_path}/run"])
+    said = capsys.readouterr().out
+    assert [line[:8] for line in said.splitlines() if "is not continued: " in line] == ["step 1: ", "step 2: "]
+    assert len(rows(tmp_path / "run")) == 3 and train.state.latest(tmp_path / "run").name == "step_000002"
 
 
 def test_a_full_disk_costs_no_training_until_the_end(train_arguments, tmp_path, monkeypatch, capsys):

@@ -56,12 +56,19 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS, in bytes
 
 
+def spent(facts, options, step, seconds=0.0, world=1):
+    """(units, process-seconds) that the run has taken up to a step, on whatever went before it was resumed: facts.start."""
+    start = facts.start
+    return (start["units"] + (step - start["step"]) * options.tokens_per_step,
+            start["process_seconds"] + (seconds - start["seconds"]) * world)
+
+
 def derived(row, learner, facts, options):
     """What follows from a row's step, loss and units per second; learner, facts, options: of train.py."""
     per_second, device = facts.units_per_second_of_speech, learner.dist.device
     more = {"perplexity": round(math.exp(min(row["loss"], 50)), 4),
             "bits_per_second": round(row["loss"] / math.log(2) * per_second, 3),
-            "hours": round(row["step"] * options.tokens_per_step / per_second / 3600, 4),
+            "hours": round(spent(facts, options, row["step"])[0] / per_second / 3600, 4),
             "memory_gb": round(memory_gb(device), 3)}
     if peak := peak_flops(device):
         flops = flops_per_unit(learner.config, learner.parameters, options.block_size)
@@ -71,11 +78,26 @@ def derived(row, learner, facts, options):
 
 def summary(steps, val_loss, seconds, memories, dist, facts, options):
     """What a finished run says: its validation loss, what it cost, what it held. memories: GB of each process."""
-    units, unit = steps * options.tokens_per_step, "GPU" if dist.device.type == "cuda" else "process"
+    units, process_seconds = spent(facts, options, steps, seconds, dist.world)
+    unit = "GPU" if dist.device.type == "cuda" else "process"
     return (f"validation loss {val_loss:.4f} nats per token, stream perplexity {math.exp(val_loss):.3f}, {steps} steps in "
-            f"{seconds:.0f} s\ncost: {dist.world * seconds / 3600:.3f} {unit}-hours for {units:,} units, "
+            f"{seconds:.0f} s\ncost: {process_seconds / 3600:.3f} {unit}-hours for {units:,} units, "
             f"{units / facts.units_per_second_of_speech / 3600:.1f} hours of speech\n"
             f"most memory held by the processes, GB: {', '.join(f'{most:.2f}' for most in memories)}")
+
+
+def services(tensorboard, wandb):
+    """What --tensorboard and --wandb need, None for what is not asked for. Raises: ValueError naming the package to install."""
+    writer = service = None
+    try:
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter as writer  # an extra that most runs do without
+        if wandb:
+            import wandb as service  # likewise
+    except ImportError as error:
+        raise ValueError(f"the package {error.name} is not installed; pip install it, or leave out --tensorboard and "
+                         "--wandb") from None
+    return writer, service
 
 
 class Log:
@@ -83,7 +105,6 @@ class Log:
 
     Args: folder; first: step to go on from; on: whether this process writes; tensorboard: also event files under folder/events;
         wandb: project name, or None.
-    Raises: ValueError naming the package to install.
     """
 
     def __init__(self, folder, first, on, tensorboard=False, wandb=None, options=None):
@@ -92,8 +113,9 @@ class Log:
         if not on:
             return
         path = folder / "log.csv"
-        rows = list(csv.DictReader(open(path, newline=""))) if path.exists() and first else []
-        rows = [row for row in rows if int(row["step"]) <= first]
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() and first else []
+        rows = csv.DictReader(line for line in lines if line.endswith("\n") and "\0" not in line)  # whole ones
+        rows = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= first]
         self.step = int(rows[-1]["step"]) if rows else -1
         with open(f"{path}.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
@@ -101,16 +123,11 @@ class Log:
             writer.writerows(rows)
         os.replace(f"{path}.tmp", path)
         self.file = open(path, "a", newline="")
-        try:
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # an extra that most runs do without
-                self.board = SummaryWriter(folder / "events", purge_step=first + 1)
-            if wandb:
-                import wandb as service  # likewise
-                self.run = service.init(project=wandb, name=folder.name, id=folder.name, resume="allow", config=options)
-        except ImportError as error:
-            raise ValueError(f"the package {error.name} is not installed; pip install it, or leave out --tensorboard and "
-                             "--wandb") from None
+        writer, service = services(tensorboard, wandb)
+        if tensorboard:
+            self.board = writer(folder / "events", purge_step=first + 1)
+        if wandb:
+            self.run = service.init(project=wandb, name=folder.name, id=folder.name, resume="allow", config=options)
 
     def write(self, row):
         if self.file is None:

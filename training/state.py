@@ -1,7 +1,7 @@
 """The state of a run that a later start goes on from: step_NNNNNN/, whole or absent, for any number of processes.
 
     step_000400/  shard-00001-model-...safetensors ...   files of each process: its parts of weights and optimizer, by name
-                  state.json                             step, seconds, options, architecture, unit ids
+                  state.json                             step, what was spent, options, architecture, unit ids, sizes of the files
     latest                                               the name of the newest complete step folder
 
     model.NAME          a weight             optimizer.NAME.SLOT     AdamW's moments and step count of that weight
@@ -11,8 +11,9 @@ form), so 8 processes go on where 1, 2 or 64 stopped, under another --parallel. 
 stored: batches depend on (seed, step) alone, and the network draws nothing.
 
 A folder gets its name when all processes have written their files and these are on the disk; `latest` follows, then old
-folders go. A kill at any moment leaves the state before or the state after.
+folders go. A kill at any moment leaves the state before or the state after. A state that was damaged later is refused.
 """
+import dataclasses
 import json
 import math
 import os
@@ -25,9 +26,13 @@ import torch.distributed as torch_distributed
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from checkpoints.files import replace_folder, write_json, write_text
+from checkpoints.files import locked, open_safetensors, read_json, replace_folder, write_json, write_text
+from training import logs
 
 FILE_BYTES = 2**28  # of the whole tensors that go into one file of each process
+NOTHING = {"step": 0, "seconds": 0.0, "row": {}, "units": 0, "process_seconds": 0.0}  # what a run has done before its first step
+FIXED = ("init", "lm", "embedding", "optimizer")  # options of a run that its states are made of
+PASSING = ("out", "overwrite", "auto_resume", "dry_run")  # of a start, not of the run
 
 
 def named(learner):
@@ -50,27 +55,72 @@ def files(tensors):
 
 
 def step_folders(out):
-    """Complete step folders, oldest first."""
-    return [path for path in sorted(Path(out).glob("step_" + "[0-9]" * 6)) if (path / "state.json").is_file()]
+    """Step folders, oldest first. They have their names because they are complete."""
+    return sorted((path for path in Path(out).glob("step_*") if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
 
 
 def latest(out):
-    """The newest complete step folder, None if there is none."""
-    out = Path(out)
-    if (out / "latest").is_file():
-        named_one = out / (out / "latest").read_text().strip()
-        if (named_one / "state.json").is_file():
-            return named_one
-    folders = step_folders(out)
-    return folders[-1] if folders else None
+    """The step folder that `latest` names, or else the newest; None if there is none."""
+    folders, file = step_folders(out), Path(out) / "latest"
+    name = file.read_text(errors="replace").strip() if file.is_file() else ""
+    return next((folder for folder in folders if folder.name == name), folders[-1] if folders else None)
 
 
 def read(out):
-    """state.json of the newest state. Raises FileNotFoundError if there is none."""
+    """state.json of the newest state, with all keys of NOTHING. Raises FileNotFoundError, or ValueError if it is damaged."""
     folder = latest(out)
     if folder is None:
         raise FileNotFoundError(f"nothing to resume in {out}: it has no step_NNNNNN folder; start with --init=twist")
-    return json.loads((folder / "state.json").read_text())
+    try:
+        found = read_json(folder / "state.json")
+        if missing := {"step", "seconds", "row", "options", "model", "vocab"} - found.keys():
+            raise ValueError(f"state.json has no `{min(missing)}`")
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        for name, size in found.get("files", {}).items():  # older states do not list them
+            if sizes.get(name) != size:
+                raise ValueError(f"{name} has {sizes.get(name, 0)} bytes, {size} were written")
+        for path in folder.glob("*.safetensors"):
+            open_safetensors(path)
+    except (ValueError, OSError) as error:
+        before = [other.name for other in step_folders(out) if int(other.name[5:]) < int(folder.name[5:])]
+        remedy = (f"delete it and repeat the command: training goes on from the state before it, {before[-1]}" if before else
+                  f"there is no state before it: delete {out} and begin again")
+        raise ValueError(f"{folder} is damaged ({error}); {remedy}") from None
+    return {"units": found["step"] * found["options"].get("tokens_per_step", 0), "process_seconds": found["seconds"]} | found
+
+
+def claim(options, resuming, stack):
+    """On one process, before anything is written: what there is to go on from (read, or NOTHING), in a run folder that is ours.
+
+    stack: ExitStack, which holds the folder's lock from here on. Raises: ValueError if another process trains there, if a run
+    would be replaced, or for a package that is not installed.
+    """
+    logs.services(options.tensorboard, options.wandb)
+    if not options.dry_run:
+        stack.enter_context(locked(options.out, "run"))
+        if (Path(options.out) / "log.csv").exists() and not (resuming or options.overwrite):
+            raise ValueError(f"{options.out} already holds a run; go on with --init=resume, give another --out, or --overwrite")
+    return read(options.out) if resuming else NOTHING
+
+
+def changes(found, options, recipe):
+    """What the options of a start change of the run that a state is of, in words. recipe: of the units to train on.
+
+    Raises: ValueError where they contradict the state.
+    """
+    before, now = found["options"], json.loads(json.dumps(dataclasses.asdict(options)))
+    differ = [name for name in now if name not in PASSING and before.get(name, now[name]) != now[name]]
+    for name in differ:
+        if name in FIXED and os.path.realpath(before[name]) != os.path.realpath(now[name]):
+            raise ValueError(f"{options.out} holds a run of --{name}={before[name]}, which cannot go on with --{name}="
+                             f"{now[name]}; leave that option as it was, or give another --out")
+    if options.steps < found["step"]:
+        raise ValueError(f"--steps={options.steps}: the run in {options.out} has done {found['step']} steps already")
+    model = (found["vocab"].get("recipe") or {}).get("model", recipe.get("model"))
+    if model != recipe.get("model"):
+        raise ValueError(f"--data={','.join(options.data)}: units of another tokenizer (model is {recipe.get('model')}, the "
+                         f"run has {model}); go on with units of the same, or begin another run with --init={options.out}/model")
+    return ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {now[name]}" for name in differ)
 
 
 def load(out, learner):
@@ -87,10 +137,11 @@ def load(out, learner):
             slot = torch.zeros_like(parameter.detach(), dtype=dtype) if like.size else torch.zeros((), dtype=dtype, device=device)
             optimizer.state[parameter][key.removeprefix(prefix)] = slot
     tensors = named(learner)
-    missing = sorted(set(tensors) - set(stored))
-    if missing or any(tuple(stored[name].size) != tuple(tensor.shape) for name, tensor in tensors.items()):
-        raise ValueError(f"{folder} is of another model (e.g. {(missing or sorted(tensors))[0]}); resume with the --lm it was "
-                         "started with")
+    wrong = [name for name, tensor in tensors.items() if name not in stored or tuple(stored[name].size) != tuple(tensor.shape)]
+    slots = [set(optimizer.state.get(parameter, ())) for parameter in learner.model.parameters()]
+    if wrong or any(each != slots[0] for each in slots):
+        raise ValueError(f"{folder} is of another model, or lacks one of its files{f' (e.g. {wrong[0]})' if wrong else ''}; "
+                         "delete it and repeat the command: training goes on from the state before")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=learner.dist.world == 1)
@@ -161,9 +212,25 @@ class Saver:
             for path in temporary.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-            write_json(temporary / "state.json", state)
+            sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+            write_json(temporary / "state.json", state | {"files": sizes})
             final = temporary.with_suffix("")
             replace_folder(temporary, final)
             write_text(self.out / "latest", final.name + "\n")
-            for old in step_folders(self.out)[:-self.keep]:
+            past = [folder for folder in step_folders(self.out) if int(folder.name[5:]) <= state["step"]]
+            for old in past[:-self.keep]:
                 shutil.rmtree(old)
+
+
+def save(saver, learner, row, facts, options, say, needed):
+    """The state after a step, and its row of the log. Without room for it the run goes on, unless it is `needed`."""
+    units, process_seconds = logs.spent(facts, options, row["step"], row["seconds"], learner.dist.world)
+    settings = {"step": row["step"], "seconds": row["seconds"], "units": units, "process_seconds": process_seconds,
+                "row": dict(row), "options": dataclasses.asdict(options), "model": dataclasses.asdict(learner.config),
+                "vocab": dataclasses.asdict(facts.vocab)}
+    try:
+        saver.save(learner, settings)
+    except OSError as error:
+        if needed:
+            raise
+        say(f"step {row['step']}: state not saved: {error}")
