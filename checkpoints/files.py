@@ -164,8 +164,8 @@ def locked(folder, what):
         except OSError as error:
             held = error.errno in NO_LOCKS
         if not held:
-            raise ValueError(f"{folder}: another process is at work on the {what} there; wait until it has ended, or give "
-                             "another --out")
+            raise ValueError(f"{folder}: another process is at work on the {what} there; wait until it has ended, or name "
+                             "another folder")
         try:
             yield
         finally:

@@ -242,6 +242,12 @@ def pretrain(model, head, speech, targets, steps, options, name, report):
 
 def main(argv=None):
     options = config.load(HubertTrainConfig, argv)
+    with files.locked(options.out, "run"):
+        build(options)
+
+
+def build(options):
+    """From recordings to the tokenizer in --out."""
     torch.set_flush_denormal(True)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -469,7 +469,8 @@ def main(argv=None):
     if options.bf16:
         keep_narrow_in_float32(run.vocoder)
         check_bfloat16(run.vocoder, corpus, options)
-    train(run, corpus, options)
+    with files.locked(folder, "run"):
+        train(run, corpus, options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """distributed.py and state.py: the same losses on any number of processes, and no kill that costs more than a step (gloo)."""
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -257,6 +258,25 @@ def test_a_state_that_does_not_fit_the_disk_is_refused_before_it_is_written(tmp_
     with pytest.raises(OSError, match="no room"):
         saver.save(learner, {"step": 2})
     assert state.latest(tmp_path).name == "step_000001"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["locked", "damaged"])
+def test_what_rank_0_finds_wrong_ends_all_processes_without_a_launcher_s_help(trouble, arguments, tmp_path):
+    """And one of them says it."""
+    from test_configs import free_port
+    launch(1, [*arguments, "--steps=1", f"--out={tmp_path}/run"])
+    if trouble == "damaged":
+        (tmp_path / "run/step_000001/state.json").write_text("{")
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with files.locked(tmp_path / "run", "run") if trouble == "locked" else contextlib.nullcontext():
+        both = [subprocess.Popen([sys.executable, "train.py", *arguments, "--steps=1", "--auto-resume", f"--out={tmp_path}/run"],
+                                 cwd=ROOT, env=os.environ | variables | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+                for rank in range(2)]
+        errors = [process.communicate(timeout=120)[1] for process in both]  # a hang would end the test here
+    assert [process.returncode for process in both] == [2, 2], errors
+    assert {"locked": "another process", "damaged": "is damaged"}[trouble] in errors[0] and "Traceback" not in errors[0]
+    assert "error" not in errors[1]
 
 
 def test_a_state_of_another_model_is_refused_in_a_sentence(tmp_path):

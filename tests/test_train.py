@@ -237,8 +237,8 @@ def finished(tiny_world, tmp_path_factory):
     """A run of 12 steps, from the text LM, with states of steps 10 and 12, and its arguments."""
     run = tmp_path_factory.mktemp("finished") / "run"
     arguments = [f"--lm={tiny_world}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val", "--steps=12",
-                 "--tokens-per-step=128", "--block-size=32", "--warmup=2", "--eval-interval=6", "--save-interval=5", "--eval-rows=4",
-                 "--threads=1", "--peak-lr=1e-2"]
+                 "--tokens-per-step=128", "--block-size=32", "--warmup=2", "--eval-interval=6", "--save-interval=5",
+                 "--eval-rows=4", "--threads=1", "--peak-lr=1e-2"]
     train.main([*arguments, f"--out={run}"])
     return run, arguments
 
@@ -257,7 +257,8 @@ def content(folder):
 @pytest.mark.parametrize("given, words", [
     (["--init=cold", "--auto-resume"], "--init=twist, which cannot go on with --init=cold"),
     (["--init=pocket", "--auto-resume"], "cannot go on with --init=pocket"), (["--init=resume", "--lm=other"], "--lm=other"),
-    (["--init=resume", "--embedding=matched"], "--embedding=matched"), (["--init=resume", "--optimizer=split"], "--optimizer=split"),
+    (["--init=resume", "--embedding=matched"], "--embedding=matched"),
+    (["--init=resume", "--optimizer=split"], "--optimizer=split"),
     (["--init=resume", "--steps=11"], "has done 12 steps"), (["--init=resume", "--block-size=256"], "at most 128"),
     (["--init=twist"], "already holds a run"), (["--init=resume", "--tensorboard"], "pip install")])
 def test_what_contradicts_a_state_is_refused_and_changes_nothing(given, words, run, monkeypatch):
