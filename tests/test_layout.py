@@ -146,6 +146,13 @@ def test_what_windows_lacks_is_imported_where_it_is_used(path):
 
 
 @each_file
+def test_progress_is_shown_in_one_way(path):
+    """config.progress, which has something to say without a terminal, too."""
+    calls = {getattr(node.func, "id", "") for node in ast.walk(parse(path)) if isinstance(node, ast.Call)}
+    assert "tqdm" not in calls or relative(path) in ("config.py", "kernels/compile.py")  # kernels stand on nothing
+
+
+@each_file
 def test_no_error_is_swallowed_wholesale(path):
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.ExceptHandler):
