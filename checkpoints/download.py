@@ -15,7 +15,6 @@ Sources: resuming, RFC 9110 sections 13.1.5 (If-Range) and 14 (Range); addresses
 the documentation of huggingface_hub.
 """
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import json
@@ -123,6 +122,15 @@ def snapshot(repository):
     return folder / "snapshots" / (reference.read_text(errors="replace").strip() if whole(reference) else "none")
 
 
+def lock(file, wait=True):
+    """Hold the lock of an open file until it is closed or its process ends; BlockingIOError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 def once(place, done, work):
     """Work unless it is done, one process at a time: the others wait, and find it done. A lock ends with its process."""
     if done():
@@ -131,7 +139,7 @@ def once(place, done, work):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
     except OSError as error:
         raise OSError(f"cannot write and lock {path} ({error.strerror}); set NANOTWIST_HOME to another folder") from None
     with file:

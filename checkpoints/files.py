@@ -8,6 +8,7 @@ No foreign pickle is executed: pickles.py reads them all. Everything that this p
 a temporary name first, so a file that exists is whole.
 """
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ KINDS = {  # what an option asks for -> where the pocket world keeps it
     "lm": POCKET / "text_lm", "model": POCKET / "speech_lm", "tokenizer": POCKET / "hubert",
     "kmeans": POCKET / "hubert/kmeans.safetensors", "vocoder": POCKET / "vocoder", "units": POCKET / "units",
 }
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network disks have none: there the user must see to it
 SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
 # what torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP put into the names of tensors
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|^module)\.")
@@ -142,6 +144,27 @@ def replacing(path, temporary=None):
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def locked(folder, what):
+    """A folder that this process alone works in until the block, or the process, ends: it holds folder/.lock.
+
+    Args: folder: made if it is not there. what: it holds, as the sentence calls it (a run, units).
+    Raises: ValueError if another process works in it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            download.lock(file, wait=False)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is at work on the {what} there; wait until it has ended, or give "
+                             "another --out") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
 
 
 class Lazy(Mapping):

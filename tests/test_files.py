@@ -1,9 +1,12 @@
 """checkpoints/files.py: nothing foreign is executed, nothing damaged is read, nothing half-written is left behind."""
+import errno
 import json
 import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import hubert_units
 import twist
 import vocoder
-from checkpoints import files
+from checkpoints import download, files
 from checkpoints import files as checkpoint
 
 
@@ -30,6 +33,50 @@ def assert_equal(found, expected):
 
 def names_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---------------------------------------------------------------------------------------------- one process a folder
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def holder(folder):
+    return subprocess.Popen([sys.executable, "-c", HOLDER, folder / ".lock"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            text=True)
+
+
+def test_a_folder_is_locked_against_other_processes_until_the_block_or_the_process_ends(tmp_path):
+    with files.locked(tmp_path / "made/run", "run"):
+        other = holder(tmp_path / "made/run")
+        assert other.communicate(timeout=60)[0] == "" and other.returncode == 1
+    other = holder(tmp_path / "made/run")
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="made/run: another process is at work on the run there"):
+        with files.locked(tmp_path / "made/run", "run"):
+            pytest.fail("two processes in one folder")
+    other.kill()
+    other.communicate(timeout=60)
+    with files.locked(tmp_path / "made/run", "run"):
+        assert holder(tmp_path / "made/run").wait(timeout=60) == 1
+
+
+def test_where_there_are_no_locks_work_goes_on(tmp_path, monkeypatch):
+    def none(file, wait):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with files.locked(tmp_path, "run"), monkeypatch.context() as windows:
+        windows.setitem(sys.modules, "fcntl", None)
+        with files.locked(tmp_path, "run"):
+            pass
+        windows.setattr(download, "lock", none)
+        with files.locked(tmp_path, "run"):
+            pass
 
 
 # ---------------------------------------------------------------------------------------------- pickles that attack

@@ -140,6 +140,12 @@ def test_only_declared_packages_are_imported(path):
 
 
 @each_file
+def test_what_windows_lacks_is_imported_where_it_is_used(path):
+    names = {alias.name for node in parse(path).body if isinstance(node, ast.Import) for alias in node.names}
+    assert not names & {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
+@each_file
 def test_no_error_is_swallowed_wholesale(path):
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.ExceptHandler):

@@ -76,6 +76,18 @@ class Dist:
         """True if the flag is set on any process: a signal reaches all, but not at the same moment."""
         return self.sum(float(bool(flag))) > 0
 
+    def together(self, function, *arguments):
+        """function(*arguments) on every process. Where one fails all end: the first with its error, the others silently."""
+        error = result = None
+        try:
+            result = function(*arguments)
+        except (ValueError, OSError) as raised:
+            error = raised
+        failed = self.each(error is not None)
+        if any(failed):
+            raise error if error and not any(failed[:self.rank]) else SystemExit(2)
+        return result
+
 
 def setup(device="auto", timeout=None):
     """Join the process group that torchrun describes in the environment, or be a single process.

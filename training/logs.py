@@ -15,7 +15,6 @@
 import csv
 import math
 import os
-import resource
 
 import torch
 
@@ -50,6 +49,10 @@ def memory_gb(device):
     for line in open("/proc/self/status") if os.path.exists("/proc/self/status") else ():
         if line.startswith("VmHWM:"):  # not getrusage's: a new process inherits that from who started it
             return int(line.split()[1]) * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS, in bytes
 
 
