@@ -150,21 +150,27 @@ def replacing(path, temporary=None):
 def locked(folder, what):
     """A folder that this process alone works in until the block, or the process, ends: it holds folder/.lock.
 
-    Args: folder: made if it is not there. what: it holds, as the sentence calls it (a run, units).
+    Args: folder: made if it is not there, and removed again if nothing is written. what: it holds, for the sentence (run, units).
     Raises: ValueError if another process works in it.
     """
     folder = Path(folder)
+    path = folder / ".lock"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
+    with open(path, "a") as file:
         try:
             download.lock(file, wait=False)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is at work on the {what} there; wait until it has ended, or give "
-                             "another --out") from None
+            held = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))  # else its last holder removed it
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        yield
+            held = error.errno in NO_LOCKS
+        if not held:
+            raise ValueError(f"{folder}: another process is at work on the {what} there; wait until it has ended, or give "
+                             "another --out")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                folder.rmdir()  # if it is empty
 
 
 class Lazy(Mapping):

@@ -55,6 +55,7 @@ def test_a_folder_is_locked_against_other_processes_until_the_block_or_the_proce
     with files.locked(tmp_path / "made/run", "run"):
         other = holder(tmp_path / "made/run")
         assert other.communicate(timeout=60)[0] == "" and other.returncode == 1
+    (tmp_path / "made/run").mkdir()
     other = holder(tmp_path / "made/run")
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match="made/run: another process is at work on the run there"):
@@ -63,7 +64,29 @@ def test_a_folder_is_locked_against_other_processes_until_the_block_or_the_proce
     other.kill()
     other.communicate(timeout=60)
     with files.locked(tmp_path / "made/run", "run"):
-        assert holder(tmp_path / "made/run").wait(timeout=60) == 1
+        (tmp_path / "made/run/work").write_text("done")
+    assert names_in(tmp_path) == ["made", "made/run", "made/run/work"]
+
+
+def test_a_lock_that_its_last_holder_is_about_to_remove_does_not_count(tmp_path, monkeypatch):
+    """Else this process would hold a file that is gone, and a third one the file that comes in its place."""
+    lock = download.lock
+
+    def late(file, wait):
+        (tmp_path / ".lock").unlink()
+        lock(file, wait)
+
+    monkeypatch.setattr(download, "lock", late)
+    with pytest.raises(ValueError, match="another process"):
+        with files.locked(tmp_path, "run"):
+            pass
+
+
+def test_a_folder_in_which_nothing_was_written_is_not_left_behind(tmp_path):
+    with pytest.raises(OSError, match="nothing to do"):
+        with files.locked(tmp_path / "run", "run"):
+            raise OSError("nothing to do")
+    assert names_in(tmp_path) == []
 
 
 def test_where_there_are_no_locks_work_goes_on(tmp_path, monkeypatch):

@@ -76,17 +76,19 @@ class Dist:
         """True if the flag is set on any process: a signal reaches all, but not at the same moment."""
         return self.sum(float(bool(flag))) > 0
 
-    def together(self, function, *arguments):
-        """function(*arguments) on every process. Where one fails all end: the first with its error, the others silently."""
-        error = result = None
-        try:
-            result = function(*arguments)
-        except (ValueError, OSError) as raised:
-            error = raised
-        failed = self.each(error is not None)
-        if any(failed):
-            raise error if error and not any(failed[:self.rank]) else SystemExit(2)
-        return result
+    def from_main(self, function, *arguments):
+        """What function(*arguments) returns on rank 0, on every process. Its ValueError or OSError ends all of them."""
+        box, error = [None, False], None
+        if self.is_main:
+            try:
+                box[0] = function(*arguments)
+            except (ValueError, OSError) as raised:
+                box[1], error = True, raised
+        if self.world > 1:
+            torch_distributed.broadcast_object_list(box, 0, device=self.device)
+        if box[1]:
+            raise error or SystemExit(2)
+        return box[0]
 
 
 def setup(device="auto", timeout=None):
