@@ -163,7 +163,7 @@ def split_batch(options, dist):
 def speak(voice, learner, step, options, vocab):
     """Spoken continuations of --prompts into --out/samples; all processes call it, because under FSDP all have a part."""
     out = str(Path(options.out) / "samples" / f"step_{step:06d}")
-    spoken = sample.SampleConfig(out=out, seed=options.seed)
+    spoken = sample.SampleConfig(out=out, seed=options.seed, model=out)
     learner.model.eval()
     with learner.autocast():
         for prompt in options.prompts:
