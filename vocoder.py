@@ -337,9 +337,8 @@ def main(argv=None):
     for name, units, runs in tqdm(rows, desc="speaking", unit="file", disable=None):  # None: quiet off a terminal
         if options.use_durations and runs is None:
             raise ValueError(f"{name} has no run lengths; leave out --use-durations")
-        stems = (Path(name).stem + (f"_{copy}" if copy > 1 else "") for copy in itertools.count(1))
-        stem = next(stem for stem in stems if stem not in taken)  # two folders may hold recordings of one name
-        taken.add(stem)
+        stems = (f"{Path(name).stem}_{copy}".removesuffix("_1") for copy in itertools.count(1))
+        taken.add(stem := next(stem for stem in stems if stem not in taken))  # two folders may hold recordings of one name
         wav = vocoder(units, runs if options.use_durations else None, options.speaker, options.style)
         record = record_of(name, options, ("vocoder", "speaker", "style"), (units, runs if options.use_durations else len(wav)))
         write_spoken(options.out, {stem: wav}, record)

@@ -123,8 +123,8 @@ def encode_files(files, encoder, options, dist):
     names = [name for name in map(str, files) if name not in inside]
     if not dist.any(names or any(out.glob("work*"))):
         return read_meta(out), 0
-    with locked(out, "units") if dist.is_main else contextlib.nullcontext():
-        dist.barrier()  # no process writes before the folder is ours
+    with contextlib.ExitStack() as stack:
+        dist.from_main(stack.enter_context, locked(out, "units"))
         encode_new(names, encoder, options, recipe, dist)
         if not dist.is_main:
             return None, 0
