@@ -50,7 +50,7 @@ class EvalConfig(hubert_units.TokenizerOptions):
     data: str | None = None  # folder or zip of evaluation sets; ppl, generation: unit shards or recordings; default the pocket's
     model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
     versus: str | None = None  # a second speech LM of the same units: differences, with a paired test
-    out: str = "runs/eval"  # folder for result.json, result.csv, scores of all pairs, submission/
+    out: str = "runs/eval"  # folder for result.json, result.csv, scores of pairs, submission/; older ones: result-1.json, ...
     published: bool = False  # print published numbers and their conventions too
     split: str = "dev"  # of sLM21: dev | test; published numbers are commonly of dev
     voices: tuple[str, ...] = ()  # only these voices, divided by commas; default all

@@ -9,7 +9,8 @@
       runs          3              2         4                      what the vocoder puts back
 
 One frame is 320 samples (50 Hz) in the original HuBERT and 640 samples (25 Hz) in the mHuBERT that TWIST uses. A recording
-has the same units alone and in a batch, on one process or on many; a command that was interrupted goes on when it is repeated.
+has the same units alone and in a batch, on one process or on many; a command that was interrupted goes on when it is repeated. A
+folder of shards keeps what it holds: recordings of other paths are added, and units of another recipe are refused.
 
     python hubert_units.py recordings/ more.flac --out=units/mine         # any tree of audio -> unit shards
     torchrun --nproc-per-node=8 hubert_units.py recordings/ --out=units/mine         # files divided over the processes
@@ -28,9 +29,9 @@ import torch
 
 import config
 from checkpoints import download
-from checkpoints.files import find, note, read_kmeans, write_tensors
+from checkpoints.files import find, note, read_kmeans, refuse_existing, write_tensors
 from corpus import inspector
-from corpus.extract import encode_files, find_audio, sample_features
+from corpus.extract import as_named, encode_files, find_audio, sample_features
 from kernels.packed import packed
 from speech.audio import SAMPLE_RATE, read_wav
 from speech.encoder import BUDGET_SECONDS, UnitEncoder, deduplicate
@@ -155,7 +156,8 @@ def name_of(name, path):
 @dataclass(frozen=True)
 class UnitsConfig(TokenizerOptions):
     audio: tuple[str, ...] = ()  # files and folders (searched recursively)
-    out: str = "units/mine"  # folder for the shards; with --fit the k-means file
+    out: str = "units/mine"  # folder for the shards, to which new recordings are added; with --fit the k-means file
+    overwrite: bool = False  # replace the units, with --fit the k-means, that --out holds
     dedup: bool = True  # collapse runs of equal units (--no-dedup keeps every frame)
     budget: float = 0.0  # seconds of audio in one forward; 0: 60 on a CPU, 960 on a GPU
     workers: int = 2  # threads that decode ahead of the encoder
@@ -170,6 +172,9 @@ def fit(files, options, dist):
     """The command with --fit: features of all files, a random sample of their frames, k-means of those."""
     if dist.world > 1:
         raise ValueError("--fit runs on one process; start it without torchrun")
+    out = Path(options.out)
+    out = out if out.suffix == ".safetensors" else out / "kmeans.safetensors"
+    refuse_existing(out, options.overwrite)
     path = find(options.tokenizer, "tokenizer")
     hubert = load_hubert(path).to(dist.device)
     no_centers, layer = torch.zeros(1, hubert.config.n_embd, device=dist.device), options.layer or hubert.config.n_layer
@@ -179,8 +184,6 @@ def fit(files, options, dist):
     with packed(encoder):
         sample, seen = sample_features(files, encoder, options.fit_frames, generator)
     centers, inertia = fit_kmeans(sample, options.fit, generator, batch=max(4096, 10 * options.fit))
-    out = Path(options.out)
-    out = out if out.suffix == ".safetensors" else out / "kmeans.safetensors"
     write_tensors(out, {"centers": centers}, {
         "layer": str(encoder.layer), "frame_rate": str(encoder.frame_rate), "model": encoder.recipe["model"]})
     print(f"{options.fit} centres of {len(sample)} of {seen} frames, layer {layer}, {encoder.frame_rate:g} Hz: mean squared "
@@ -202,11 +205,12 @@ def main(argv=None):
     encoder = load_tokenizer(options).to(dist.device)
     encoder.budget = options.budget or BUDGET_SECONDS[dist.device.type]
     with packed(encoder):
-        meta = encode_files(files, encoder, options, dist)
+        meta, added = encode_files(files if options.overwrite else as_named(files, options.out), encoder, options, dist)
     if dist.is_main:
         waste = 1 - encoder.seconds[0] / encoder.seconds[1] if encoder.seconds[1] else 0.0
         print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units "
-              f"({meta['units'] / max(meta['hours'] * 3600, 1e-9):.1f} per second) in {options.out}; padding {waste:.1%}; "
+              f"({meta['units'] / max(meta['hours'] * 3600, 1e-9):.1f} per second) in {options.out}; "
+              + (f"{added or 'none'} of the files are new; " if added < meta["files"] else "") + f"padding {waste:.1%}; "
               f"{meta['failures']} failures" + (f", listed in {options.out}/failures.csv" if meta["failures"] else ""))
         if meta["files"] == 0:
             raise ValueError(f"none of the {meta['failures']} files could be encoded; see {options.out}/failures.csv")

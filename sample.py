@@ -6,7 +6,8 @@
     python sample.py a.wav b.flac --model=runs/pocket/model --num-samples=4 --seed=1 --out=samples
     python sample.py prompt.wav --resynth                        # encode and decode, no language model: what the vocoder can do
 
-Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice.
+Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice. It is
+replaced only by the same sampling; any other (model, seed, prompt of the same name, ...) is written beside it: prompt_0-2.wav.
 Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn among the 50 likeliest units).
 """
 import sys
@@ -22,8 +23,8 @@ from corpus.shards import check_recipe
 from hubert_units import TokenizerOptions, load_tokenizer, speech_to_units
 from kernels.packed import packed
 from model import generate
-from speech.audio import write_wav
 from speech.encoder import deduplicate
+from speech.spoken import record_of, write_spoken
 from vocoder import load_vocoder
 
 
@@ -47,6 +48,9 @@ class SampleConfig(TokenizerOptions):
     device: str = "auto"  # auto | cpu | cuda
 
 
+SAMPLING, VOICE = ("model", "seed", "temperature", "top_k", "top_p"), ("vocoder", "speaker", "style")  # told in the wav's header
+
+
 def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
@@ -64,7 +68,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     with packed(slm):
         rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
                         generator, eos=vocab.eos, banned=vocab.banned)
-    files, new_units = [], 0
+    wavs, said, new_units = {}, [], 0
     for i, row in enumerate(rows.cpu() if write else ()):
         spoken = vocab.decode(row)
         new_units += len(spoken) - len(units)
@@ -74,13 +78,13 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
             timing[: len(runs)] = runs
         else:  # a model of frames has said how long each unit lasts
             spoken, timing = deduplicate(spoken)
-        wav = vocoder(spoken, timing, options.speaker, options.style).cpu()
-        files.append(Path(options.out) / f"{Path(path).stem}_{i}.wav")
-        write_wav(files[-1], wav)
+        said += spoken, timing
+        name = f"{Path(path).stem}_{i}"
+        wavs[name] = vocoder(spoken, timing, options.speaker, options.style).cpu()
         if options.continuation_only:
-            files.append(files[-1].with_name(f"{Path(path).stem}_{i}_continuation.wav"))
-            write_wav(files[-1], wav[int(runs.sum()) * vocoder.config.code_hop_size:])
-    return files, new_units
+            wavs[f"{name}_continuation"] = wavs[name][int(runs.sum()) * vocoder.config.code_hop_size:]
+    record = record_of(path, options, (*SAMPLING, *VOICE), said)
+    return write_spoken(options.out, wavs, record), new_units
 
 
 def hear(paths, encoder, dedup, seconds=SampleConfig.prompt_seconds):
@@ -111,9 +115,9 @@ def load_voice(options, vocab=None):
 
 def resynthesize(path, options, encoder, vocoder):
     units, _ = speech_to_units(path, encoder)
-    file = Path(options.out) / f"{Path(path).stem}_resynth.wav"
-    write_wav(file, vocoder(units, None, options.speaker, options.style).cpu())
-    return [file], len(units)
+    wav = vocoder(units, None, options.speaker, options.style).cpu()
+    record = record_of(path, options, VOICE, (units, len(wav)))
+    return write_spoken(options.out, {f"{Path(path).stem}_resynth": wav}, record), len(units)
 
 
 def main(argv=None):
@@ -143,7 +147,7 @@ def main(argv=None):
     seconds = time.perf_counter() - begin
     if files:
         print(f"{units} units in {seconds:.1f} s, {units / seconds:.0f} units per second (encoding and vocoder included)")
-        print("\n".join(map(str, files)))
+        print("\n".join(map(str, dict.fromkeys(files))))  # the same prompt may have been given twice
     if failed:
         raise SystemExit(2)
 

@@ -177,7 +177,7 @@ def listen(options, vocab, dist, say):
 def speak(voice, learner, step, options, vocab, say):
     """Spoken continuations of --prompts into --out/samples; all processes call it, because under FSDP all have a part."""
     out = str(Path(options.out) / "samples" / f"step_{step:06d}")
-    spoken = sample.SampleConfig(out=out, seed=options.seed)
+    spoken = sample.SampleConfig(out=out, seed=options.seed, model=out)
     learner.model.eval()
     with learner.autocast():
         for prompt, heard in voice[1].items():

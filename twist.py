@@ -303,12 +303,14 @@ class TwistConfig:
     embedding: str = "fresh"  # fresh | matched | truncate: how the unit table starts
     seed: int = 0  # of the new table
     out: str | None = None  # folder for the warm-started model; nothing is written without it
+    overwrite: bool = False  # replace the model that --out holds
 
 
 def main(argv=None):
     options = config.load(TwistConfig, argv)
     vocab = UnitVocab(options.units)
     if options.out:
+        files.refuse_existing(options.out, options.overwrite)
         lm = load_text_lm(options.lm)
         slm = warm_start(lm, vocab, options.seed, options.embedding)
     else:  # counting needs config.json alone

@@ -18,6 +18,7 @@ Sources: generator, Kong et al. 2020 (HiFi-GAN, arXiv 2010.05646) section 2.2; u
 used on units by Lee et al. 2022 (arXiv 2107.05604). Shapes: B batch, T units, F frames, S samples, C width.
 """
 import difflib
+import itertools
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,8 +33,9 @@ from checkpoints.fill import fill
 from checkpoints.pretrained import fold_weight_norm
 from corpus import foreign
 from corpus.shards import UnitShards, check_recipe
-from speech.audio import SAMPLE_RATE, write_wav
+from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
+from speech.spoken import record_of, write_spoken
 
 SLOPE = 0.1  # leaky ReLU inside the generator
 LAST_SLOPE = 0.01  # leaky ReLU before the last convolution: the published models use the library's default there
@@ -303,7 +305,7 @@ class SpeakConfig:
     vocoder: str = "pocket"  # vocoder folder or weight file, `pocket`, or a known name
     speaker: str | None = None  # number or name of the voice, where the vocoder has several
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
-    out: str = "speech"  # folder for the wav files
+    out: str = "speech"  # folder for the wav files; one that holds other speech stays, and the new one gets a number
     use_durations: bool = False  # speak with the recorded run lengths instead of predicted ones
     device: str = "cpu"  # auto | cpu | cuda
 
@@ -334,13 +336,11 @@ def main(argv=None):
     for name, units, runs in config.progress(rows, desc="speaking", unit="file"):
         if options.use_durations and runs is None:
             raise ValueError(f"{name} has no run lengths; leave out --use-durations")
-        stem, copy = Path(name).stem, 1
-        while stem in taken:  # two folders may hold recordings of one name
-            copy += 1
-            stem = f"{Path(name).stem}_{copy}"
-        taken.add(stem)
+        stems = (f"{Path(name).stem}_{copy}".removesuffix("_1") for copy in itertools.count(1))
+        taken.add(stem := next(stem for stem in stems if stem not in taken))  # two folders may hold recordings of one name
         wav = vocoder(units, runs if options.use_durations else None, options.speaker, options.style)
-        write_wav(Path(options.out) / f"{stem}.wav", wav)
+        record = record_of(name, options, ("vocoder", "speaker", "style"), (units, runs if options.use_durations else len(wav)))
+        write_spoken(options.out, {stem: wav}, record)
         seconds += len(wav) / SAMPLE_RATE
     print(f"{len(taken)} files, {seconds:.1f} s of speech in {options.out}")
 

@@ -10,6 +10,7 @@ a temporary name first, so a file that exists is whole.
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import re
@@ -127,6 +128,15 @@ def write_json(path, value):
 
 def write_text(path, text):
     write_bytes(path, text.encode())
+
+
+def write_beside(path, text):
+    """Write text. Other text that stands there is kept, the oldest as number 1: result.json -> result-1.json."""
+    path = Path(path)
+    if path.is_file() and path.read_bytes() != text.encode():
+        numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+        os.replace(path, next(other for other in numbered if not other.exists()))
+    write_text(path, text)
 
 
 def write_bytes(path, content, temporary=None):
@@ -373,12 +383,22 @@ def write_tensors(path, tensors, metadata=None):
         temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
 
 
+def refuse_existing(path, overwrite=False, remedy="give another --out, or --overwrite to replace it"):
+    """Raise ValueError if a path holds something, a file or a folder that is not empty, unless the user says --overwrite."""
+    path = Path(path)
+    if not overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
+        raise ValueError(f"{path} is there already; {remedy}")
+
+
 def write_model(folder, config, tensors, shard_bytes=SHARD_BYTES):
     """Write a Hugging Face style folder: config.json + model.safetensors, in several files with an index if large.
 
-    The folder is built under a temporary name and swapped in, so a reader sees the old model or the new one.
+    The folder is built under a temporary name and swapped in, so a reader sees the old model or the new one. All that the old
+    one held is gone then, so a folder that is no model's is refused.
     """
     folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds files, but no model (no config.json): it is not replaced; give another folder")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

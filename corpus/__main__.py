@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from checkpoints.files import replacing
+from checkpoints.files import locked, replacing
 from corpus import foreign, inspector
-from corpus.shards import UnitShards, write_shards
+from corpus.shards import UnitShards, read_meta, refuse_other_recipe, write_shards
 from speech.encoder import CHUNKINGS
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
     paths: tuple[str, ...] = ()  # a shard folder to look into; or what to import: one .jsonl file, or a .tsv and its .km
-    jsonl: str | None = None  # export the folder to this file of JSON lines; without a value, or -, to the terminal
-    out: str | None = None  # import: folder for the shards
+    jsonl: str | None = None  # export the folder to this file of JSON lines (replaced); without a value, or -, to the terminal
+    out: str | None = None  # import: folder for the shards, to which new documents are added
+    overwrite: bool = False  # import: replace what --out holds
     like: str | None = None  # import: shard folder whose recipe the units share, instead of the seven options below
     num_units: int | None = None  # import: K, size of the k-means table
     frame_rate: float | None = None  # import: frames per second of speech
@@ -51,7 +52,7 @@ def imported_recipe(options):
 
 
 def import_units(options):
-    """The files in options.paths -> shards in options.out; returns the meta."""
+    """The files in options.paths -> shards in options.out, after what it holds; returns the meta, and how many are new."""
     for path in options.paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file at {path}; check the path")
@@ -62,9 +63,29 @@ def import_units(options):
         for name, units, runs, seconds in config.progress(rows, desc="importing", unit="file"):
             yield name, *(foreign.collapse(units, runs) if options.dedup else (units, runs)), seconds
 
-    # The recipe tells the truth about the units, whatever the file's format suggests.
-    repeats = any((units[1:] == units[:-1]).any() for _, units, _, _ in documents())
-    return write_shards(options.out, {**recipe, "dedup": not repeats}, documents())
+    # The recipe tells the truth about the units, whatever the file's format suggests; all lines are checked before any is written
+    seen = [(bool((units[1:] == units[:-1]).any()), bool((runs == 1).all())) for _, units, runs, _ in documents()]
+    with locked(options.out, "units"):
+        before = not options.overwrite and read_meta(options.out) or {"recipe": {}, "files": 0, "units": 0}
+        frames = not before["recipe"].get("dedup", True) and not options.dedup and all(ones for _, ones in seen)
+        recipe["dedup"] = not (frames or any(repeats for repeats, _ in seen))  # frames need not repeat
+        refuse_other_recipe(options.out, recipe, options.overwrite)
+        new = not_in(options.out, documents()) if before["units"] else documents()
+        meta = write_shards(options.out, recipe, new, overwrite=options.overwrite)
+    return meta, meta["files"] - before["files"]
+
+
+def not_in(folder, documents):
+    """The documents that a folder of shards does not hold yet. Raises: ValueError where it holds others of the same name."""
+    inside = {}
+    for name, units, _ in UnitShards(folder):
+        inside.setdefault(name, set()).add(hash(units.tobytes()))
+    for name, units, runs, seconds in documents:
+        if name not in inside:
+            yield name, units, runs, seconds
+        elif hash(units.tobytes()) not in inside[name]:
+            raise ValueError(f"{folder} holds other units under the name {name}; give documents names of their own (file_name), "
+                             "or another --out, or --overwrite")
 
 
 def main(argv=None):
@@ -74,8 +95,9 @@ def main(argv=None):
     if suffixes in ([".jsonl"], [".km", ".tsv"]) and len(options.paths) == len(suffixes):
         if not options.out or options.jsonl:
             raise ValueError("an import needs --out=FOLDER, and no --jsonl")
-        meta = import_units(options)
-        print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units in {options.out}")
+        meta, added = import_units(options)
+        print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units in {options.out}"
+              + (f"; {added or 'none'} of them new" if added < meta["files"] else ""))
     elif len(options.paths) != 1:
         raise ValueError("give one shard folder to look into, or one .jsonl file or a .tsv and its .km to import (--help)")
     elif options.out:

@@ -6,6 +6,8 @@
 `python hubert_units.py FOLDER --out=units/mine` is the command. Shapes: S samples, F frames, T units.
 """
 import collections
+import contextlib
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,9 @@ import torch
 from tqdm import tqdm
 
 import config
-from corpus.journal import Journal, assemble, complete
+from checkpoints.files import locked, write_bytes
+from corpus.journal import Journal, assemble
+from corpus.shards import names_in, read_meta, refuse_other_recipe
 from speech import audio
 from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
@@ -40,6 +44,16 @@ def find_audio(paths):
         raise ValueError(f"no audio found in {', '.join(map(str, paths)) or 'nothing'}; "
                          "give files or folders: python hubert_units.py recordings/ --out=units/mine")
     return sorted(set(files))
+
+
+def as_named(files, folder):
+    """The names of files in a folder of shards, which knows a recording by its path: that which is in it, else as it was given,
+    or the whole path if an earlier call was made in another working folder, from which relative names count (named_from.txt)."""
+    here, origin, base = os.path.relpath(".", folder), Path(folder, "named_from.txt"), os.path.abspath(folder)
+    origin = os.fsdecode(origin.read_bytes()) if origin.exists() else here
+    inside = {os.path.normpath(os.path.join(base, origin, name)): name for name in names_in(folder)}
+    paths = {os.path.abspath(file): str(file) for file in files}
+    return [inside.get(path, name if origin == here else path) for path, name in paths.items()]
 
 
 def tried(function, *arguments):
@@ -93,19 +107,39 @@ def encode_group(group, encoder):
     results = {file: wav if isinstance(wav, Exception) else
                tried(encode_long, file, encoder) if wav is None else tried(encoder.checked, wav) for file, wav in wavs.items()}
     good = {file: wav for file, wav in wavs.items() if isinstance(results[file], torch.Tensor)}
-    for (file, wav), frames in zip(good.items(), encoder.encode_batch([*good.values()])):
+    for (file, wav), frames in zip(good.items(), encoder.encode_batch([*good.values()]) if good else ()):
         results[file] = frames, len(wav) / SAMPLE_RATE
     return results
 
 
 def encode_files(files, encoder, options, dist):
-    """The command: every process journals what it finishes; when all have, one joins the journals to shards."""
-    recipe, names = {**encoder.recipe, "dedup": options.dedup}, [str(file) for file in files]
-    meta = complete(options.out, recipe, names)
-    if meta:
-        return meta
+    """The command: every process journals what it finishes; when all have, one joins the journals to shards.
+
+    What the folder holds stays, and recordings of a name that is in it are passed over; with options.overwrite it is replaced.
+    Returns: the meta and the number of recordings that came in, on the first process; (None, 0) on others.
+    """
+    recipe, out = {**encoder.recipe, "dedup": options.dedup}, Path(options.out)
+    refuse_other_recipe(out, recipe, options.overwrite)
+    inside = set() if options.overwrite else set(names_in(out))
+    names = [name for name in map(str, files) if name not in inside]
+    if not dist.any(names or any(out.glob("work*"))):
+        return read_meta(out), 0
+    with contextlib.ExitStack() as stack:
+        dist.from_main(stack.enter_context, locked(out, "units"))
+        encode_new(names, encoder, options, recipe, dist)
+        if not dist.is_main:
+            return None, 0
+        meta = assemble(out, recipe, names, options.overwrite)
+        return meta, meta["files"] - len(inside)
+
+
+def encode_new(names, encoder, options, recipe, dist):
+    """This process's share of the recordings into its journal."""
     journal, mine = Journal(options.out, recipe, dist.rank), names[dist.rank::dist.world]
     left = [file for file in mine if file not in journal.finished]
+    origin = Path(options.out, "named_from.txt")
+    if dist.is_main and not all(map(os.path.isabs, names)) and (options.overwrite or not origin.exists()):
+        write_bytes(origin, os.fsencode(os.path.relpath(".", options.out)))
     heard, failures, began = 0.0, 0, time.perf_counter()  # seconds, files
     bar = config.progress(total=len(mine), initial=len(mine) - len(left), desc="encoding", unit="file", shown=dist.is_main)
     with ThreadPoolExecutor(options.workers) as pool, bar:
@@ -123,7 +157,6 @@ def encode_files(files, encoder, options, dist):
             bar.set_postfix_str(f"{heard / 3600:.2f} h, {speed:.0f} x real time, {failures} failed")
     journal.close()
     dist.barrier()
-    return assemble(options.out, recipe, names) if dist.is_main else None
 
 
 def sample_features(files, encoder, size, generator):

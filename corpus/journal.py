@@ -25,7 +25,7 @@ import numpy as np
 
 import config
 from checkpoints.files import write_bytes
-from corpus.shards import FORMAT, as_uint16, fingerprint_names, read_if_there, refuse_other_recipe, write_shards
+from corpus.shards import as_uint16, names_in, read_meta, refuse_other_recipe, write_shards
 
 
 def seal(payload):
@@ -69,14 +69,14 @@ class Journal:
     Args: folder: OUT. recipe: of the units. rank: number of this process.
     Attributes: finished, set of file names that are done, good or failed: those of earlier starts and what is added here.
         Processes open their journals at different moments, so divide the list of names first and leave out these then.
-    Raises: ValueError if the folder, or its work/, is of another recipe.
+    Raises: ValueError if its work/ is of another recipe.
     """
 
     def __init__(self, folder, recipe, rank=0):
         self.folder = Path(folder)
         work = self.folder / "work"
         shutil.rmtree(self.folder / "work.done", ignore_errors=True)  # left by a kill at the very end
-        refuse_other_recipe(self.folder, recipe)
+        refuse_other_recipe(self.folder, recipe, overwrite=True)
         work.mkdir(parents=True, exist_ok=True)
         self.finished = {row["file_name"] for _, _, row in read_journals(work)}
         paths = (work / f"{rank:05d}.{start:05d}.jsonl" for start in itertools.count())
@@ -116,16 +116,19 @@ def read_places(places):
         yield name, *(np.frombuffer(base64.b64decode(row[key]), "<u2") for key in ("units", "runs")), row["seconds"]
 
 
-def assemble(folder, recipe, names):
+def assemble(folder, recipe, names, overwrite=False):
     """Journals -> shards, by one process, after all have closed theirs; returns the meta.
 
-    The bytes depend on the documents and the order of `names` alone. Interrupted at any point, it is simply called again:
-    the journals go last, and until then no meta.json vouches for the new shards.
+    What is new is added after what the folder holds; the bytes depend on the documents and the order of `names` alone.
+    Interrupted at any point, it is simply called again: the journals go last. They stay if they hold recordings beyond `names`,
+    of another extraction that was interrupted, which so can still go on.
 
-    Args: names: every recording that was asked for, each once. What the journals hold beyond them is dropped.
+    Args: names: every recording that was asked for, each once. overwrite: what the folder held, and all work, is replaced.
     Raises: ValueError if some are neither encoded nor failed; OSError, in a sentence, if the disk is full.
     """
-    folder, names, places, reasons = Path(folder), [str(name) for name in names], {}, {}
+    folder, places, reasons, inside = Path(folder), {}, {}, set() if overwrite else set(names_in(folder))
+    refuse_other_recipe(folder, recipe, overwrite)
+    names = [str(name) for name in names if str(name) not in inside]
     for path, offset, row in read_journals(folder / "work"):
         if "reason" in row:
             reasons[row["file_name"]] = row["reason"]
@@ -137,19 +140,12 @@ def assemble(folder, recipe, names):
                          "start the same command again, it does only these")
     documents = read_places([(name, *places[name]) for name in names if name in places])
     failures = [(name, reasons[name]) for name in names if name not in places]
-    with full_disk_explained(folder):
-        meta = write_shards(folder, recipe, config.progress(documents, desc="assembling", unit="file"), failures, names)
-    os.replace(folder / "work", folder / "work.done")  # in one step: a part of them would look like work still to do
+    meta = read_meta(folder)
+    if names or meta is None:
+        with full_disk_explained(folder):
+            bar = config.progress(documents, desc="assembling", unit="file")
+            meta = write_shards(folder, recipe, bar, failures, overwrite)
+    if (folder / "work").exists() and (overwrite or {*places, *reasons} <= inside.union(names)):
+        os.replace(folder / "work", folder / "work.done")  # in one step: a part of them would look like work still to do
     shutil.rmtree(folder / "work.done", ignore_errors=True)
     return meta
-
-
-def complete(folder, recipe, names):
-    """The meta if the folder holds exactly these recordings, encoded by this recipe; None if there is something to do."""
-    folder = Path(folder)
-    meta = read_if_there(folder / "meta.json")
-    wanted = {"format": FORMAT, "recipe": json.loads(json.dumps(recipe)), "names": fingerprint_names(names)}
-    if meta is None or (folder / "work").exists() or any(meta.get(key) != value for key, value in wanted.items()):
-        return None
-    shutil.rmtree(folder / "work.done", ignore_errors=True)  # left by a kill at the very end
-    return meta if sum(path.stat().st_size for path in folder.glob("*.units.bin")) == 2 * meta["units"] else None

@@ -6,12 +6,13 @@
            00000.files.jsonl  one JSON a document: file_name, seconds
            meta.json          the recipe that made the units, totals; written last: without it no shard counts
            failures.csv       recordings that could not be encoded, and why
+           named_from.txt     the folder, seen from this one, that relative file names count from
            work/              what an unfinished extraction has done so far, see journal.py
 
-A folder holds as many shards as it needs. `python -m corpus FOLDER` says what is in one. Shapes: T units per document.
+A folder holds as many shards as it needs. What is added later goes into shards of its own: the older ones stay as they are, for
+whoever has them open. `python -m corpus FOLDER` says what is in one. Shapes: T units per document.
 """
 import csv
-import hashlib
 import io
 import json
 import os
@@ -38,11 +39,46 @@ def read_if_there(path):
         raise ValueError(f"{path} is damaged: it holds no JSON dictionary; delete it and start the same command again") from None
 
 
-def refuse_other_recipe(folder, recipe):
-    """Raise ValueError if the shards in a folder, or what an unfinished extraction has done there, are of another recipe."""
-    recipe = json.loads(json.dumps(recipe))  # as it would be read: tuples are lists
-    shards, work = (read_if_there(folder / "meta.json") or {}).get("recipe"), read_if_there(folder / "work/recipe.json")
-    for found, what, remedy in ((shards, f"{folder} holds units", "that folder"),
+def read_meta(folder):
+    """meta.json of a folder of shards, None where there is none."""
+    meta = read_if_there(Path(folder) / "meta.json")
+    if meta and meta.get("format") != FORMAT:
+        raise ValueError(f"{folder} is written in format {meta.get('format')}, this code reads {FORMAT}; encode the audio again")
+    return meta
+
+
+def prefixes_of(folder, meta):
+    """Paths of the shards that meta.json counts, less their suffixes; behind them may lie some of an interrupted addition."""
+    prefixes, documents = [], 0
+    for path in sorted(Path(folder).glob("*.offsets.bin")) if meta else ():
+        if documents < meta["files"]:
+            documents += path.stat().st_size // 8 - 1
+            prefixes.append(str(path)[:-len("offsets.bin")])
+    if meta and documents != meta["files"]:
+        raise ValueError(f"{folder} holds {documents} documents, its meta.json promises {meta['files']}; copy it again")
+    return prefixes
+
+
+def names_in(folder):
+    """file_name of every document that a folder holds, in order; none where there are no shards."""
+    return [json.loads(line)["file_name"] for prefix in prefixes_of(folder, read_meta(folder))
+            for line in Path(prefix + "files.jsonl").read_bytes().splitlines()]
+
+
+def read_failures(folder):
+    """{file: reason} of a folder's failures.csv."""
+    path = Path(folder) / "failures.csv"
+    text = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else ""
+    return dict(row for row in list(csv.reader(io.StringIO(text, newline="")))[1:] if len(row) == 2)
+
+
+def refuse_other_recipe(folder, recipe, overwrite=False):
+    """Raise ValueError if the shards in a folder (unless they are overwritten), or what an unfinished extraction has done there,
+    are of another recipe."""
+    recipe, folder = json.loads(json.dumps(recipe)), Path(folder)  # as it would be read: tuples are lists
+    shards = None if overwrite else (read_if_there(folder / "meta.json") or {}).get("recipe")
+    work = read_if_there(folder / "work/recipe.json")
+    for found, what, remedy in ((shards, f"{folder} holds units", "that folder (--overwrite replaces it)"),
                                 (work, f"{folder / 'work'} holds unfinished units", folder / "work")):
         if found not in (None, recipe):
             key = next(key for key in sorted({*found, *recipe}) if found.get(key, "absent") != recipe.get(key, "absent"))
@@ -58,11 +94,6 @@ def as_uint16(name, units, runs):
     if len(units) and (units.min() < 0 or units.max() > MAX_UNIT):
         raise ValueError(f"{name}: units must lie in [0, {MAX_UNIT}], got {units.min()} to {units.max()}")
     return units.astype("<u2"), np.minimum(runs, MAX_UNIT).astype("<u2")
-
-
-def fingerprint_names(names):
-    """First 16 hex digits of the SHA-256 of file names, each as JSON on a line of its own: does a folder hold exactly these?"""
-    return hashlib.sha256("".join(f"{json.dumps(str(name))}\n" for name in names).encode()).hexdigest()[:16]
 
 
 class ShardWriter:
@@ -101,46 +132,50 @@ class ShardWriter:
             Path(f"{path}.tmp").unlink(missing_ok=True)
 
 
-def publish(folder, recipe, writers, failures=(), names=None):
-    """Give the shards of finished writers, all that the folder holds from now on, their names; returns the meta.
+def publish(folder, recipe, writers, failures=(), onto=None):
+    """Give the shards of finished writers their names; returns the meta.
 
-    Args: failures: (file, reason) pairs, the lines of failures.csv. names: the file names that were asked for, good and failed;
-        their fingerprint tells a later start that all is done.
+    Args: failures: all (file, reason) pairs, the lines of failures.csv. onto: the meta of what the folder holds, which stays; the
+        writers' shards are numbered after it, so a kill leaves the folder as it was or as it will be. None: they replace it.
     """
-    folder = Path(folder)
-    (folder / "meta.json").unlink(missing_ok=True)  # it must never describe a mixture of old shards and new
+    folder, before, count = Path(folder), onto or {"files": 0, "units": 0, "hours": 0.0}, len(prefixes_of(folder, onto))
+    if not onto:
+        (folder / "meta.json").unlink(missing_ok=True)  # it must never describe a mixture of old shards and new
     for path in (path for writer in writers for path in writer.paths):
         os.replace(f"{path}.tmp", path)
     for path in folder.glob("[0-9]" * 5 + ".*"):  # of an earlier run with more shards
-        if int(path.name[:5]) >= len(writers):
+        if int(path.name[:5]) >= count + len(writers):
             path.unlink()
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("file", "reason"), *failures])
     write_bytes(folder / "failures.csv", table.getvalue().encode("utf-8", "surrogateescape"))
-    meta = {"format": FORMAT, "recipe": recipe, "files": sum(writer.documents for writer in writers),
-            "units": sum(writer.units for writer in writers), "hours": sum(writer.seconds for writer in writers) / 3600,
-            "failures": len(failures)}
-    if names is not None:
-        meta["names"] = fingerprint_names(names)
+    meta = {"format": FORMAT, "recipe": recipe, "files": before["files"] + sum(writer.documents for writer in writers),
+            "units": before["units"] + sum(writer.units for writer in writers),
+            "hours": before["hours"] + sum(writer.seconds for writer in writers) / 3600, "failures": len(failures)}
     write_bytes(folder / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
     return meta
 
 
-def write_shards(folder, recipe, documents, failures=(), names=None):
-    """A whole folder from its documents, by one process; returns the meta. What the folder held is replaced at the end.
+def write_shards(folder, recipe, documents, failures=(), overwrite=False):
+    """Documents into a folder, by one process, after those that it holds; returns the meta.
 
-    Args: documents: iterable of (name, units (T,), runs (T,), seconds), written in this order. failures, names: as publish.
+    Args: documents: iterable of (name, units (T,), runs (T,), seconds), written in this order. failures: (file, reason) pairs;
+        those of earlier calls stay listed, but for what is written now. overwrite: what the folder held is replaced at the end.
+    Raises: ValueError if it holds units of another recipe.
     """
-    refuse_other_recipe(Path(folder), recipe)
-    writers = [ShardWriter(folder)]
+    refuse_other_recipe(folder, recipe, overwrite)
+    onto = None if overwrite else read_meta(folder)
+    listed, first = {**(read_failures(folder) if onto else {}), **dict(failures)}, len(prefixes_of(folder, onto))
+    writers = [ShardWriter(folder, first)]
     try:
         for name, units, runs, seconds in documents:
             if writers[-1].units and writers[-1].units + len(units) > SHARD_UNITS:
                 writers[-1].finish()
-                writers.append(ShardWriter(folder, len(writers)))
+                writers.append(ShardWriter(folder, first + len(writers)))
             writers[-1].add(units, runs, name, seconds)
+            listed.pop(name, None)
         writers[-1].finish()
-        return publish(folder, recipe, writers, list(failures), names)
+        return publish(folder, recipe, [writer for writer in writers if writer.documents or not onto], [*listed.items()], onto)
     finally:
         for writer in writers:
             writer.discard()
@@ -151,19 +186,15 @@ class UnitShards:
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.folder, self.meta = folder, read_if_there(folder / "meta.json")
+        self.folder, self.meta = folder, read_meta(folder)
         if self.meta is None:
             remedy = ("its work/ is of an extraction that was interrupted: start the same command again"
                       if (folder / "work").is_dir() else "make them with python hubert_units.py AUDIO... --out=FOLDER")
             raise FileNotFoundError(f"no meta.json in {folder}, so it holds no unit shards" + (
                 f": it {said}" if (said := recognise(folder)) else f"; {remedy}"))
-        if self.meta.get("format") != FORMAT:
-            raise ValueError(f"{folder} is written in format {self.meta.get('format')}, this code reads {FORMAT}; "
-                             "encode the audio again")
         self.recipe, self.parts = self.meta["recipe"], []
-        for path in sorted(folder.glob("*.offsets.bin")):
-            prefix = str(path)[: -len("offsets.bin")]
-            offsets = np.fromfile(path, dtype="<i8")
+        for prefix in prefixes_of(folder, self.meta):
+            offsets = np.fromfile(prefix + "offsets.bin", dtype="<i8")
             size = os.path.getsize(prefix + "units.bin") // 2
             if offsets[-1] != size:
                 raise ValueError(f"{prefix}units.bin holds {size} units, its offsets promise {offsets[-1]}; copy it again")

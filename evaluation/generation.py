@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints.files import write_text
+from checkpoints.files import write_beside
 from evaluation import reports
 from evaluation.accuracy import Estimate
 from model import generate
@@ -139,7 +139,7 @@ def run(evaluation, folder):
     found = [("units", system, len(sequences), describe(sequences)) for system, sequences in spoken.items()]
     lines = [json.dumps({"units": [int(unit) for unit in (*prompt, *more)], "file_name": f"{Path(source).stem}.wav"}) + "\n"
              for (source, prompt, _), more in zip(prompts, spoken["model"])]
-    write_text(Path(options.out) / "continuations.jsonl", "".join(lines))
+    write_beside(Path(options.out) / "continuations.jsonl", "".join(lines))
     if options.transcripts:
         texts, scored = read_transcripts(options.transcripts)
         token = "token of the file's own model"

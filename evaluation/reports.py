@@ -8,6 +8,7 @@ Their other parts describe a system and are the user's to write: `zrc submission
 """
 import csv
 import io
+import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -65,11 +66,11 @@ def csv_text(header, rows):
 
 
 def write(out, sections, conventions, systems, options):
-    """result.json and result.csv in the folder `out`."""
-    files.write_json(Path(out) / "result.json", {"options": asdict(options), "conventions": conventions, "systems": systems,
-                                                 "sections": sections})
+    """result.json and result.csv in the folder `out`; those of another evaluation are kept under a number."""
+    result = {"options": asdict(options), "conventions": conventions, "systems": systems, "sections": sections}
+    files.write_beside(Path(out) / "result.json", json.dumps(result, indent=2) + "\n")
     rows = [[each[name] for name in FIELDS] for section in sections for each in section["rows"]]
-    files.write_text(Path(out) / "result.csv", csv_text(FIELDS, rows))
+    files.write_beside(Path(out) / "result.csv", csv_text(FIELDS, rows))
 
 
 def write_scores(out, benchmark, pairs, scores, lengths):
@@ -80,7 +81,7 @@ def write_scores(out, benchmark, pairs, scores, lengths):
     rows = [[pair.positive, pair.negative, pair.item, pair.voice, lengths[pair.positive], lengths[pair.negative],
              *(repr(float(side[i])) for system in systems for side in scores[system])] for i, pair in enumerate(pairs)]
     name = f"{benchmark.task}_{benchmark.name}_pairs.csv".replace("/", "_").replace(" ", "_")
-    files.write_text(Path(out) / name, csv_text(header, rows))
+    files.write_beside(Path(out) / name, csv_text(header, rows))
 
 
 def write_submission(out, benchmark, score_of):

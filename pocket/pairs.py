@@ -251,8 +251,8 @@ def table(columns, rows):
 def write(folder, recipe, made):
     """One benchmark. pairs.csv goes last: without it eval.py passes the folder by."""
     (folder / "pairs.csv").unlink(missing_ok=True)
-    write_shards(folder / "units", recipe, [(name, *document) for _, _, documents in made
-                                            for name, document in documents.items()])
+    documents = [(name, *document) for _, _, documents in made for name, document in documents.items()]
+    write_shards(folder / "units", recipe, documents, overwrite=True)  # of a run that was interrupted
     texts = [{"item": question.item, "positive": question.right, "negative": question.wrong} for question, _, _ in made]
     files.write_text(folder / "texts.csv", table(("item", "positive", "negative"), texts))
     columns = ("positive", "negative", "voice", "item", "type", "frequency", "positive_start", "negative_start")

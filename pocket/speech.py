@@ -20,6 +20,7 @@ import soundfile
 import torch
 
 import config
+from checkpoints.files import refuse_existing
 from pocket.stories import story
 from speech.audio import SAMPLE_RATE, resample
 
@@ -135,6 +136,7 @@ def main(argv=None):
         raise ValueError(f"--voices={options.voices}: expected one of {', '.join(VOICES)}")
     voices = VOICES[options.voices]
     out = Path(options.out)
+    refuse_existing(out / "phones.tsv", remedy="delete the folder, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     engine, seconds = Espeak(), 0.0
     with open(out / "phones.tsv.tmp", "w", newline="") as file:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import config
-from corpus.shards import write_shards
+from corpus.shards import names_in, write_shards
 from pocket.stories import story
 
 RECIPE = {"kind": "bytes", "num_units": 256}
@@ -22,15 +22,16 @@ def encode(text):
 
 @dataclass(frozen=True)
 class TextConfig:
-    out: str = "build/text/train"  # folder for the shards
+    out: str = "build/text/train"  # folder for the shards; other stories that it holds stay
     count: int = 60_000  # stories, about 480 bytes each
     first_story: int = 0  # seed of the first; the spoken stories have other seeds
 
 
 def main(argv=None):
     options = config.load(TextConfig, argv)
+    inside = set(names_in(options.out))
     seeds = config.progress(range(options.first_story, options.first_story + options.count), desc="writing")
-    texts = ((f"story {seed}", encode(story(seed))) for seed in seeds)
+    texts = ((f"story {seed}", encode(story(seed))) for seed in seeds if f"story {seed}" not in inside)
     meta = write_shards(options.out, RECIPE, ((name, units, np.ones_like(units), 0.0) for name, units in texts))
     print(f"{meta['units']:,} bytes in {options.out}")
 

@@ -252,6 +252,7 @@ def build(options):
     if options.threads:
         torch.set_num_threads(options.threads)
     out = Path(options.out)
+    files.refuse_existing(out / "quality.json", remedy="a finished tokenizer; delete the folder, or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     speech, val = Speech(options.speech), Speech(options.val)

@@ -446,6 +446,7 @@ def train(run, corpus, options):
 
 def main(argv=None):
     options = config.load(TrainVocoderConfig, argv)
+    files.refuse_existing(options.out, remedy="delete it, or give another --out")
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # tiny numbers after the leaky ReLUs are slow on a CPU and inaudible
     torch.manual_seed(options.seed)

@@ -41,7 +41,7 @@ class LargeConfig:
 def main(argv=None):
     options = config.load(LargeConfig, argv)
     work = Path(options.work)
-    shutil.rmtree(work, ignore_errors=True)
+    files.refuse_existing(work, remedy="delete it, or give another --work")
     shape = TransformerConfig(vocab_size=50272, n_layer=options.layers, n_head=32, n_kv_head=32, n_embd=2048, head_dim=64,
                               n_inner=8192)
     fields = dataclasses.asdict(shape)

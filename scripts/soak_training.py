@@ -94,7 +94,7 @@ def largest_difference(a, b):
 def main(argv=None):
     options = config.load(SoakConfig, argv)
     work, rng = Path(options.work), random.Random(options.seed)
-    shutil.rmtree(work, ignore_errors=True)
+    files.refuse_existing(work, remedy="delete it, or give another --work")
     rows = []
     for processes in (1, 2):
         out, undisturbed = work / f"killed_{processes}", work / f"clean_{processes}"

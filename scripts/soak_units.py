@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
-from checkpoints.files import write_json  # noqa: E402
+from checkpoints.files import refuse_existing, write_json  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def kill(process, out):
 def main(argv=None):
     options = config.load(SoakConfig, argv)
     rng, work = random.Random(options.seed), Path(options.work).resolve()
-    shutil.rmtree(work, ignore_errors=True)
+    refuse_existing(work, remedy="delete it, or give another --work")
     broken = write_files(work / "audio", options, rng)
     begin, done = time.perf_counter(), []
     for number in range(options.kills):

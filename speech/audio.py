@@ -193,8 +193,14 @@ def duration(path):
     return sum(len(block) for block in read_blocks(path)) / SAMPLE_RATE
 
 
-def write_wav(path, samples, rate=SAMPLE_RATE):
-    """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all."""
+def write_wav(path, samples, rate=SAMPLE_RATE, comment=""):
+    """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all.
+
+    comment: a text for its header.
+    """
     array = torch.as_tensor(samples).detach().float().clamp(-1, 1).cpu().numpy()
     with files.replacing(path) as temporary:
-        soundfile.write(temporary, array, rate, subtype="PCM_16", format="WAV")
+        with soundfile.SoundFile(temporary, "w", rate, 1, "PCM_16", format="WAV") as sound:
+            if comment:
+                sound.comment = comment
+            sound.write(array)

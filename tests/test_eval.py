@@ -479,6 +479,11 @@ def test_ties_count_what_the_option_says(world, models):
     for ties in (0, 0.5, 1):
         values, _ = evaluate(world, "--task=pairs", f"--data={world}/a", f"--model={models}/0", f"--ties={ties}")
         assert all_value(values) == all_value(values, "length") == 100 * ties
+    kept = [json.loads((world / "out" / name).read_text())["options"]["ties"] for name in ("result-1.json", "result-2.json")]
+    assert kept == [0, 0.5]  # results of other evaluations stay
+    before = sorted((world / "out").iterdir())
+    evaluate(world, "--task=pairs", f"--data={world}/a", f"--model={models}/0", f"--ties={ties}")
+    assert sorted((world / "out").iterdir()) == before
 
 
 # ---------------------------------------------------------------------------------------------- conventions

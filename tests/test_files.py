@@ -324,6 +324,35 @@ def test_every_dtype_layout_and_shared_storage_survives(tmp_path):
         assert file.metadata()["layer"] == "3"
 
 
+def test_a_folder_that_is_no_models_is_not_replaced_by_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.csv").write_text("step\n")
+    with pytest.raises(ValueError, match="run holds files, but no model"):
+        files.write_model(tmp_path / "run", {"model_type": "x"}, {"a": torch.zeros(1)})
+    assert names_in(tmp_path) == ["run", "run/log.csv"]
+    (tmp_path / "empty").mkdir()
+    files.write_model(tmp_path / "empty", {"model_type": "x"}, {"a": torch.zeros(1)})
+
+
+def test_a_warm_start_replaces_a_model_only_if_it_is_told_to(tmp_path, monkeypatch):
+    twist.main(["--units=20", f"--out={tmp_path}/model"])
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    monkeypatch.setattr(twist, "load_text_lm", lambda name: pytest.fail("refused late"))
+    with pytest.raises(ValueError, match="model is there already; give another --out, or --overwrite"):
+        twist.main(["--units=20", "--seed=1", f"--out={tmp_path}/model"])
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    twist.main(["--units=20", "--seed=1", f"--out={tmp_path}/model", "--overwrite"])
+    assert (tmp_path / "model/model.safetensors").read_bytes() != before
+
+
+def test_text_that_is_written_beside_other_text_keeps_it_under_a_number(tmp_path):
+    for text in ("one", "one", "two", "two", "three"):
+        files.write_beside(tmp_path / "result.json", text)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "result.json": "three", "result-1.json": "one", "result-2.json": "two"}
+
+
 def test_writing_leaves_no_temporary_files(tmp_path):
     files.write_tensors(tmp_path / "new folder" / "a.safetensors", tensors())
     files.write_json(tmp_path / "b.json", {"a": [1, None, "ü"]})

@@ -878,7 +878,7 @@ def test_nothing_to_encode_is_an_error_that_says_why(folders, tmp_path):
     assert failures(tmp_path / "units").keys() == {"bad.wav"}
 
 
-def test_two_processes_write_the_same_documents_as_one_and_a_second_run_replaces_them(folders, tmp_path):
+def test_two_processes_write_the_same_documents_as_one(folders, tmp_path):
     good = write_recordings(tmp_path / "audio")
     arguments = [str(tmp_path / "audio"), f"--tokenizer={folders['50hz']}", "--device=cpu"]
     hubert_units.main([*arguments, f"--out={tmp_path / 'one'}"])
@@ -894,8 +894,81 @@ def test_two_processes_write_the_same_documents_as_one_and_a_second_run_replaces
     assert failures(tmp_path / "two") == failures(tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "meta.json").read_text()) for name in ("one", "two"))
     assert two == {**one, "hours": pytest.approx(one["hours"])}
-    hubert_units.main([*arguments, f"--out={tmp_path / 'two'}"])  # one process, over the shards of two
-    assert documents(tmp_path / "two") == expected
+
+
+def shards_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("0*"))}
+
+
+def test_a_second_call_adds_what_is_new_and_another_recipe_is_refused(folders, tmp_path, capsys):
+    """The shards of the second call are those of a clean run over the new files, one number on; the first ones are untouched."""
+    for i, name in enumerate(("a/1", "a/2", "b/1", "b/3")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / f"{name}.wav", noise(9000 + 700 * i, seed=i).clamp(-1, 1).numpy(), 16_000)
+    (tmp_path / "a/2.wav").rename(tmp_path / "2.wav")
+    (tmp_path / "a/2.wav").write_text("not yet audio")
+    a, b, out, alone = (str(tmp_path / name) for name in ("a", "b", "u", "alone"))
+    options = [f"--tokenizer={folders['25hz']}", "--device=cpu"]
+    hubert_units.main([a, f"--out={out}", *options])
+    first = shards_of(tmp_path / "u")
+    assert failures(tmp_path / "u").keys() == {"2.wav"} and len(first) == 4
+    (tmp_path / "2.wav").rename(tmp_path / "a/2.wav")  # a file that failed is tried again
+    hubert_units.main([a, b, f"--out={out}", *options])
+    hubert_units.main([f"{a}/2.wav", b, f"--out={alone}", *options])
+    assert "4 files" in (said := capsys.readouterr().out) and "3 of the files are new" in said
+    both = shards_of(tmp_path / "u")
+    assert {name: both[name] for name in first} == first
+    assert {name.replace("1", "0", 1): both[name] for name in both.keys() - first.keys()} == shards_of(tmp_path / "alone")
+    assert UnitShards(out).names == [f"{a}/1.wav", f"{a}/2.wav", f"{b}/1.wav", f"{b}/3.wav"] and not failures(tmp_path / "u")
+    hubert_units.main([b, a, f"--out={out}", *options])
+    assert "4 files" in (said := capsys.readouterr().out) and "none of the files are new" in said
+    assert shards_of(tmp_path / "u") == both
+    with pytest.raises(ValueError, match="u holds units of another recipe .layer is 2, now 1.*another --out.*--overwrite"):
+        hubert_units.main([b, f"--out={out}", "--layer=1", *options])
+    assert shards_of(tmp_path / "u") == both
+    hubert_units.main([b, f"--out={out}", "--layer=1", "--overwrite", *options])
+    assert UnitShards(out).names == [f"{b}/1.wav", f"{b}/3.wav"] and UnitShards(out).recipe["layer"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_add_what_is_new(folders, tmp_path):
+    arguments = [str(tmp_path / "audio"), f"--tokenizer={folders['25hz']}", "--device=cpu"]
+    (tmp_path / "audio").mkdir()
+    for part in ("ab", "xyz"):
+        for i, name in enumerate(part):
+            soundfile.write(tmp_path / f"audio/{name}.wav", noise(9000 + 900 * i).clamp(-1, 1).numpy(), 16_000)
+        hubert_units.main([*arguments, f"--out={tmp_path}/one"])
+        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                                 "hubert_units.py", *arguments, f"--out={tmp_path}/two"], cwd=ROOT, capture_output=True,
+                                text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+    assert "5 files" in result.stdout and result.stdout.count("3 of the files are new") == 1
+    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two") and "00001.units.bin" in shards_of(tmp_path / "one")
+
+
+def test_recordings_of_one_name_in_two_working_folders_are_both_taken(folders, tmp_path, monkeypatch):
+    for i, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "1.wav", noise(9000, seed=i).clamp(-1, 1).numpy(), 16_000)
+    for folder, path in (("a", "."), ("b", "."), ("", "a"), ("b", tmp_path / "a/1.wav"), ("b", "1.wav")):
+        monkeypatch.chdir(tmp_path / folder)
+        hubert_units.main([str(path), f"--out={tmp_path}/u", f"--tokenizer={folders['25hz']}", "--device=cpu"])
+    assert UnitShards(tmp_path / "u").names == ["1.wav", str(tmp_path / "b/1.wav")]
+
+
+def test_two_extractions_into_one_folder_are_refused(folders, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(9000).clamp(-1, 1).numpy(), 16_000)
+    arguments = [f"{tmp_path}/a.wav", f"--out={tmp_path}/u", f"--tokenizer={folders['25hz']}", "--device=cpu"]
+    code = "import sys; from checkpoints import files\nwith files.locked(sys.argv[1], 'units'): print(input('held\\n'))"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "u"], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="u: another process is at work on the units there"):
+        hubert_units.main(arguments)
+    other.kill()
+    other.communicate()
+    hubert_units.main(arguments)
+    assert len(UnitShards(tmp_path / "u")) == 1
 
 
 def test_k_means_is_fitted_to_the_features_of_many_recordings_and_used_from_its_file(folders, tmp_path, capsys):
@@ -906,6 +979,8 @@ def test_k_means_is_fitted_to_the_features_of_many_recordings_and_used_from_its_
     hubert_units.main([str(tmp_path / "audio"), "--fit=6", "--seed=1", f"--out={tmp_path / 'km.safetensors'}", *options])
     printed = capsys.readouterr().out
     assert "6 centres of" in printed and printed.count("left out") == len(BAD) and "layer 3, 25 Hz" in printed
+    with pytest.raises(ValueError, match="km.safetensors is there already; give another --out, or --overwrite"):
+        hubert_units.main([str(tmp_path / "audio"), "--fit=6", f"--out={tmp_path / 'km.safetensors'}", *options])
     encoder = load_unit_encoder(folders["25hz"], kmeans=tmp_path / "km.safetensors")
     assert (encoder.layer, encoder.num_units, encoder.frame_rate) == (3, 6, 25.0)
     good = [path for path in find_audio([tmp_path / "audio"]) if path.name not in BAD]

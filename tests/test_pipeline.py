@@ -81,6 +81,42 @@ def test_any_format_rate_and_channel_count_will_do_as_a_prompt(tmp_path):
     assert (tmp_path / "loud_0.wav").exists()
 
 
+def test_no_speech_replaces_other_speech_and_the_same_command_its_own(tmp_path, capsys):
+    """Prompts of one name, another model behind the same path, other seeds: each gets files of its own."""
+    for speaker in ("A", "B"):
+        (tmp_path / speaker).mkdir()
+        shutil.copy(PROMPT, tmp_path / speaker / "1.wav")
+    vocab = twist.load_speech_lm()[1]
+    lm = twist.load_text_lm()
+    twist.save_speech_lm(twist.warm_start(lm, vocab), vocab, tmp_path / "model")
+    both = [str(tmp_path / speaker / "1.wav") for speaker in "AB"]
+    seen = {}
+
+    def listed(*arguments):
+        sample.main([*arguments, f"--out={tmp_path}/out", "--max-new-units=5", "--prompt-seconds=1"])
+        found = [Path(line) for line in capsys.readouterr().out.splitlines()[1:]]
+        for path, content in seen.items():
+            assert path.read_bytes() == content
+        seen.update({path: path.read_bytes() for path in found})
+        assert seen.keys() == {*(tmp_path / "out").iterdir()}
+        return [path.name for path in found]
+
+    assert listed(*both) == listed(*both) == ["1_0.wav", "1_0-2.wav"]
+    assert listed(both[1], both[1]) == ["1_0-2.wav"]
+    other = [f"--model={tmp_path}/model", "--num-samples=2", "--continuation-only"]
+    names = [f"1_{i}{kind}-3.wav" for i in (0, 1) for kind in ("", "_continuation")]
+    assert listed(both[0], *other) == names
+    twist.save_speech_lm(twist.warm_start(lm, vocab, seed=1), vocab, tmp_path / "model")
+    assert listed(both[0], *other) == [name.replace("-3", "-4") for name in names]
+    assert listed(both[0], "--seed=1") == ["1_0-5.wav"]
+    assert listed(*both, "--resynth") == ["1_resynth.wav", "1_resynth-2.wav"]
+    seen[tmp_path / "out/1_0-2.wav"] = b"whatever it is, it stays"
+    (tmp_path / "out/1_0-2.wav").write_bytes(b"whatever it is, it stays")
+    assert listed(both[1]) == ["1_0-6.wav"]
+    record = soundfile.SoundFile(tmp_path / "out/1_0-5.wav").comment.split(" ", 1)[1]
+    assert (json.loads(record)["seed"], json.loads(record)["source"]) == (1, both[0])
+
+
 def test_resynthesis_needs_no_language_model(tmp_path):
     sample.main([str(PROMPT), f"--out={tmp_path}", "--resynth", "--model=nowhere"])
     assert len(read_wav(tmp_path / "prompt_resynth.wav")) == pytest.approx(len(read_wav(PROMPT)), rel=0.3)

@@ -21,8 +21,8 @@ from corpus import inspector, journal
 from corpus import shards as shards_module
 from corpus.__main__ import main
 from corpus.inspector import inspect
-from corpus.journal import Journal, assemble, complete
-from corpus.shards import ShardWriter, UnitShards, check_recipe, publish, write_shards
+from corpus.journal import Journal, assemble
+from corpus.shards import ShardWriter, UnitShards, check_recipe, names_in, publish, write_shards
 
 RECIPE = {"kind": "hubert", "num_units": 10, "layer": 3, "centers": "abc", "frame_rate": 25.0}
 
@@ -112,12 +112,12 @@ def encode(journal_, names):
             journal_.add(name, *recording(name))
 
 
-def extract(folder, names=NAMES, recipe=RECIPE):
+def extract(folder, names=NAMES, recipe=RECIPE, overwrite=False):
     """A start that nothing disturbs."""
     one = Journal(folder, recipe)
     encode(one, [name for name in names if name not in one.finished])
     one.close()
-    return assemble(folder, recipe, names)
+    return assemble(folder, recipe, names, overwrite)
 
 
 def contents(folder):
@@ -159,7 +159,6 @@ def test_one_large_shard_holds_the_same_documents_as_many_small_ones(tmp_path, c
     assert len(one.parts) == 1
     assert [(name, units.tolist(), runs.tolist()) for name, units, runs in one] == [
         (name, units.tolist(), runs.tolist()) for name, units, runs in many]
-    assert one.meta["names"] == many.meta["names"]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -295,7 +294,7 @@ def test_processes_that_are_really_killed_lose_nothing_that_was_finished(tmp_pat
         assert kill(process) in (0, -signal.SIGKILL)
         if (folder / "meta.json").exists():
             UnitShards(folder)
-        if complete(folder, RECIPE, NAMES):
+        if not list(folder.glob("work*")):
             break
     else:
         extract(folder)
@@ -329,9 +328,10 @@ def test_work_of_another_recipe_is_refused_with_the_way_out(tmp_path):
     Journal(tmp_path, other).close()  # the other way out
     shutil.rmtree(tmp_path / "work")
     extract(tmp_path)
-    with pytest.raises(ValueError, match="layer is 3, now 4.*another --out, or delete that folder"):
-        Journal(tmp_path, other)
-    assert complete(tmp_path, RECIPE, NAMES)
+    for call in (lambda: assemble(tmp_path, other, []), lambda: write_shards(tmp_path, other, [])):
+        with pytest.raises(ValueError, match="layer is 3, now 4.*another --out, or delete that folder .--overwrite"):
+            call()
+    assert names_in(tmp_path) == [name for name in NAMES if name not in BROKEN]
 
 
 def test_an_unfinished_folder_says_so(tmp_path):
@@ -347,77 +347,125 @@ def test_units_and_run_lengths_of_different_number_are_refused(tmp_path):
         ShardWriter(tmp_path).add([1, 2], [1], "a", 1.0)
 
 
-def test_a_folder_is_complete_for_its_recipe_and_its_list_of_names_only(tmp_path):
-    assert complete(tmp_path, RECIPE, NAMES) is None
-    meta = extract(tmp_path)
-    assert complete(tmp_path, dict(RECIPE), list(NAMES)) == meta == json.loads((tmp_path / "meta.json").read_text())
-    assert len(meta["names"]) == 16 and set(meta["names"]) <= set("0123456789abcdef")
-    assert complete(tmp_path, {**RECIPE, "pad": 40}, NAMES) is None
-    for names in (NAMES[1:], NAMES[::-1], [*NAMES, "x"], [NAMES[0] + NAMES[1], *NAMES[2:]]):
-        assert complete(tmp_path, RECIPE, names) is None
-    Journal(tmp_path, RECIPE).close()  # encoding into it has begun again
-    assert complete(tmp_path, RECIPE, NAMES) is None
-    shutil.rmtree(tmp_path / "work")
-    (tmp_path / "work.done").mkdir()
-    assert complete(tmp_path, RECIPE, NAMES) and not (tmp_path / "work.done").exists()
-    os.truncate(tmp_path / "00000.units.bin", 10)
-    assert complete(tmp_path, RECIPE, NAMES) is None
+def test_a_damaged_or_incomplete_folder_is_not_added_to(tmp_path, small_shards):
+    extract(tmp_path)
+    shutil.copy(tmp_path / "00001.offsets.bin", tmp_path / "kept")
+    (tmp_path / "00001.offsets.bin").unlink()
+    for call in (UnitShards, names_in, extract):
+        with pytest.raises(ValueError, match="documents, its meta.json promises 12; copy it again"):
+            call(tmp_path)
+    shutil.move(tmp_path / "kept", tmp_path / "00001.offsets.bin")
+    assert len(names_in(tmp_path)) == 12
     (tmp_path / "meta.json").write_text("[")
     with pytest.raises(ValueError, match="meta.json is damaged"):
-        complete(tmp_path, RECIPE, NAMES)
+        names_in(tmp_path)
 
 
-def test_a_finished_folder_is_readable_until_a_second_extraction_replaces_it(tmp_path, clean, monkeypatch):
+def test_an_extraction_that_replaces_leaves_the_older_readable_until_its_end(tmp_path, clean, monkeypatch):
     folder = tmp_path / "out"
     monkeypatch.setattr("corpus.shards.SHARD_UNITS", 20)
-    extract(folder)
+    extract(folder, recipe={**RECIPE, "layer": 4})
     assert len(contents(folder)) > len(clean)
     monkeypatch.setattr("corpus.shards.SHARD_UNITS", 150)
     one = Journal(folder, RECIPE)
     assert one.finished == set()
     encode(one, NAMES[:4])
+    assert UnitShards(folder).recipe["layer"] == 4
     assert UnitShards(folder).names == [name for name in NAMES if name not in BROKEN]
     one.close()
-    extract(folder)
+    extract(folder, overwrite=True)
     assert contents(folder) == clean
+
+
+def test_a_second_extraction_adds_the_shards_of_a_clean_run_over_what_is_new(tmp_path, clean):
+    """Numbered after the first ones, which stay as they are; a mended recording leaves the list of failures."""
+    early, late = [name for name in NAMES if name not in NAMES[4:9]], NAMES[4:9]
+    folder, alone = tmp_path / "out", tmp_path / "alone"
+    extract(folder, early)
+    before, shards = contents(folder), UnitShards(folder)
+    first = [units.tolist() for _, units, _ in shards]
+    one = Journal(folder, RECIPE)
+    one.add("3.wav", [1, 2], [1, 1], 0.5)  # it failed in the first call
+    encode(one, late)
+    one.close()
+    meta = assemble(folder, RECIPE, NAMES)  # of which most are in
+    other = Journal(alone, RECIPE)
+    other.add("3.wav", [1, 2], [1, 1], 0.5)
+    encode(other, late)
+    other.close()
+    added = assemble(alone, RECIPE, ["3.wav", *late])
+    count, after = len(shards.parts), contents(folder)
+    assert {name: after[name] for name in before if name[0] == "0"} == {name: before[name] for name in before if name[0] == "0"}
+    assert {name: after[name] for name in after.keys() - before.keys()} == {
+        f"{int(name[:5]) + count:05d}{name[5:]}": content for name, content in contents(alone).items() if name[0] == "0"}
+    assert UnitShards(folder).names == [*(name for name in early if name not in BROKEN), "3.wav",
+                                        *(name for name in late if name not in BROKEN)]
+    assert shards.document(3)[0].tolist() == first[3]  # whoever has it open goes on
+    with open(folder / "failures.csv", newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["file", "7.wav"]
+    assert (meta["files"], meta["failures"]) == (13, 1) and meta["units"] == UnitShards(folder).lengths.sum()
+    assert meta["hours"] == pytest.approx(added["hours"] + shards.meta["hours"])
+    assert extract(folder) == meta and contents(folder) == after  # nothing is new
+
+
+def test_work_of_another_interrupted_extraction_is_kept_until_that_goes_on(tmp_path, small_shards):
+    one = Journal(tmp_path, RECIPE)
+    encode(one, NAMES[:2])
+    one.close()
+    extract(tmp_path, NAMES[8:])
+    assert UnitShards(tmp_path).names == NAMES[8:]
+    assert Journal(tmp_path, RECIPE).finished == set(NAMES) - set(NAMES[2:8])
+    extract(tmp_path, NAMES[:3])
+    assert UnitShards(tmp_path).names == [*NAMES[8:], *NAMES[:3]] and not (tmp_path / "work").exists()
 
 
 class Interrupted(Exception):
     """Not an error that anything handles."""
 
 
-def test_an_assembly_interrupted_at_any_rename_is_done_again(tmp_path, clean, monkeypatch):
-    replace = os.replace
-    for again in (False, True):  # into an empty folder, and over an older extraction of fewer recordings
-        for n in range(100):
-            folder = tmp_path / f"{again} {n}"
-            if again:
-                extract(folder, NAMES[:6])
-            one = Journal(folder, RECIPE)
-            encode(one, NAMES)
-            one.close()
-            calls = iter(range(1000))
+@pytest.mark.parametrize("way", ["empty", "added", "replaced"])
+def test_an_assembly_interrupted_at_any_rename_is_done_again(way, tmp_path, small_shards, monkeypatch):
+    replace, remove, wanted = os.replace, os.unlink, {}
+    for n in [1000, *range(100)]:  # the first is not interrupted
+        folder, overwrite = tmp_path / f"{n}", way == "replaced"
+        if way != "empty":
+            extract(folder, NAMES[:6])
+        before = contents(folder) if folder.exists() else {}
+        one = Journal(folder, RECIPE)
+        encode(one, [name for name in NAMES if overwrite or name not in NAMES[:6]] if way != "empty" else NAMES)
+        one.close()
+        calls = iter(range(1000))
 
-            def fail(*paths, n=n, calls=calls):
-                if next(calls) == n:
-                    raise Interrupted
-                replace(*paths)
+        def interrupted(function, *paths, n=n, calls=calls, **inside):
+            if not inside and next(calls) == n:  # the journals go last, by a descriptor of their folder
+                raise Interrupted
+            function(*paths, **inside)
 
-            monkeypatch.setattr(os, "replace", fail)
-            try:
-                assemble(folder, RECIPE, NAMES)
+        monkeypatch.setattr(os, "replace", lambda *paths: interrupted(replace, *paths))
+        monkeypatch.setattr(os, "unlink", lambda *paths, **inside: interrupted(remove, *paths, **inside))
+        names = [name for name in NAMES if name not in BROKEN or name not in NAMES[:6]] if way == "added" else NAMES
+        try:
+            assemble(folder, RECIPE, names, overwrite)
+            if n < 1000:
                 break
-            except Interrupted:
-                pass
-            finally:
-                monkeypatch.setattr(os, "replace", replace)
-            if (folder / "meta.json").exists():  # whatever counts is whole: the older shards, or the new ones
-                assert len(UnitShards(folder)) in (5, 12)
-            assert complete(folder, RECIPE, NAMES) is None
-            assert Journal(folder, RECIPE).finished == set(NAMES)
-            assemble(folder, RECIPE, NAMES)
-            assert contents(folder) == clean
-        assert n > 12 and contents(folder) == clean
+            wanted = contents(folder)
+            continue
+        except Interrupted:
+            pass
+        finally:
+            monkeypatch.undo()
+            monkeypatch.setattr("corpus.shards.SHARD_UNITS", 150)
+            monkeypatch.setattr(os, "fsync", lambda file: None)
+        if way == "added":  # readable at every moment: as it was, or as it will be
+            found = UnitShards(folder)
+            assert found.names == [name for name in NAMES if name not in BROKEN][:len(found)] and len(found) in (5, 12)
+            assert all((folder / name).read_bytes() == content for name, content in before.items() if name[0] == "0")
+        elif (folder / "meta.json").exists():  # whatever counts is whole: the older shards, or the new ones
+            assert len(UnitShards(folder)) in (5, 12)
+        assert Journal(folder, RECIPE).finished >= set(NAMES[6:])
+        assemble(folder, RECIPE, names, overwrite)
+        assert contents(folder) == wanted
+    assert n > 8 and contents(folder) == wanted
 
 
 def test_a_kill_while_the_journals_are_removed_leaves_no_work(tmp_path, clean, monkeypatch):
@@ -432,7 +480,7 @@ def test_a_kill_while_the_journals_are_removed_leaves_no_work(tmp_path, clean, m
     with pytest.raises(Interrupted):
         extract(folder)
     monkeypatch.undo()
-    assert complete(folder, RECIPE, NAMES)
+    extract(folder)
     assert contents(folder) == clean
 
 
@@ -487,15 +535,17 @@ def test_a_full_disk_is_explained_and_the_same_command_goes_on(tmp_path, clean, 
 
 
 def test_a_full_disk_leaves_an_older_extraction_readable(tmp_path, clean, monkeypatch):
-    folder = tmp_path / "clean"
-    one = Journal(folder, RECIPE)
-    encode(one, NAMES[::-1])
-    one.close()
-    monkeypatch.setattr("corpus.shards.open", SmallDisk(1000).open, raising=False)
-    with pytest.raises(OSError, match="14 recordings are finished and kept"):
-        assemble(folder, RECIPE, NAMES[::-1])
-    monkeypatch.undo()
-    assert UnitShards(folder).names[0] == NAMES[0]
+    for overwrite in (False, True):
+        folder = tmp_path / str(overwrite)
+        extract(folder, NAMES[:2])
+        one = Journal(folder, RECIPE)
+        encode(one, NAMES[::-1])
+        one.close()
+        with monkeypatch.context() as patch:
+            patch.setattr("corpus.shards.open", SmallDisk(1000).open, raising=False)
+            with pytest.raises(OSError, match="14 recordings are finished and kept"):
+                assemble(folder, RECIPE, NAMES[::-1], overwrite)
+        assert UnitShards(folder).names == NAMES[:2]
 
 
 def test_other_disk_errors_pass_unchanged(tmp_path, monkeypatch):
@@ -707,3 +757,29 @@ def test_the_command_says_what_it_needs(tmp_path, capsys):
         run(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="another recipe"):
         run(x, f"--out={tmp_path}/units", *IMPORT)
+
+
+def test_an_import_adds_what_is_new_and_takes_no_document_for_another(tmp_path, capsys):
+    one, two, three, out = (tmp_path / name for name in ("1.jsonl", "2.jsonl", "3.jsonl", "out"))
+    one.write_text('{"units": [1, 1], "file_name": "a"}\n{"units": [2], "file_name": "b"}\n')
+    two.write_text('{"units": [2], "file_name": "b"}\n{"units": [3], "file_name": "c"}\n')
+    three.write_text('{"units": [4, 4]}\n')
+    recipe = ["--num-units=10", "--frame-rate=25"]
+    run(one, f"--out={out}", *recipe)
+    first = {path.name: path.read_bytes() for path in out.glob("0*")}
+    run(two, f"--out={out}", *recipe)  # frames that do not repeat, into frames
+    assert "3 files" in (said := capsys.readouterr().out) and "1 of them new" in said
+    assert UnitShards(out).names == ["a", "b", "c"] and UnitShards(out).recipe["dedup"] is False
+    assert all((out / name).read_bytes() == content for name, content in first.items())
+    run(three, f"--out={out}", *recipe)
+    after = contents(out)
+    run(three, f"--out={out}", *recipe)
+    assert "none of them new" in capsys.readouterr().out and UnitShards(out).names == ["a", "b", "c", "line_1"]
+    three.write_text('{"units": [5, 5]}\n')
+    with pytest.raises(ValueError, match="out holds other units under the name line_1"):
+        run(three, f"--out={out}", *recipe)
+    with pytest.raises(ValueError, match="another recipe .num_units is 10, now 11.*--overwrite"):
+        run(two, f"--out={out}", "--num-units=11", "--frame-rate=25")
+    assert contents(out) == after
+    run(two, f"--out={out}", "--num-units=11", "--frame-rate=25", "--overwrite")
+    assert UnitShards(out).names == ["b", "c"] and UnitShards(out).recipe["num_units"] == 11

@@ -468,10 +468,11 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(train_arguments, t
 
 
 def test_prompts_are_continued_on_the_way(tmp_path):
+    other = shutil.copy("pocket/prompt.wav", tmp_path)  # of the same name
     train.main(["--init=twist", "--steps=2", "--tokens-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
-                "--schedule=cooldown", "--threads=1", f"--out={tmp_path}/run"])
+                "--schedule=cooldown", "--threads=1", f"--out={tmp_path}/run", f"--prompts=pocket/prompt.wav,{other}"])
     assert [path.relative_to(tmp_path).as_posix() for path in sorted((tmp_path / "run/samples").rglob("*.wav"))] == [
-        "run/samples/step_000001/prompt_0.wav", "run/samples/step_000002/prompt_0.wav"]
+        f"run/samples/step_00000{step}/prompt_0{number}.wav" for step in (1, 2) for number in ("-2", "")]
     header = list(rows(tmp_path / "run")[1])
     assert header == list(train.logs.COLUMNS)
 

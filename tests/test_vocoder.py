@@ -446,6 +446,13 @@ def test_the_command_writes_wavs_named_after_the_recordings(folder, tmp_path, ca
         torch.testing.assert_close(torch.from_numpy(samples).float(), expected, rtol=0, atol=1 / 32767)
         seconds += len(samples) / rate
     assert f"3 files, {seconds:.1f} s" in capsys.readouterr().out
+    first = {path: path.read_bytes() for path in out.iterdir()}
+    vocoder.main([file, f"--vocoder={folder}", f"--out={out}"])
+    assert {path: path.read_bytes() for path in out.iterdir()} == first
+    other = write_lines(tmp_path / "other.jsonl", [{"units": [9, 8], "file_name": "speaker/one.flac"}])
+    vocoder.main([other, f"--vocoder={folder}", f"--out={out}"])
+    assert {path: path.read_bytes() for path in out.iterdir() if path.name != "one-2.wav"} == first
+    capsys.readouterr()
     two = write_lines(tmp_path / "two.jsonl", rows[:2])
     vocoder.main([two, f"--vocoder={folder}", f"--out={tmp_path / 'timed'}", "--use-durations"])
     assert len(soundfile.read(tmp_path / "timed" / "one.wav")[0]) == 7 * HOP

@@ -1,0 +1,50 @@
+"""Speech that a command makes: wav files that say what they were made of, and that no other speech replaces.
+
+    prompt_0.wav --the same command--> prompt_0.wav again;  --another seed, model, prompt, ...--> prompt_0-2.wav beside it
+
+Their headers have a comment (`soundfile.SoundFile(path).comment`): a fingerprint of what is spoken, then the options as JSON.
+"""
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import soundfile
+import torch
+
+from speech.audio import write_wav
+
+LONGEST = 1900  # characters of a comment: libsndfile reads no longer ones
+
+
+def record_of(source, options, names, spoken):
+    """The comment of all files of one sampling.
+
+    Args: source: path or name of what is spoken. names: of the options that are told. spoken: units, how long each lasts, ... as
+        tensors, lists or numbers.
+    """
+    text = json.dumps({"source": str(source), **{name: getattr(options, name) for name in names}})
+    content = b"".join(torch.as_tensor(part).cpu().numpy().tobytes() for part in spoken)
+    return f"{hashlib.sha256(text.encode() + content).hexdigest()[:16]} {text}"[:LONGEST]
+
+
+def comment_of(path):
+    try:
+        with soundfile.SoundFile(path) as sound:
+            return sound.comment
+    except soundfile.LibsndfileError:  # no sound file
+        return None
+
+
+def write_spoken(folder, wavs, record):
+    """Write {name: samples (S,)} as folder/NAME.wav, files of one sampling; returns their paths.
+
+    A file that is there is replaced only if its comment is this record. Else all get a number, the first free one from 2 on.
+    """
+    for number in itertools.count(1):
+        paths = [Path(folder, f"{name}{'' if number == 1 else f'-{number}'}.wav") for name in wavs]
+        if all(not path.exists() or comment_of(path) == record for path in paths):
+            break
+    for path, wav in zip(paths, wavs.values()):
+        write_wav(path, wav, comment=record)
+    return paths
