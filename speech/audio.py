@@ -8,10 +8,9 @@ A path may lead on into a zip archive, archive.zip/folder/a.wav: the member is r
 
     python -c "from speech.audio import read_wav; print(read_wav('pocket/prompt.wav').shape)"
 """
+import contextlib
 import io
 import math
-import mmap
-import re
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,14 @@ import soundfile
 import torch
 
 from checkpoints import archive, files
+from speech import containers
+from speech.containers import AGAIN
 
 SAMPLE_RATE = 16_000  # Hz; every encoder and vocoder of this project works at this rate
 LOWPASS_ZEROS = 6  # zero crossings of the sinc on each side of its centre
 ROLLOFF = 0.99  # cut-off as a share of the lower Nyquist frequency
-UNKNOWN_BYTES = 0x7F00_0000  # programs that write into a pipe announce this or more: they cannot know the length
 UNKNOWN_FRAMES = 2**62  # libsndfile announces more than this for a flac without a length
-# What libsndfile's log says of samples that go on after the file's end, by format: wav and caf, aiff, svx, au, w64, rf64.
-CUT_SHORT = re.compile(r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 MP3_SLACK = 2 * 1152  # samples: two MPEG frames; encoders do not agree what to count
-AGAIN = "copy or download it again"
 
 
 class Resampler:
@@ -42,6 +39,7 @@ class Resampler:
     def __init__(self, source_rate, target_rate=SAMPLE_RATE, dtype=torch.float32):
         if source_rate <= 0 or target_rate <= 0:
             raise ValueError(f"sampling rates must be positive, got {source_rate} and {target_rate} Hz")
+        self.rate = source_rate
         divisor = math.gcd(source_rate, target_rate)
         self.source, self.target = source_rate // divisor, target_rate // divisor
         cutoff = min(self.source, self.target) * ROLLOFF
@@ -97,87 +95,87 @@ class _Sequential(soundfile.SoundFile):
         return False
 
 
-def _with_length(path):
-    """The path, or for a WAV from a pipe whose header says 0 a copy-on-write view of it with the length filled in."""
-    with archive.open_file(path) as file:
-        head, size = file.read(1 << 16), file.seek(0, io.SEEK_END)
-        start = head.find(b"data") + 8
-        closed = int.from_bytes(head[4:8], "little") + 8 == size  # then the file is just empty
-        inside = isinstance(file, io.BytesIO)  # a member of a zip
-        if inside or head[:4] != b"RIFF" or head[start - 4:start] != bytes(4) or closed:
-            return io.BytesIO(file.getvalue()) if inside else path
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        view[start - 4:start] = min(size - start, 0xFFFF_FFFF).to_bytes(4, "little")
-        return view
+@contextlib.contextmanager
+def _sounds(path):
+    """The recordings in a file, opened one after the other: yields an iterator of (sound file, its Part).
 
-
-def _open(path):
-    """The sound file with its header read and checked."""
+    There is more than one where files were joined, or where an ogg stream or the rate changes.
+    """
     if not path.exists() and archive.zip_of(path) == (None, None):
         raise FileNotFoundError(f"no audio file at {path}; check the path")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an audio file; name the files in it")
+    with archive.open_file(path) as file:
+        try:
+            parts = containers.parts(file, path.name)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+        whole = parts in ([], [containers.Part([(0, file.seek(0, io.SEEK_END))])])
+        yield (_opened(path, io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else path, part) if whole else
+               _opened(path, containers.View(file, part), part) for part in parts or [containers.Part([])])
+
+
+def _opened(path, source, part):
+    """(sound file, part), the sound file with its header checked. source: a path or an open file."""
     try:
-        sound = _Sequential(_with_length(path))
+        sound = _Sequential(source)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
         raise ValueError(f"cannot read {path} as audio ({getattr(error, 'error_string', error)}); "
                          "give a wav, flac, ogg, mp3 or aiff file") from None
     if not 1000 <= sound.samplerate <= 1_000_000:  # Hz; beyond, a filter could fill the memory
         raise ValueError(f"{path} is damaged: its header claims {sound.samplerate} samples a second; {AGAIN}")
-    for promised, present in CUT_SHORT.findall(sound.extra_info):
-        if int(present) < int(promised) < UNKNOWN_BYTES:
-            raise ValueError(f"{path} is cut short: its header promises {promised} bytes, {present} are there; {AGAIN}")
-    return sound
-
-
-def _promised_frames(path, sound):
-    """Samples per channel that the file must at least have; 0 if it does not say."""
-    if sound.frames > UNKNOWN_FRAMES:
-        return 0
-    if sound.format != "MP3":
-        return sound.frames
-    # An mp3 tells its length in its first MPEG frame, if at all; else libsndfile guesses from the bit rate.
-    with archive.open_file(path) as file:
-        tag = file.read(10)  # of ID3v2 (title, picture, ...), to be skipped: its length in four times 7 bits
-        file.seek(10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(tag[6:])) if tag[:3] == b"ID3" else 0)
-        first = file.read(64)
-    return sound.frames - MP3_SLACK if b"Xing" in first or b"Info" in first else 0
+    return sound, part
 
 
 def read_blocks(path, seconds=10.0):
-    """Read any file that libsndfile opens (wav, flac, ogg, mp3, aiff, ...), block after block.
+    """Read any file that libsndfile opens (wav, flac, ogg, mp3, aiff, ...), block after block, to its real end.
+
+    What lies behind the announced end is read too: samples that a header does not count, further mp3, flac, ogg, wav, ...
+    files in the same one, at other rates and channel counts too.
 
     Args:
         seconds: of the file per block.
     Yields: (n,) float32 tensors at 16 kHz, n may be 0; channels averaged; integer formats are scaled to [-1, 1).
     Raises: OSError if there is no such file; ValueError, at the latest where the damage is met, if it is no audio, is empty,
-        holds NaN or infinity, or is cut short. A missing end is noticed in wav, aiff, au, w64, rf64 and caf (by the header; one
-        that a stream began with 0 or about 2 or 4 GiB promises nothing), in flac, and beyond 2 frames in mp3 with a Xing or
-        Info header. It cannot be noticed in ogg and other mp3, nor in a flac of unknown length that ends between frames.
+        holds NaN or infinity, or is cut short. A missing end is noticed in wav, aiff, au, w64, rf64, caf and NIST (by the header;
+        up to 44 bytes are taken for a header that was counted; one that a stream began with 0 or about 2 or 4 GiB promises
+        nothing), in flac, and beyond 2 frames in mp3 with a Xing or Info header; a hole of over 4 kB in any mp3. It cannot be
+        noticed in ogg and other mp3, nor in a flac of unknown length that ends between frames.
     """
-    path = Path(path)
-    with _open(path) as sound:
-        rate, total = sound.samplerate, 0
-        size = max(1, min(round(seconds * rate), sound.frames))
-        resampler = Resampler(rate)
-        while True:
-            try:
-                block = sound.read(size, dtype="float32", always_2d=True)  # (n', channels)
-            except soundfile.LibsndfileError as error:
-                raise ValueError(f"{path} is damaged or cut short after {total / rate:.2f} s ({error.error_string}); "
-                                 f"{AGAIN}") from None
-            if len(block) == 0:
-                break
-            total += len(block)
-            samples = torch.from_numpy(block).mean(dim=1)
-            if not torch.isfinite(samples).all():
-                raise ValueError(f"{path} holds NaN or infinite samples; export the recording again")
-            yield resampler.feed(samples)
-        if total == 0:
-            raise ValueError(f"{path} holds no samples; give a recording of at least 0.05 s")
-        if total < _promised_frames(path, sound):
-            raise ValueError(f"{path} is cut short: it ends after {total / rate:.2f} s; {AGAIN}")
-        yield resampler.finish()
+    path, resampler, heard = Path(path), None, 0.0
+    with _sounds(path) as sounds:
+        for sound, part in sounds:
+            with sound:
+                rate, total = sound.samplerate, 0
+                promised = part.frames or (sound.frames if sound.frames < UNKNOWN_FRAMES else 0)
+                if resampler is None or resampler.rate != rate:
+                    if resampler:
+                        yield resampler.finish()
+                    resampler = Resampler(rate)
+                most = max(1, min(round(seconds * rate), sound.frames))
+                while True:
+                    # a flac's announced end ends a block: behind it, what is no sound does no harm
+                    size = min(most, promised - total) if sound.format == "FLAC" and total < promised else most
+                    try:
+                        block = sound.read(size, dtype="float32", always_2d=True)  # (n', channels)
+                    except soundfile.LibsndfileError as error:
+                        if sound.format == "FLAC" and 0 < promised <= total:
+                            break
+                        raise ValueError(f"{path} is damaged or cut short after {heard + total / rate:.2f} s "
+                                         f"({error.error_string}); {AGAIN}") from None
+                    if len(block) == 0:
+                        break
+                    total += len(block)
+                    samples = torch.from_numpy(block).mean(dim=1)
+                    if not torch.isfinite(samples).all():
+                        raise ValueError(f"{path} holds NaN or infinite samples; export the recording again")
+                    yield resampler.feed(samples)
+                heard += total / rate
+                if total < promised - (MP3_SLACK if sound.format == "MP3" else 0):
+                    raise ValueError(f"{path} is cut short: it ends after {heard:.2f} s; {AGAIN}")
+    if not heard:
+        raise ValueError(f"{path} holds no samples; give a recording of at least 0.05 s")
+    yield resampler.finish()
 
 
 def read_wav(path):
@@ -186,11 +184,16 @@ def read_wav(path):
 
 
 def duration(path):
-    """Seconds that the file lasts according to its header. Raises as read_blocks for what the header alone shows."""
-    with _open(Path(path)) as sound:
-        if sound.frames < UNKNOWN_FRAMES:
-            return sound.frames / sound.samplerate
-    return sum(len(block) for block in read_blocks(path)) / SAMPLE_RATE
+    """Seconds that the file lasts, by its headers and the walk over its frames. Raises as read_blocks for what these show."""
+    path, total = Path(path), 0.0
+    with _sounds(path) as sounds:
+        for sound, part in sounds:
+            with sound:
+                frames = part.frames or sound.frames
+                if frames > UNKNOWN_FRAMES:
+                    return sum(len(block) for block in read_blocks(path)) / SAMPLE_RATE
+                total += frames / sound.samplerate
+    return total
 
 
 def write_wav(path, samples, rate=SAMPLE_RATE, comment=""):
