@@ -20,7 +20,9 @@ AGAIN = "copy or download it again"
 UNKNOWN = {4: 0x7F00_0000, 8: 2**62}  # programs that write into a pipe announce this or more, by bytes of the field
 HEADER = 44  # bytes; some recorders count a wav's header as samples: so much may be missing
 MOST_LOST = 4096  # bytes between two MPEG frames that may be no frame: more is a hole
-# Chunked files: byte order; bytes of the head, of a chunk's name and of its size; what the size counts beyond; boundary of chunks.
+SAMPLES = (b"data", b"SSND", b"BODY")  # chunks of samples, by format
+NAMES = (*SAMPLES, b"LIST", b"id3 ", b"ID3 ", b"JUNK", b"bext", b"fact", b"cue ", b"smpl", b"PEAK")
+# Chunked files: byte order; bytes of head, of a chunk's name and of its size; what the size counts beyond; boundary of chunks.
 CHUNKED = {b"RIFF": ("little", 12, 4, 4, 0, 2), b"RF64": ("little", 12, 4, 4, 0, 2), b"RIFX": ("big", 12, 4, 4, 0, 2),
            b"FORM": ("big", 12, 4, 4, 0, 2), b"caff": ("big", 8, 4, 8, 0, 1), b"riff": ("little", 40, 16, 8, 24, 8)}
 SYNC = re.compile(rb"\xff[\xe0-\xff]", re.DOTALL)  # an MPEG frame begins so, and much else
@@ -129,7 +131,7 @@ def edited(start, end, changes):
 
 
 def length(announced, width, begin, following, end):
-    """Bytes of samples that begin at `begin`. following: where something else follows their announced end, None: nothing known."""
+    """Bytes of samples that begin at `begin`. following: where something else follows their announced end; None: not known."""
     rest = end - begin
     if rest + HEADER < announced < UNKNOWN[width]:
         raise ValueError(f"is cut short: its header promises {announced} bytes, {rest} are there; {AGAIN}")
@@ -145,15 +147,17 @@ def chunked(file, start, end):
         """Name, size and begin of the content of a chunk; None where none can be."""
         row = peek(file, at, name + width)
         if len(row) == name + width and re.fullmatch(rb"[ -~]{4}", row[:4]):
-            return row[:4], int.from_bytes(row[name:], order) - counted, at + name + width
+            return row[:4], max(0, int.from_bytes(row[name:], order) - counted), at + name + width
 
     def behind(at):
         """Where the chunk after one that ends here begins; some writers forget to fill up to the boundary."""
         full = at + (start - at) % boundary
-        return at if full != at and not chunk(full) and chunk(at) else full
+        found = chunk(at)
+        unfilled = tag(file, at) or found and (found[0] in NAMES or not chunk(full))
+        return at if full != at and unfilled else full
 
     at, sizes, fmt, changes = start + head, None, b"", []
-    while (found := chunk(at)) and found[0] not in (b"data", b"SSND", b"BODY"):
+    while (found := chunk(at)) and found[0] not in SAMPLES:
         kind, size, begin = found
         sizes = begin if kind == b"ds64" else sizes
         fmt = peek(file, begin, 2) if kind == b"fmt " else fmt
@@ -173,7 +177,7 @@ def chunked(file, start, end):
         following = behind(found[2] + found[1])
         if following > end + 1 and found[0] not in (b"LIST", b"id3 "):  # samples that look like the name of a chunk
             break
-    known = following in (end, end + 1) or tag(file, following) or found and found[0] in (*READERS, b"LIST", b"id3 ")
+    known = following >= end - 1 or tag(file, following) or found and found[0] in (*READERS, b"LIST", b"id3 ")
     size = length(announced, width, begin, following if known else None, end)
     following = min(following, end) if size == announced else end
     if fmt in (b"P\0", b"U\0"):  # MPEG frames
