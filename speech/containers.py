@@ -145,12 +145,12 @@ def chunked(file, start, end):
         """Name, size and begin of the content of a chunk; None where none can be."""
         row = peek(file, at, name + width)
         if len(row) == name + width and re.fullmatch(rb"[ -~]{4}", row[:4]):
-            return row[:4], int.from_bytes(row[name:], order) - counted, at + name + width
+            return row[:4], max(0, int.from_bytes(row[name:], order) - counted), at + name + width
 
     def behind(at):
         """Where the chunk after one that ends here begins; some writers forget to fill up to the boundary."""
         full = at + (start - at) % boundary
-        return at if full != at and not chunk(full) and chunk(at) else full
+        return at if full != at and (chunk(at) or tag(file, at)) else full
 
     at, sizes, fmt, changes = start + head, None, b"", []
     while (found := chunk(at)) and found[0] not in (b"data", b"SSND", b"BODY"):
@@ -173,7 +173,7 @@ def chunked(file, start, end):
         following = behind(found[2] + found[1])
         if following > end + 1 and found[0] not in (b"LIST", b"id3 "):  # samples that look like the name of a chunk
             break
-    known = following in (end, end + 1) or tag(file, following) or found and found[0] in (*READERS, b"LIST", b"id3 ")
+    known = end - 1 <= following <= end + 1 or tag(file, following) or found and found[0] in (*READERS, b"LIST", b"id3 ")
     size = length(announced, width, begin, following if known else None, end)
     following = min(following, end) if size == announced else end
     if fmt in (b"P\0", b"U\0"):  # MPEG frames
