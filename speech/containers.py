@@ -72,7 +72,7 @@ class View(io.RawIOBase):
 
 
 def peek(file, at, size):
-    file.seek(at)
+    file.seek(min(at, 2**43))  # a damaged size leads beyond what a disk allows
     return file.read(size)
 
 
@@ -130,7 +130,7 @@ def edited(start, end, changes):
 
 def length(announced, width, begin, following, end):
     """Bytes of samples that begin at `begin`. following: where something else follows their announced end, None: nothing known."""
-    rest = end - begin
+    rest = max(0, end - begin)
     if rest + HEADER < announced < UNKNOWN[width]:
         raise ValueError(f"is cut short: its header promises {announced} bytes, {rest} are there; {AGAIN}")
     return rest if announced > rest or following is None else announced
@@ -192,6 +192,7 @@ def au(file, start, end):
     """A Sun au file. Returns its Parts, and where it ends."""
     order = "big" if peek(file, start, 1) == b"." else "little"
     begin, announced = (int.from_bytes(peek(file, start + at, 4), order) for at in (4, 8))
+    begin = max(24, begin)
     following = start + begin + announced
     known = following == end or peek(file, following, 4) in READERS
     size = length(announced, 4, start + begin, following if known else None, end)
