@@ -88,6 +88,28 @@ def misfit(path):
     return f"no config.json in {path}, which {recognise(path) or f'{held}: give a {WANTED}'}"
 
 
+def walk(root, seen=None):
+    """Yields (folder, names of its files) for a folder and all below it, linked ones too, each real folder once: a loop ends.
+
+    What is hidden (a name that begins with a dot, and __MACOSX) is left out, pipes and devices too. Paths begin with root.
+
+    Args: seen: set of the real folders that were given out already, by earlier calls too.
+    """
+    waiting, linked, seen = [Path(root)], [], set() if seen is None else seen
+    while waiting or linked:
+        folder = (waiting or linked).pop(0)  # a folder rather by its own name than by that of a link to it
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            entries = sorted((entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))), key=lambda e: e.name)
+        for entry in entries:
+            if entry.is_dir():
+                (linked if entry.is_symlink() else waiting).append(folder / entry.name)
+        yield folder, [entry.name for entry in entries if entry.is_file() or entry.is_symlink() and not entry.is_dir()]
+
+
 def read_json(path):
     path = Path(path)
     if not path.is_file():

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from checkpoints import archive
+from checkpoints.files import walk
 from checkpoints.recognise import recognise
 
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon", "pairs")
@@ -67,13 +68,12 @@ def scan(root):
     folders, zips = defaultdict(dict), []
     if root.is_file():
         zips = [root]
-    for folder, names, files in os.walk(root, followlinks=True):
-        names[:] = sorted(name for name in names if not name.startswith((".", "__MACOSX")))
-        for name in files:
+    for folder, names in walk(root) if root.is_dir() else ():
+        for name in names:
             if name.lower().endswith(".zip"):
-                zips.append(Path(folder, name))
-            elif not name.startswith("."):
-                folders[Path(folder)][name] = os.path.join(folder, name)
+                zips.append(folder / name)
+            else:
+                folders[folder][name] = os.path.join(folder, name)
     for packed in sorted(zips):
         for name in archive.names_in(packed):
             path = packed / name
