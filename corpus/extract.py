@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 import config
-from checkpoints.files import locked, walk, write_bytes
+from checkpoints.archive import walk
+from checkpoints.files import locked, write_bytes
 from corpus.journal import Journal, assemble
 from corpus.shards import names_in, read_meta, refuse_other_recipe
 from speech import audio
@@ -25,8 +26,8 @@ from speech.encoder import deduplicate
 from speech.kmeans import reservoir
 
 AUDIO_SUFFIXES = {f".{ending}" for ending in (  # of what libsndfile reads, without those that also mean other things (raw, mat)
-    "wav wave flac ogg oga opus mp3 mp2 mp1 mpga aiff aif aifc au snd caf w64 rf64 sph nist voc avr sf ircam paf pvf svx 8svx iff "
-    "sds wve xi").split()}
+    "wav wave flac ogg oga opus mp3 mp2 mp1 mpga aiff aif aifc au snd caf w64 rf64 sph nist voc avr sf ircam paf pvf svx 8svx "
+    "iff sds wve xi").split()}
 CONVERTIBLE = {f".{ending}" for ending in "m4a m4b aac mp4 mov mkv mka webm wma wmv avi 3gp amr ac3 ape wv alac spx".split()}
 WINDOW = 2000  # files whose lengths are looked at together, to find recordings of like length
 AHEAD = 4  # groups of recordings that are decoded while one is encoded

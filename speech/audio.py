@@ -197,13 +197,14 @@ def duration(path):
 
 
 def write_wav(path, samples, rate=SAMPLE_RATE, comment=""):
-    """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all.
+    """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all (OSError).
 
     comment: a text for its header.
     """
     array = torch.as_tensor(samples).detach().float().clamp(-1, 1).cpu().numpy()
-    with files.replacing(path) as temporary:
-        with soundfile.SoundFile(temporary, "w", rate, 1, "PCM_16", format="WAV") as sound:
-            if comment:
-                sound.comment = comment
-            sound.write(array)
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", rate, 1, "PCM_16", format="WAV") as sound:
+        if comment:
+            sound.comment = comment
+        sound.write(array)
+    files.write_bytes(path, content.getvalue())

@@ -20,7 +20,7 @@ AGAIN = "copy or download it again"
 UNKNOWN = {4: 0x7F00_0000, 8: 2**62}  # programs that write into a pipe announce this or more, by bytes of the field
 HEADER = 44  # bytes; some recorders count a wav's header as samples: so much may be missing
 MOST_LOST = 4096  # bytes between two MPEG frames that may be no frame: more is a hole
-# Chunked files: byte order; bytes of the head, of a chunk's name and of its size; what the size counts beyond; boundary of chunks.
+# Files of chunks: byte order; bytes of the head, of a chunk's name, of its size; what the size counts beyond; their boundary.
 CHUNKED = {b"RIFF": ("little", 12, 4, 4, 0, 2), b"RF64": ("little", 12, 4, 4, 0, 2), b"RIFX": ("big", 12, 4, 4, 0, 2),
            b"FORM": ("big", 12, 4, 4, 0, 2), b"caff": ("big", 8, 4, 8, 0, 1), b"riff": ("little", 40, 16, 8, 24, 8)}
 SYNC = re.compile(rb"\xff[\xe0-\xff]", re.DOTALL)  # an MPEG frame begins so, and much else
@@ -129,7 +129,7 @@ def edited(start, end, changes):
 
 
 def length(announced, width, begin, following, end):
-    """Bytes of samples that begin at `begin`. following: where something else follows their announced end, None: nothing known."""
+    """Bytes of samples that begin at `begin`. following: where what is known follows their announced end; None: nowhere."""
     rest = max(0, end - begin)
     if rest + HEADER < announced < UNKNOWN[width]:
         raise ValueError(f"is cut short: its header promises {announced} bytes, {rest} are there; {AGAIN}")

@@ -424,8 +424,8 @@ TITLE = b"INFOICMT" + struct.pack("<I", 14) + b"data of a test"
 
 
 @pytest.mark.parametrize("size", ["right", "nothing", "wrong"])
-@pytest.mark.parametrize("before", [b"", chunk(b"LIST", TITLE), chunk(b"LIST", b"INFOdata" + bytes(5)), chunk(b"JUNK", b"data" * 7),
-                                    chunk(b"LIST", TITLE + b"!", pad=False)], ids=["none", "title", "odd", "junk", "no pad"])
+@pytest.mark.parametrize("before", [b"", chunk(b"LIST", TITLE), chunk(b"LIST", b"INFOdata" + bytes(5)),
+                                    chunk(b"JUNK", b"data" * 7), chunk(b"LIST", TITLE + b"!", pad=False)], ids=["none", "title", "odd", "junk", "no pad"])
 def test_the_chunks_of_a_wav_are_walked(tmp_path, before, size):
     content = content_of(0.5 * noise(5000).numpy(), SAMPLE_RATE, "WAV")
     whole = read_bytes(tmp_path, content)
@@ -509,7 +509,8 @@ def test_an_mp3_of_noise_before_silence_is_read_to_its_end(tmp_path):
     assert len(read_bytes(tmp_path, content, "a.mp3")) == pytest.approx(4 * SAMPLE_RATE, abs=2000)
 
 
-@pytest.mark.parametrize("between", [b"", ID3, b"TAG" + bytes(125), APE + b"TAG" + bytes(125) + ID3, b"\xff\xfb\x90\x64" + bytes(200)],
+@pytest.mark.parametrize("between", [b"", ID3, b"TAG" + bytes(125), APE + b"TAG" + bytes(125) + ID3,
+                                     b"\xff\xfb\x90\x64" + bytes(200)],
                          ids=["nothing", "ID3v2", "ID3v1", "all tags", "a frame cut off"])
 def test_mp3s_that_were_joined_are_read_with_tags_between_them(tmp_path, between):
     first, second = (0.3 * noise(2 * 44_100, seed) for seed in range(2))
