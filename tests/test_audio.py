@@ -425,7 +425,8 @@ TITLE = b"INFOICMT" + struct.pack("<I", 14) + b"data of a test"
 
 @pytest.mark.parametrize("size", ["right", "nothing", "wrong"])
 @pytest.mark.parametrize("before", [b"", chunk(b"LIST", TITLE), chunk(b"LIST", b"INFOdata" + bytes(5)),
-                                    chunk(b"JUNK", b"data" * 7), chunk(b"LIST", TITLE + b"!", pad=False)], ids=["none", "title", "odd", "junk", "no pad"])
+                                    chunk(b"JUNK", b"data" * 7), chunk(b"LIST", TITLE + b"!", pad=False)],
+                         ids=["none", "title", "odd", "junk", "no pad"])
 def test_the_chunks_of_a_wav_are_walked(tmp_path, before, size):
     content = content_of(0.5 * noise(5000).numpy(), SAMPLE_RATE, "WAV")
     whole = read_bytes(tmp_path, content)
