@@ -4,7 +4,8 @@
 
 Channels are averaged before resampling (one filter pass instead of several; the two commute). Many hours need no more
 memory than ten seconds: read_blocks holds one block, and the resampler the few samples its filter still needs.
-A path may lead on into a zip archive, archive.zip/folder/a.wav: the member is read in place, nothing is unpacked.
+Where a recording really ends is looked up first (containers.py). A path may lead on into a zip archive,
+archive.zip/folder/a.wav: the member is read in place, nothing is unpacked.
 
     python -c "from speech.audio import read_wav; print(read_wav('pocket/prompt.wav').shape)"
 """

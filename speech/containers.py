@@ -79,7 +79,7 @@ def peek(file, at, size):
 def search(file, pattern, at, end):
     """Where the pattern (a compiled one, of at most 8 bytes) matches first in file[at:end]; end if nowhere."""
     while at < end:
-        block = peek(file, at, 1 << 20)
+        block = peek(file, at, 1 << 13)  # what looks like an MPEG frame is frequent
         if match := pattern.search(block):
             return min(end, at + match.start())
         at += max(1, len(block) - 7)
@@ -303,7 +303,7 @@ def mpeg(file, at, end):
             found = next_mpeg(file, at if last is None else last + 4, end)
             if last is not None and found < at:  # the last frame was cut, what follows begins in it
                 runs[-1].spans[-1] = (runs[-1].spans[-1][0], last)
-                runs[-1].frames -= 1
+                runs[-1].frames = max(0, runs[-1].frames - 1)
             elif runs and at + MOST_LOST < found < end:
                 raise ValueError(f"is damaged: {found - at} of its bytes, from byte {at} on, are no MPEG audio; {AGAIN}")
             at, last = found, None
