@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import config
 from checkpoints.archive import walk
-from checkpoints.files import locked, write_bytes
+from checkpoints.files import locked, note, write_bytes
 from corpus.journal import Journal, assemble
 from corpus.shards import names_in, read_meta, refuse_other_recipe
 from speech import audio
@@ -60,7 +60,7 @@ def find_audio(paths, quiet=False):
         raise ValueError(f"no audio found in {', '.join(map(str, paths)) or 'nothing'}{passed and f' ({passed})'}; "
                          "give files or folders: python hubert_units.py recordings/ --out=units/mine")
     if passed and not quiet:
-        print(passed)
+        note(passed)
     return sorted(set(found))
 
 

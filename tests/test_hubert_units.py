@@ -878,10 +878,10 @@ def test_folders_are_read_whole_and_what_is_passed_over_is_counted(tmp_path, mon
     os.mkfifo(real / "pipe.wav")  # would wait for ever
     expected = sorted([*taken, "again/q.flac", "again/r/s.flac", "t.flac", "gone.flac"])
     assert find_audio([real]) == sorted(real / name for name in expected)
-    assert capsys.readouterr().out == ("passed over: 2 .m4a, 1 .raw, 2 .txt, 1 without an ending; libsndfile does not read .m4a, "
+    assert capsys.readouterr().err == ("passed over: 2 .m4a, 1 .raw, 2 .txt, 1 without an ending; libsndfile does not read .m4a, "
                                        "convert each: ffmpeg -i a.m4a a.wav\n")
     find_audio([real], quiet=True)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
     assert find_audio([real, real / "deep", tmp_path / "elsewhere", f"{real}/"]) == sorted(real / name for name in expected)
     monkeypatch.chdir(real)
     for here in ("./", "../set/.", f"../{real.name}"):
