@@ -29,7 +29,7 @@ import twist
 from checkpoints import download
 from checkpoints.files import POCKET, find
 from checkpoints.recognise import recognise
-from corpus.extract import AUDIO_SUFFIXES, encode_files, find_audio
+from corpus.extract import encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe
 from evaluation import generation, pairs, perplexity, reports, sets
 from evaluation.likelihood import UnitCounts, log_probabilities
@@ -153,10 +153,12 @@ class Evaluation:
     def shards(self, folder):
         """A folder of unit shards or of recordings."""
         if not (Path(folder) / "meta.json").exists():
-            said, inside = recognise(folder), Path(folder).rglob("*")
-            if said and not any(file.suffix.lower() in AUDIO_SUFFIXES for file in inside):
-                raise ValueError(f"--data={folder} {said}")
-            return self.encode([str(file) for file in find_audio([folder])])
+            try:
+                files = find_audio([folder], quiet=not self.dist.is_main)
+            except ValueError as error:
+                said = recognise(folder)
+                raise ValueError(f"--data={folder} {said}" if said else error) from None
+            return self.encode([str(file) for file in files])
         found = UnitShards(folder)
         self.check(found.recipe, str(folder))
         return found

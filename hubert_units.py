@@ -199,7 +199,7 @@ def main(argv=None):
         raise ValueError("expected --workers and --fit-frames of at least 1 and no negative --budget")
     dist = distributed.setup(options.device, timedelta(days=30))  # one process may be done days before the last
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits in the positional convolution would flip units
-    files = find_audio(options.audio)
+    files = find_audio(options.audio, quiet=not dist.is_main)
     if options.fit:
         return fit(files, options, dist)
     encoder = load_tokenizer(options).to(dist.device)

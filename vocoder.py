@@ -3,9 +3,9 @@
     units (T,) --embedding--> (C, T) --duration predictor--> runs (T,) --repeat--> (C, F) --convolution--> (width, F)
       --[transposed convolution, x rate; mean of residual blocks] per upsample rate--> (width / 2^n, S) --tanh--> (S,)
 
-A language model of deduplicated units has no clock, so the vocoder gives each unit its length again: the predictor
-says log(1 + frames), and each embedding is repeated that often before the generator runs. S = sum(runs) * hop, and
-the hop (samples per frame) is the product of the upsample rates: 640 at 25 Hz, 320 at 50 Hz.
+A language model of deduplicated units has no clock, so the vocoder gives each unit its length again: the predictor says log(1 +
+frames), and each embedding is repeated that often before the generator runs. S = sum(runs) * hop; hop, the samples per frame, is
+the product of the upsample rates: 640 at 25 Hz, 320 at 50 Hz.
 
     python vocoder.py units.jsonl --out=speech                     # one wav a line, named after its file_name
     python vocoder.py units/mine --out=speech --use-durations      # a shard folder; the recorded timing
@@ -312,7 +312,6 @@ class SpeakConfig:
 
 def read_units(path, vocoder):
     """Yields (name, units, runs or None) from a shard folder or a jsonl file, as the vocoder takes them."""
-    path = Path(path)
     if path.is_dir():
         shards = UnitShards(path)
         if vocoder.recipe:
@@ -331,18 +330,20 @@ def main(argv=None):
     options = config.load(SpeakConfig, argv, positional="units")
     if not options.units:
         raise ValueError("no units given; name .jsonl files or shard folders, as in vocoder.py units.jsonl --out=DIR")
-    vocoder, seconds, taken = load_vocoder(options.vocoder).to(config.choose_device(options.device)), 0.0, set()
-    rows = (row for path in options.units for row in read_units(path, vocoder))
+    vocoder, taken, failures = load_vocoder(options.vocoder).to(config.choose_device(options.device)), {}, []
+    rows = (row for path in options.units for row in read_units(Path(path), vocoder))
     for name, units, runs in config.progress(rows, desc="speaking", unit="file"):
         if options.use_durations and runs is None:
             raise ValueError(f"{name} has no run lengths; leave out --use-durations")
         stems = (f"{Path(name).stem}_{copy}".removesuffix("_1") for copy in itertools.count(1))
-        taken.add(stem := next(stem for stem in stems if stem not in taken))  # two folders may hold recordings of one name
+        stem = next(stem for stem in stems if stem not in taken)  # two folders may hold recordings of one name
         wav = vocoder(units, runs if options.use_durations else None, options.speaker, options.style)
         record = record_of(name, options, ("vocoder", "speaker", "style"), (units, runs if options.use_durations else len(wav)))
-        write_spoken(options.out, {stem: wav}, record)
-        seconds += len(wav) / SAMPLE_RATE
-    print(f"{len(taken)} files, {seconds:.1f} s of speech in {options.out}")
+        write_spoken(options.out, {stem: wav}, record, failures)
+        taken[stem] = len(wav) / SAMPLE_RATE
+    print(f"{len(taken) - len(failures)} files, {sum(taken.values()):.1f} s of speech in {options.out}")
+    if failures:
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

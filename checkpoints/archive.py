@@ -1,7 +1,8 @@
-"""Zip archives, from strangers: a model's -> a folder, whole or not at all; any other is read in place.
+"""What folders and zip archives of strangers hold; of archives, a model's -> a folder, whole or not at all; any other in place.
 
     NAME.zip --every member's name, kind and size looked at first--> NAME.tmp/ --all bytes written, checksums right--> NAME/
     NAME.zip/folder/a.wav --open_file--> the bytes of that member, checksum right; of any other path, the file
+    folder --walk--> every file below it, through links too, each real folder once
 
 An archive may lie: names that lead out of the folder, links, members larger than they declare. None of it is followed.
 Sources: PKWARE's APPNOTE.TXT, section 4.4; the warnings in the documentation of Python's zipfile.
@@ -21,6 +22,28 @@ from checkpoints.recognise import recognise
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError,
            RuntimeError)  # what zipfile raises for damage; RuntimeError: a password, or a method of packing that it has not
+
+
+def walk(root, seen=None):
+    """Yields (folder, names of its files) for a folder and all below it, linked ones too, each real folder once: a loop ends.
+
+    What is hidden (a name that begins with a dot, and __MACOSX) is left out, pipes and devices too. Paths begin with root.
+
+    Args: seen: set of the real folders that were given out already, by earlier calls too.
+    """
+    waiting, linked, seen = [Path(root)], [], set() if seen is None else seen
+    while waiting or linked:
+        folder = (waiting or linked).pop(0)  # a folder rather by its own name than by that of a link to it
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            entries = sorted((entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))), key=lambda e: e.name)
+        for entry in entries:
+            if entry.is_dir():
+                (linked if entry.is_symlink() else waiting).append(folder / entry.name)
+        yield folder, [entry.name for entry in entries if entry.is_file() or entry.is_symlink() and not entry.is_dir()]
 
 
 def zip_of(path):

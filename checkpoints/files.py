@@ -8,6 +8,7 @@ No foreign pickle is executed: pickles.py reads them all. Everything that this p
 a temporary name first, so a file that exists is whole.
 """
 import contextlib
+import hashlib
 import errno
 import functools
 import itertools
@@ -34,6 +35,7 @@ KINDS = {  # what an option asks for -> where the pocket world keeps it
     "kmeans": POCKET / "hubert/kmeans.safetensors", "vocoder": POCKET / "vocoder", "units": POCKET / "units",
 }
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network disks have none: there the user must see to it
+MOST_NAME = 255  # bytes of a file's name, on all common disks
 SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
 # what torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP put into the names of tensors
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|^module)\.")
@@ -147,14 +149,27 @@ def write_bytes(path, content, temporary=None):
 
 @contextlib.contextmanager
 def replacing(path, temporary=None):
-    """Yields a temporary name to write under; what stands there is on the disk before the file has its own."""
+    """Yields a temporary name to write under; what stands there is on the disk before the file has its own.
+
+    Raises: OSError that names the file and the reason, if it cannot be written; then nothing of it is left.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary or path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= MOST_NAME - 4 else hashlib.sha256(name).hexdigest()
+    temporary = temporary or path.with_name(f"{short}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        told = OSError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); make room, or give another place")
+        told.errno = getattr(error, "errno", None)
+        raise told from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # it is there if something went wrong
 
 
 @contextlib.contextmanager
@@ -409,15 +424,19 @@ def write_model(folder, config, tensors, shard_bytes=SHARD_BYTES):
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        write_json(temporary / "model.safetensors.index.json",
-                   {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                    "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
-    for name, shard in zip(names, shards):
-        write_tensors(temporary / name, shard)
-    write_json(temporary / "config.json", config)
+    try:
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+            write_json(temporary / "model.safetensors.index.json",
+                       {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                        "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
+        for name, shard in zip(names, shards):
+            write_tensors(temporary / name, shard)
+        write_json(temporary / "config.json", config)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     replace_folder(temporary, folder)
 
 

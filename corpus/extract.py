@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 import config
-from checkpoints.files import locked, write_bytes
+from checkpoints.archive import walk
+from checkpoints.files import locked, note, write_bytes
 from corpus.journal import Journal, assemble
 from corpus.shards import names_in, read_meta, refuse_other_recipe
 from speech import audio
@@ -24,26 +25,43 @@ from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
 from speech.kmeans import reservoir
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64"}
+AUDIO_SUFFIXES = {f".{ending}" for ending in (  # of what libsndfile reads, without those that also mean other things (raw, mat)
+    "wav wave flac ogg oga opus mp3 mp2 mp1 mpga aiff aif aifc au snd caf w64 rf64 sph nist voc avr sf ircam paf pvf svx 8svx "
+    "iff sds wve xi").split()}
+CONVERTIBLE = {f".{ending}" for ending in "m4a m4b aac mp4 mov mkv mka webm wma wmv avi 3gp amr ac3 ape wv alac spx".split()}
 WINDOW = 2000  # files whose lengths are looked at together, to find recordings of like length
 AHEAD = 4  # groups of recordings that are decoded while one is encoded
 HELD_SECONDS = 600  # longer recordings are not held in memory, but read twice, block by block, while they are encoded
 
 
-def find_audio(paths):
-    """Files as given, folders searched recursively; sorted, so that every process sees the same order."""
-    files = []
+def find_audio(paths, quiet=False):
+    """Files as given, folders searched recursively, linked ones too; sorted, so that every process sees the same order.
+
+    What a folder holds beyond recordings is counted on screen, unless quiet.
+    """
+    found, others, seen = [], collections.Counter(), set()
     for path in map(Path, paths):
         if path.is_dir():
-            files += [file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES]
+            for folder, names in walk(path, seen):
+                for name in names:
+                    ending = Path(name).suffix.lower()
+                    if ending in AUDIO_SUFFIXES:
+                        found.append(folder / name)
+                    else:
+                        others[ending or "without an ending"] += 1
         elif path.exists():
-            files.append(path)
+            found.append(path)
         else:
             raise FileNotFoundError(f"no audio file or folder at {path}; check the path")
-    if not files:
-        raise ValueError(f"no audio found in {', '.join(map(str, paths)) or 'nothing'}; "
+    passed = "passed over: " + ", ".join(f"{count} {ending}" for ending, count in sorted(others.items())) if others else ""
+    if convertible := sorted(CONVERTIBLE & {*others}):
+        passed += f'; libsndfile does not read {convertible[0]}, convert each: ffmpeg -i a{convertible[0]} a.wav'
+    if not found:
+        raise ValueError(f"no audio found in {', '.join(map(str, paths)) or 'nothing'}{passed and f' ({passed})'}; "
                          "give files or folders: python hubert_units.py recordings/ --out=units/mine")
-    return sorted(set(files))
+    if passed and not quiet:
+        note(passed)
+    return sorted(set(found))
 
 
 def as_named(files, folder):

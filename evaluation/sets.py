@@ -67,13 +67,12 @@ def scan(root):
     folders, zips = defaultdict(dict), []
     if root.is_file():
         zips = [root]
-    for folder, names, files in os.walk(root, followlinks=True):
-        names[:] = sorted(name for name in names if not name.startswith((".", "__MACOSX")))
-        for name in files:
+    for folder, names in archive.walk(root) if root.is_dir() else ():
+        for name in names:
             if name.lower().endswith(".zip"):
-                zips.append(Path(folder, name))
-            elif not name.startswith("."):
-                folders[Path(folder)][name] = os.path.join(folder, name)
+                zips.append(folder / name)
+            else:
+                folders[folder][name] = os.path.join(folder, name)
     for packed in sorted(zips):
         for name in archive.names_in(packed):
             path = packed / name
@@ -99,6 +98,11 @@ def read_rows(path, needed):
         if row and len(row) != len(header):
             raise ValueError(f"{path}, line {number}: {len(row)} values for {len(header)} columns; copy the file again")
     return [dict(zip(header, row)) for row in rows[1:] if row]
+
+
+def paths_of(folder):
+    """Absolute paths of a folder: as it was called, and where links lead. Either name may say what it is."""
+    return Path(os.path.abspath(folder)), Path(folder).resolve()
 
 
 def display(folder, root):
@@ -164,13 +168,12 @@ def find_gold(task, folders, root, split, required):
     """All folders of sLM21 for a task. root itself may be lexical/dev. required: explain what is wrong instead of passing by."""
     (kind, columns), found, others = GOLD[task], [], set()
     for folder, files in folders.items():
-        parts = folder.resolve().parts
-        official, here = parts[-2:-1] == (kind,), folder == root
-        if official and parts[-1] != split:
-            others.add(parts[-1])
+        official, here = next((place for place in paths_of(folder) if place.parent.name == kind), None), folder == root
+        if official and official.name != split:
+            others.add(official.name)
         elif "gold.csv" in files:
             if official or here and all(row.keys() >= {*columns} for row in read_rows(files["gold.csv"], ("filename",))[:1]):
-                name = "/".join(parts[-2:]) if here else display(folder, root)
+                name = "/".join((official or folder.resolve()).parts[-2:]) if here else display(folder, root)
                 found.append(read_gold(task, folder, files, name, split if official else ""))
         elif official and wavs_of(files):
             raise ValueError(f"{folder} has recordings but no gold.csv, so nothing says which are pairs: this is the archive of "
@@ -263,10 +266,10 @@ def find_named(task, folders, root):
         wavs, around = wavs_of(files), [folder, *folder.parents]
         around = around[:around.index(root) + 1]  # the folder itself and those around it, up to --data
         tables = any(table in folders.get(place, ()) for place in around for table in ("gold.csv", "pairs.csv"))
-        if not wavs or tables or folder.parent.name in official:
+        if not wavs or tables or any(place.parent.name in official for place in paths_of(folder)):
             continue
-        named = ((place, known) for place in around for known in NAMED
-                 if names_task(known, re.sub(r"\.zip$", "", place.resolve().name, flags=re.IGNORECASE)))
+        named = ((place, known) for place in around for known in NAMED for path in paths_of(place)
+                 if names_task(known, re.sub(r"\.zip$", "", path.name, flags=re.IGNORECASE)))
         place, known = next(named, (None, None))  # the innermost folder with a telling name decides
         if known == task:
             groups[place].append((folder, "" if folder == place else folder.relative_to(place).as_posix(), wavs))
@@ -307,8 +310,8 @@ def find_pairs(task, folders, root):
     found = []
     for folder, files in folders.items():
         if "pairs.csv" in files:
-            words = folder.resolve().name.casefold().replace("-", "").replace("_", "")
-            own = next((known for known in TASKS if words.removeprefix("mini").startswith(known)), "pairs")
+            words = [place.name.casefold().replace("-", "").replace("_", "").removeprefix("mini") for place in paths_of(folder)]
+            own = next((known for name in words for known in TASKS if name.startswith(known)), "pairs")
             if own == task or (task == "pairs" and folder == root):
                 found.append(read_pairs(task, folder, files, display(folder, root)))
     return found
@@ -326,11 +329,11 @@ def find(task, root, split="dev", voices=()):
             found += find_gold(each, folders, root, split, required=task != "all")
         found += find_named(each, folders, root) + find_pairs(each, folders, root)
     if not found and task in STORIES:  # the folder's name does not say which, but the user does
-        places = [(folder, "" if folder == root else display(folder, root), wavs_of(files))
-                  for folder, files in folders.items() if any(re.search(r"_(in)?correct\.", name) for name in files)]
-        others = [name for name in STORIES if name != task and names_task(name, str(root))]
-        if places and not others:
-            found = [by_names(task, root.resolve().name, places)]
+        telling = [(folder, "" if folder == root else display(folder, root), wavs_of(files))
+                   for folder, files in folders.items() if any(re.search(r"_(in)?correct\.", name) for name in files)]
+        others = [name for name in STORIES if name != task and any(names_task(name, str(place)) for place in paths_of(root))]
+        if telling and not others:
+            found = [by_names(task, root.resolve().name, telling)]
     if not found:
         seen = ", ".join(sorted({display(folder, root) for folder in folders})[:6]) or "nothing"
         raise ValueError(f"--task={task}: no such evaluation set in {root}" + (

@@ -4,7 +4,8 @@
 
 Channels are averaged before resampling (one filter pass instead of several; the two commute). Many hours need no more
 memory than ten seconds: read_blocks holds one block, and the resampler the few samples its filter still needs.
-A path may lead on into a zip archive, archive.zip/folder/a.wav: the member is read in place, nothing is unpacked.
+Where a recording really ends is looked up first (containers.py). A path may lead on into a zip archive,
+archive.zip/folder/a.wav: the member is read in place, nothing is unpacked.
 
     python -c "from speech.audio import read_wav; print(read_wav('pocket/prompt.wav').shape)"
 """
@@ -197,13 +198,14 @@ def duration(path):
 
 
 def write_wav(path, samples, rate=SAMPLE_RATE, comment=""):
-    """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all.
+    """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all (OSError).
 
     comment: a text for its header.
     """
     array = torch.as_tensor(samples).detach().float().clamp(-1, 1).cpu().numpy()
-    with files.replacing(path) as temporary:
-        with soundfile.SoundFile(temporary, "w", rate, 1, "PCM_16", format="WAV") as sound:
-            if comment:
-                sound.comment = comment
-            sound.write(array)
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", rate, 1, "PCM_16", format="WAV") as sound:
+        if comment:
+            sound.comment = comment
+        sound.write(array)
+    files.write_bytes(path, content.getvalue())

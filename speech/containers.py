@@ -20,9 +20,7 @@ AGAIN = "copy or download it again"
 UNKNOWN = {4: 0x7F00_0000, 8: 2**62}  # programs that write into a pipe announce this or more, by bytes of the field
 HEADER = 44  # bytes; some recorders count a wav's header as samples: so much may be missing
 MOST_LOST = 4096  # bytes between two MPEG frames that may be no frame: more is a hole
-SAMPLES = (b"data", b"SSND", b"BODY")  # chunks of samples, by format
-NAMES = (*SAMPLES, b"LIST", b"id3 ", b"ID3 ", b"JUNK", b"bext", b"fact", b"cue ", b"smpl", b"PEAK")
-# Chunked files: byte order; bytes of head, of a chunk's name and of its size; what the size counts beyond; boundary of chunks.
+# Files of chunks: byte order; bytes of the head, of a chunk's name, of its size; what the size counts beyond; their boundary.
 CHUNKED = {b"RIFF": ("little", 12, 4, 4, 0, 2), b"RF64": ("little", 12, 4, 4, 0, 2), b"RIFX": ("big", 12, 4, 4, 0, 2),
            b"FORM": ("big", 12, 4, 4, 0, 2), b"caff": ("big", 8, 4, 8, 0, 1), b"riff": ("little", 40, 16, 8, 24, 8)}
 SYNC = re.compile(rb"\xff[\xe0-\xff]", re.DOTALL)  # an MPEG frame begins so, and much else
@@ -74,14 +72,14 @@ class View(io.RawIOBase):
 
 
 def peek(file, at, size):
-    file.seek(at)
+    file.seek(min(at, 2**43))  # a damaged size leads beyond what a disk allows
     return file.read(size)
 
 
 def search(file, pattern, at, end):
     """Where the pattern (a compiled one, of at most 8 bytes) matches first in file[at:end]; end if nowhere."""
     while at < end:
-        block = peek(file, at, 1 << 20)
+        block = peek(file, at, 1 << 13)  # what looks like an MPEG frame is frequent
         if match := pattern.search(block):
             return min(end, at + match.start())
         at += max(1, len(block) - 7)
@@ -131,8 +129,8 @@ def edited(start, end, changes):
 
 
 def length(announced, width, begin, following, end):
-    """Bytes of samples that begin at `begin`. following: where something else follows their announced end; None: not known."""
-    rest = end - begin
+    """Bytes of samples that begin at `begin`. following: where what is known follows their announced end; None: nowhere."""
+    rest = max(0, end - begin)
     if rest + HEADER < announced < UNKNOWN[width]:
         raise ValueError(f"is cut short: its header promises {announced} bytes, {rest} are there; {AGAIN}")
     return rest if announced > rest or following is None else announced
@@ -152,12 +150,10 @@ def chunked(file, start, end):
     def behind(at):
         """Where the chunk after one that ends here begins; some writers forget to fill up to the boundary."""
         full = at + (start - at) % boundary
-        found = chunk(at)
-        unfilled = tag(file, at) or found and (found[0] in NAMES or not chunk(full))
-        return at if full != at and unfilled else full
+        return at if full != at and (chunk(at) or tag(file, at)) else full
 
     at, sizes, fmt, changes = start + head, None, b"", []
-    while (found := chunk(at)) and found[0] not in SAMPLES:
+    while (found := chunk(at)) and found[0] not in (b"data", b"SSND", b"BODY"):
         kind, size, begin = found
         sizes = begin if kind == b"ds64" else sizes
         fmt = peek(file, begin, 2) if kind == b"fmt " else fmt
@@ -177,7 +173,7 @@ def chunked(file, start, end):
         following = behind(found[2] + found[1])
         if following > end + 1 and found[0] not in (b"LIST", b"id3 "):  # samples that look like the name of a chunk
             break
-    known = following >= end - 1 or tag(file, following) or found and found[0] in (*READERS, b"LIST", b"id3 ")
+    known = end - 1 <= following <= end + 1 or tag(file, following) or found and found[0] in (*READERS, b"LIST", b"id3 ")
     size = length(announced, width, begin, following if known else None, end)
     following = min(following, end) if size == announced else end
     if fmt in (b"P\0", b"U\0"):  # MPEG frames
@@ -196,6 +192,7 @@ def au(file, start, end):
     """A Sun au file. Returns its Parts, and where it ends."""
     order = "big" if peek(file, start, 1) == b"." else "little"
     begin, announced = (int.from_bytes(peek(file, start + at, 4), order) for at in (4, 8))
+    begin = max(24, begin)
     following = start + begin + announced
     known = following == end or peek(file, following, 4) in READERS
     size = length(announced, 4, start + begin, following if known else None, end)
@@ -306,7 +303,7 @@ def mpeg(file, at, end):
             found = next_mpeg(file, at if last is None else last + 4, end)
             if last is not None and found < at:  # the last frame was cut, what follows begins in it
                 runs[-1].spans[-1] = (runs[-1].spans[-1][0], last)
-                runs[-1].frames -= 1
+                runs[-1].frames = max(0, runs[-1].frames - 1)
             elif runs and at + MOST_LOST < found < end:
                 raise ValueError(f"is damaged: {found - at} of its bytes, from byte {at} on, are no MPEG audio; {AGAIN}")
             at, last = found, None

@@ -7,6 +7,8 @@ Their headers have a comment (`soundfile.SoundFile(path).comment`): a fingerprin
 import hashlib
 import itertools
 import json
+import os
+import sys
 from pathlib import Path
 
 import soundfile
@@ -36,15 +38,23 @@ def comment_of(path):
         return None
 
 
-def write_spoken(folder, wavs, record):
+def write_spoken(folder, wavs, record, failures=None):
     """Write {name: samples (S,)} as folder/NAME.wav, files of one sampling; returns their paths.
+
+    failures: list for the OSError of a file that cannot be written, which is then told on screen instead of raised.
 
     A file that is there is replaced only if its comment is this record. Else all get a number, the first free one from 2 on.
     """
     for number in itertools.count(1):
         paths = [Path(folder, f"{name}{'' if number == 1 else f'-{number}'}.wav") for name in wavs]
-        if all(not path.exists() or comment_of(path) == record for path in paths):
+        if all(not os.path.exists(path) or comment_of(path) == record for path in paths):  # of too long a name, too
             break
-    for path, wav in zip(paths, wavs.values()):
-        write_wav(path, wav, comment=record)
+    try:
+        for path, wav in zip(paths, wavs.values()):
+            write_wav(path, wav, comment=record)
+    except OSError as error:
+        if failures is None:
+            raise
+        failures.append(error)
+        print(f"error: {error}", file=sys.stderr)
     return paths

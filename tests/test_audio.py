@@ -435,7 +435,7 @@ def test_the_chunks_of_a_wav_are_walked(tmp_path, before, size):
 
 
 @pytest.mark.parametrize("behind", [chunk(b"LIST", TITLE), chunk(b"id3 ", b"ID3" + bytes(30)), b"ID3\4\0\0\0\0\0\x10" + bytes(16),
-                                    chunk(b"LIST", TITLE) + b"TAG" + bytes(125), chunk(b"LIST", TITLE)[:-6], b"\0" + TITLE[:0]],
+                                    chunk(b"LIST", TITLE) + b"TAG" + bytes(125), chunk(b"LIST", TITLE)[:-6], b"\0"],
                          ids=["LIST", "id3 chunk", "ID3", "LIST and TAG", "half a LIST", "pad"])
 @pytest.mark.parametrize("n", [5000, 5001])
 def test_what_stands_behind_the_samples_of_a_wav_becomes_none(tmp_path, behind, n):
@@ -496,7 +496,7 @@ def test_an_mp3_without_an_index_is_read_to_its_end(tmp_path):
     (tmp_path / "a.mp3").write_bytes(turned)
     half = read_bytes(tmp_path, turned, "a.mp3")
     assert 1.5 < len(half) / SAMPLE_RATE < 3
-    assert half[-8000:].std() == pytest.approx(whole[-8000:].std().item(), rel=0.05)  # on another grid of samples
+    assert float(half[-SAMPLE_RATE:].std()) == pytest.approx(float(whole[-SAMPLE_RATE:].std()), rel=0.01)
     for behind in (b"TAG" + bytes(125), APE + b"TAG" + bytes(125), content[:100], bytes(3000)):
         assert torch.equal(read_bytes(tmp_path, ID3 + content + behind, "a.mp3"), whole)
 

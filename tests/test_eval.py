@@ -397,6 +397,54 @@ def test_the_eight_parts_of_salmon_are_paired_by_index_and_alphabet(tmp_path):
         assert all(pair.positive.endswith("_a.wav") and pair.negative == pair.positive[:-5] + "b.wav" for pair in benchmark.pairs)
 
 
+LAYOUTS = {  # task -> the folder to be named, and files in it
+    "swuggy": ("swuggy_inter", [f"{i}_a.wav" for i in range(4)]), "sblimp": ("sblimp", [f"b/{i}+a.wav" for i in range(4)]),
+    "sstorycloze": ("sSC", ["0_a_correct.wav", "1_a_incorrect.wav"]),
+    "tstorycloze": ("tSC", ["0_a_correct.wav", "1_a_incorrect.wav"]),
+    "salmon": ("bg_alignment", ["sample_0_a.wav", "sample_0_b.wav"]), "pairs": ("mine", ["a.wav", "b.wav"])}
+
+
+@pytest.mark.parametrize("task", [*LAYOUTS, "lexical", "syntactic"])
+def test_a_set_is_found_however_its_folder_is_named(task, tmp_path, monkeypatch):
+    if task in LAYOUTS:
+        folder, names = LAYOUTS[task]
+        for name in names:
+            touch(tmp_path / "sets" / folder / name)
+        if task == "pairs":
+            write_table(tmp_path / "sets/mine/pairs.csv", ("positive", "negative"), [("a.wav", "b.wav")])
+        folders = [tmp_path / "sets" / folder]
+    else:
+        write_slm21(tmp_path / "sets/sLM21", questions=2)
+        folders = [tmp_path / "sets/sLM21", tmp_path / "sets/sLM21" / task, tmp_path / "sets/sLM21" / task / "dev"]
+        task = "swuggy" if task == "lexical" else "sblimp"
+
+    def found(data):
+        return [(benchmark.name, benchmark.split, [(Path(pair.positive).resolve(), Path(pair.negative).resolve(), pair.item)
+                                                   for pair in benchmark.pairs]) for benchmark in sets.find(task, data)]
+
+    for folder in folders:
+        expected = found(str(folder))
+        (folder / "loop").symlink_to(folder)  # ends, and adds nothing
+        (tmp_path / "current").symlink_to(folder)
+        monkeypatch.chdir(folder.parent)
+        relative = f"../{folder.parent.name}/{folder.name}"
+        ways = [found(data) for data in (folder.name, f"{folder.name}/", relative, tmp_path / "current")]
+        monkeypatch.chdir(tmp_path / "current")
+        assert [*ways, found("."), found("./")] == [expected] * 6
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "store").mkdir()
+        folder.rename(tmp_path / "store/v2")  # the name that says what it is stands at the link
+        folder.symlink_to(tmp_path / "store/v2")
+        assert [pairs for *_, pairs in found(folder)] == [[tuple(
+            Path(str(part).replace(str(folder), f"{tmp_path}/store/v2")) for part in pair[:2]) + pair[2:] for pair in pairs]
+            for *_, pairs in expected]
+        folder.unlink()
+        (tmp_path / "store/v2").rename(folder)
+        for path in (tmp_path / "current", folder / "loop"):
+            path.unlink()
+        (tmp_path / "store").rmdir()
+
+
 def write_pairs(folder, count=30, header=("positive", "negative", "voice", "type"), extra=lambda i: (), voices=1, twins=()):
     """pairs.csv and units/ of our own; the positives have even numbers. twins: pairs whose units are equal."""
     documents, rows = [], []

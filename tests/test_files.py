@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ import twist
 import vocoder
 from checkpoints import download, files
 from checkpoints import files as checkpoint
+from speech.audio import write_wav
 
 
 def tensors(count=6):
@@ -423,6 +426,47 @@ def test_a_crash_while_writing_a_file_leaves_the_old_file_whole(tmp_path, monkey
         files.write_json(tmp_path / "a.json", {"version": 2})
     assert files.read_tensors(path)["weight"].tolist() == [0.0, 0.0, 0.0]
     assert files.read_json(tmp_path / "a.json") == {"version": 1}
+
+
+@pytest.fixture
+def full_disk():
+    """From now on, a file of more than 20 kB cannot be written."""
+    before, how = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, how)
+
+
+WRITERS = {"wav": lambda path, size: write_wav(path, torch.zeros(size)),
+           "text": lambda path, size: files.write_text(path, "a" * size),
+           "tensors": lambda path, size: files.write_tensors(path, {"a": torch.zeros(size)}),
+           "model": lambda path, size: files.write_model(path, {}, {"a": torch.zeros(size)})}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(kind, tmp_path, full_disk):
+    write, place = WRITERS[kind], tmp_path / "new/a"
+    with pytest.raises(OSError, match="cannot write .*new/.*too large.*; make room, or give another place"):
+        write(place, 30_000)
+    assert names_in(tmp_path) == ["new"]
+    write(place, 10)
+    before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path) if (tmp_path / name).is_file()}
+    with pytest.raises(OSError, match="cannot write"):
+        write(place, 30_000)
+    assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path) if (tmp_path / name).is_file()} == before
+    if kind != "model":
+        for name in ("a" * 300, "ü" * 150):
+            with pytest.raises(OSError, match="cannot write .*File name too long"):
+                write(tmp_path / name, 10)
+    assert not [name for name in names_in(tmp_path) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".wav", "ü" * 125 + ".wav"])
+def test_a_name_as_long_as_a_disk_allows_can_be_written(name, tmp_path):
+    WRITERS["wav"](tmp_path / name, 10)
+    WRITERS["text"](tmp_path / f"{name[:-4]}.txt", 10)
+    assert names_in(tmp_path) == sorted([name, f"{name[:-4]}.txt"])
 
 
 # ---------------------------------------------------------------------------------------------- names

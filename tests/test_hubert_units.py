@@ -864,6 +864,35 @@ def test_without_deduplication_every_frame_is_a_unit(folders, tmp_path):
     assert (recipe["dedup"], recipe["layer"]) == (False, 1)
 
 
+def test_folders_are_read_whole_and_what_is_passed_over_is_counted(tmp_path, monkeypatch, capsys):
+    real = tmp_path / "set"
+    taken = ["a.wav", "b.WAV", "deep/c.oga", "deep/d.Opus", "deep/er/e.aifc", "f.wave", "g.mp2", "h.snd", "i.caf", "j.rf64",
+             "x.wav/k.sph"]
+    other = ["notes.txt", "deep/more.TXT", "l.m4a", "deep/m.m4a", "n.raw", "README", "._a.wav", ".hidden/o.wav", "__MACOSX/p.wav"]
+    for name in [*taken, *other, "../elsewhere/q.flac", "../elsewhere/r/s.flac", "../t.flac"]:
+        (real / name).parent.mkdir(parents=True, exist_ok=True)
+        (real / name).touch()
+    for link, target in {"deep/loop": real, "aa": real / "deep", "out": tmp_path / "elsewhere", "again": tmp_path / "elsewhere",
+                         "t.flac": tmp_path / "t.flac", "gone.flac": tmp_path / "nowhere"}.items():
+        (real / link).symlink_to(target)
+    os.mkfifo(real / "pipe.wav")  # would wait for ever
+    expected = sorted([*taken, "again/q.flac", "again/r/s.flac", "t.flac", "gone.flac"])
+    assert find_audio([real]) == sorted(real / name for name in expected)
+    assert capsys.readouterr().err == ("passed over: 2 .m4a, 1 .raw, 2 .txt, 1 without an ending; libsndfile does not read .m4a, "
+                                       "convert each: ffmpeg -i a.m4a a.wav\n")
+    find_audio([real], quiet=True)
+    assert not capsys.readouterr().err
+    assert find_audio([real, real / "deep", tmp_path / "elsewhere", f"{real}/"]) == sorted(real / name for name in expected)
+    monkeypatch.chdir(real)
+    for here in ("./", "../set/.", f"../{real.name}"):
+        assert sorted(os.path.relpath(file) for file in find_audio([here])) == expected
+    assert sorted(map(str, find_audio(["."]))) == expected
+    (tmp_path / "film").mkdir()
+    (tmp_path / "film/a.mp4").touch()
+    with pytest.raises(ValueError, match=r"no audio found in .*film \(passed over: 1 .mp4; .* ffmpeg -i a.mp4 a.wav\)"):
+        find_audio([tmp_path / "film"])
+
+
 def test_nothing_to_encode_is_an_error_that_says_why(folders, tmp_path):
     options = [f"--tokenizer={folders['50hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"]
     with pytest.raises(FileNotFoundError, match="nowhere"):

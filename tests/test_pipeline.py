@@ -184,6 +184,15 @@ def test_a_bad_prompt_is_one_sentence_and_exit_code_2(tmp_path):
         assert line.startswith("sample.py: error:") and words in line
     assert not (tmp_path / "out").exists()
 
+def test_speech_that_cannot_be_written_costs_only_itself(tmp_path, capsys):
+    long = tmp_path / ("a" * 250 + ".wav")
+    long.write_bytes(PROMPT.read_bytes())
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([str(long), str(PROMPT), "--resynth", f"--out={tmp_path}/out", "--device=cpu"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("cannot write") == 1 and "File name too long" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prompt_resynth.wav"]
+
 
 @pytest.mark.slow
 def test_a_bad_prompt_among_good_ones_costs_only_itself(tmp_path):

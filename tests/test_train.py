@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -501,10 +502,19 @@ def test_what_goes_wrong_with_speaking_later_is_a_line_and_training_goes_on(tmp_
     assert len(rows(tmp_path / "run")) == 3 and train.state.latest(tmp_path / "run").name == "step_000002"
 
 
-def test_a_full_disk_costs_no_training_until_the_end(train_arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.state.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="no room"):
-        train.main(["--init=twist", *train_arguments])
+@pytest.mark.parametrize("known", [True, False], ids=["its room is known", "a quota"])
+def test_a_full_disk_costs_no_training_until_the_end(train_arguments, tmp_path, monkeypatch, capsys, known):
+    if known:
+        monkeypatch.setattr(train.state.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    before, how = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if known else 20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="no room" if known else "cannot write .*step_000012 .*too large.*; make room"):
+            train.main(["--init=twist", *train_arguments])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, how)
+    assert known or not [*(tmp_path / "run").glob("step_*")]
     assert capsys.readouterr().out.count("state not saved") == 2  # steps 5 and 10
     assert len(rows(tmp_path / "run")) == 12  # step 12 could not be saved
 

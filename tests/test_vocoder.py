@@ -461,6 +461,16 @@ def test_the_command_writes_wavs_named_after_the_recordings(folder, tmp_path, ca
         vocoder.main([file, f"--vocoder={folder}", f"--out={tmp_path / 'third'}", "--use-durations"])
 
 
+def test_a_recording_that_cannot_be_written_costs_only_itself(folder, tmp_path, capsys):
+    rows = [{"file_name": name, "units": [1, 2, 3]} for name in ("a.wav", "b" * 300 + ".wav", "c.wav")]
+    (tmp_path / "units.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit) as stopped:
+        vocoder.main([str(tmp_path / "units.jsonl"), f"--vocoder={folder}", f"--out={tmp_path / 'wavs'}"])
+    assert stopped.value.code == 2 and sorted(path.name for path in (tmp_path / "wavs").iterdir()) == ["a.wav", "c.wav"]
+    said = capsys.readouterr()
+    assert "2 files" in said.out and said.err.count("error: cannot write") == 1 and "File name too long" in said.err
+
+
 def test_the_command_speaks_a_shard_folder_of_its_own_tokenizer_only(tmp_path):
     folder = write_folder(tmp_path / "vocoder", tokenizer=RECIPE)
     for name, recipe in (("same", RECIPE), ("other", {**RECIPE, "centers": "xyz"})):

@@ -13,6 +13,7 @@ stored: batches depend on (seed, step) alone, and the network draws nothing.
 A folder gets its name when all processes have written their files and these are on the disk; `latest` follows, then old
 folders go. A kill at any moment leaves the state before or the state after. A state that was damaged later is refused.
 """
+import contextlib
 import dataclasses
 import json
 import math
@@ -43,6 +44,17 @@ def named(learner):
         for slot, value in learner.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{slot}"] = value
     return tensors
+
+
+@contextlib.contextmanager
+def written(folder):
+    """Makes one sentence of what PyTorch says if a state cannot be written; nothing of it is left."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"cannot write {folder.with_suffix('')} ({reason}); make room, and go on with --init=resume") from None
 
 
 def files(tensors):
@@ -174,7 +186,7 @@ class Saver:
     def save(self, learner, state):
         """Write step_NNNNNN of state["step"]. state: what json can hold.
 
-        Raises: OSError on every process, before anything is written, if the disk has no room for it.
+        Raises: OSError on every process if it cannot be written, before anything is where the disk has no room for it.
         """
         self.settle()
         tensors = named(learner)
@@ -195,15 +207,17 @@ class Saver:
             if self.asynchronous:
                 self.pending = dcp.async_save(tensors, process_group=self.group, **options), temporary, state
             else:
-                dcp.save(tensors, **options)
+                with written(temporary):
+                    dcp.save(tensors, **options)
                 self.publish(temporary, state)
 
     def settle(self, wait=True):
         """Publish what was written in the background; without `wait` only if it is finished."""
         if self.pending and (wait or self.pending[0].done()):
             future, temporary, state = self.pending
-            future.result()
             self.pending = None
+            with written(temporary):
+                future.result()
             self.publish(temporary, state)
 
     def publish(self, temporary, state):
