@@ -9,10 +9,9 @@ import itertools
 import json
 from pathlib import Path
 
-import soundfile
 import torch
 
-from speech.audio import write_wav
+from speech.audio import soundfile, write_wav
 
 LONGEST = 1900  # characters of a comment: libsndfile reads no longer ones
 
