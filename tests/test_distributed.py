@@ -244,8 +244,8 @@ def test_a_thread_that_drops_its_tensors_late_does_not_abort_the_job(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-BLOOM = dataclasses.replace(TINY, norm="layernorm", position="alibi", mlp="gelu_tanh", attention_bias=True, mlp_bias=True,
-                            embed_norm=True, family="bloom")
+BLOOM = dataclasses.replace(TINY, norm="layernorm", position="alibi", mlp="gelu_tanh", attention_bias=True, out_bias=True,
+                            mlp_bias=True, n_inner=128, embed_norm=True, family="bloom")
 
 
 @pytest.fixture
