@@ -249,7 +249,6 @@ def tasks_of(evaluation):
 def main(argv=None):
     options = checked(config.load(EvalConfig, argv))
     dist = distributed.setup(options.device, timedelta(days=30))  # encoding may take one process longer than another
-    torch.backends.cudnn.allow_tf32 = False  # its 10 bits would flip units
     evaluation = Evaluation(options, dist)
     sections = [section for run in tasks_of(evaluation) if (section := run())]
     if dist.is_main:

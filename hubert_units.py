@@ -198,7 +198,6 @@ def main(argv=None):
     if options.workers < 1 or options.budget < 0 or options.fit_frames < 1:
         raise ValueError("expected --workers and --fit-frames of at least 1 and no negative --budget")
     dist = distributed.setup(options.device, timedelta(days=30))  # one process may be done days before the last
-    torch.backends.cudnn.allow_tf32 = False  # its 10 bits in the positional convolution would flip units
     files = find_audio(options.audio, quiet=not dist.is_main)
     if options.fit:
         return fit(files, options, dist)

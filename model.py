@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels
 
@@ -218,9 +218,9 @@ class Block(nn.Module):
     def forward(self, x, *position_and_cache):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(x, *position_and_cache)
-        contexts = noop_context_fn if self.recompute == "full" else partial(create_selective_checkpoint_contexts, keep_products)
+        selective = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
         return checkpoint(self.compute, x, *position_and_cache, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=contexts)
+                          **(selective if self.recompute == "selective" else {}))  # torch.compile takes no idle context_fn
 
     def compute(self, x, *position_and_cache):
         if self.post:
@@ -327,19 +327,20 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None
     cache = KVCache(model.config, total)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     step = ids
-    for _ in range(max_new_tokens):
-        logits = model(step, cache=cache)[:, -1].float()  # (B, V)
-        if len(banned):
-            logits[:, list(banned)] = float("-inf")
-        if temperature == 0:
-            step = logits.argmax(-1, keepdim=True)
-        else:
-            probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-            step = torch.multinomial(probabilities, 1, generator=generator)
-        if eos is not None:
-            step[finished] = eos
-            finished |= step[:, 0] == eos
-        ids = torch.cat([ids, step], dim=1)
-        if eos is not None and finished.all():
-            break
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks, too: they would be compiled for every length of the cache
+        for _ in range(max_new_tokens):
+            logits = model(step, cache=cache)[:, -1].float()  # (B, V)
+            if len(banned):
+                logits[:, list(banned)] = float("-inf")
+            if temperature == 0:
+                step = logits.argmax(-1, keepdim=True)
+            else:
+                probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+                step = torch.multinomial(probabilities, 1, generator=generator)
+            if eos is not None:
+                step[finished] = eos
+                finished |= step[:, 0] == eos
+            ids = torch.cat([ids, step], dim=1)
+            if eos is not None and finished.all():
+                break
     return ids

@@ -12,6 +12,7 @@ Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn amo
 """
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +52,11 @@ class SampleConfig(TokenizerOptions):
 SAMPLING, VOICE = ("model", "seed", "temperature", "top_k", "top_p"), ("vocoder", "speaker", "style")  # told in the wav's header
 
 
-def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None):
+def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None, autocast=nullcontext):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
     write: False where another process writes the same files: the model alone runs. heard: (units, runs) of the prompt, if it was
-    encoded before.
+    encoded before. autocast: what the model, and it alone, runs in. The networks may lie on different devices.
     """
     units, runs = heard or speech_to_units(path, encoder, options.prompt_seconds, vocab.dedup)
     device = slm.wte.weight.device
@@ -65,7 +66,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     if room < 1:
         raise ValueError(f"{path}: {ids.shape[1]} prompt units fill the model's context of {slm.config.block_size}; "
                          "lower --prompt-seconds")
-    with packed(slm):
+    with packed(slm), autocast():
         rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
                         generator, eos=vocab.eos, banned=vocab.banned)
     wavs, said, new_units = {}, [], 0
@@ -74,7 +75,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
         new_units += len(spoken) - len(units)
         # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing
         if vocab.dedup:
-            timing = vocoder.durations(spoken.to(device)).cpu()
+            timing = vocoder.durations(spoken).cpu()
             timing[: len(runs)] = runs
         else:  # a model of frames has said how long each unit lasts
             spoken, timing = deduplicate(spoken)
@@ -98,7 +99,7 @@ def hear(paths, encoder, dedup, seconds=SampleConfig.prompt_seconds):
     return heard, errors
 
 
-def load_voice(options, vocab=None):
+def load_voice(options, vocab=None, device="cpu"):
     """(UnitEncoder, Vocoder) of options.tokenizer and options.vocoder; vocab: of the speech LM that stands between them.
 
     Raises: ValueError where their recipes differ.
@@ -110,7 +111,7 @@ def load_voice(options, vocab=None):
     if vocoder.recipe:  # it speaks collapsed units, which those of any model become
         made = {**encoder.recipe, "dedup": vocoder.recipe.get("dedup", True)}
         check_recipe(vocoder.recipe, made, f"--vocoder={options.vocoder}")
-    return encoder, vocoder
+    return encoder.to(device), vocoder.to(device)
 
 
 def resynthesize(path, options, encoder, vocoder):
@@ -130,8 +131,7 @@ def main(argv=None):
     if not options.resynth:
         slm, vocab = twist.load_speech_lm(options.model)
         slm.to(device)
-    encoder, vocoder = load_voice(options, vocab)
-    encoder, vocoder = encoder.to(device), vocoder.to(device)
+    encoder, vocoder = load_voice(options, vocab, device)
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     files, units, failed, begin = [], 0, 0, time.perf_counter()
     with packed(encoder):

@@ -81,7 +81,7 @@ class TrainConfig(TokenizerOptions):
     wandb: str | None = None  # also to this Weights & Biases project (pip install wandb)
     dtype: str = "auto"  # auto | float32 | bfloat16: of matrix products (master weights stay float32); auto: bfloat16 on GPUs
     optimizer: str = "adamw"  # adamw | split: bfloat16 weights and their low 16 bits, 14 bytes a parameter, same updates
-    parallel: str = "auto"  # auto | ddp | fsdp | hsdp (distributed.py); auto: ddp up to 2 billion parameters
+    parallel: str = "auto"  # auto | ddp | fsdp | hsdp (distributed.py); auto: ddp up to 2 billion parameters, none alone
     shard_size: int = 0  # hsdp: processes that share one copy; 0: those of a node
     reshard: bool = True  # fsdp, hsdp: free a block's gathered weights after its forward
     recompute: str = "none"  # none | selective | full: activations that backward computes again instead of keeping
@@ -164,7 +164,7 @@ def split_batch(options, dist):
 
 def listen(options, vocab, dist, say):
     """(vocoder, {prompt: its units and runs}), before the first step. A prompt that cannot be read is said and left out."""
-    encoder, vocoder = sample.load_voice(options, vocab)
+    encoder, vocoder = sample.load_voice(options, vocab, dist.device)
     own = {prompt: files.POCKET.parent / prompt for prompt in options.prompts}  # pocket/prompt.wav, in whatever folder we are
     prompts = [place if place.exists() and not Path(prompt).exists() else prompt for prompt, place in own.items()]
     heard, errors = dist.from_main(sample.hear, prompts, encoder, vocab.dedup)
@@ -179,12 +179,12 @@ def speak(voice, learner, step, options, vocab, say):
     out = str(Path(options.out) / "samples" / f"step_{step:06d}")
     spoken = sample.SampleConfig(out=out, seed=options.seed, model=out)
     learner.model.eval()
-    with learner.autocast():
-        for prompt, heard in voice[1].items():
-            try:
-                sample.continue_prompt(prompt, spoken, None, voice[0], learner.model, vocab, learner.dist.is_main, heard=heard)
-            except (ValueError, OSError) as error:
-                say(f"step {step}: {prompt} is not continued: {error}")
+    for prompt, heard in voice[1].items():
+        try:
+            sample.continue_prompt(prompt, spoken, None, voice[0], learner.model, vocab, learner.dist.is_main, heard,
+                                   learner.autocast)
+        except (ValueError, OSError) as error:
+            say(f"step {step}: {prompt} is not continued: {error}")
     learner.model.train()
 
 

@@ -35,6 +35,7 @@ from corpus import foreign
 from corpus.shards import UnitShards, check_recipe
 from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
+from speech.precision import exactly
 from speech.spoken import record_of, write_spoken
 
 SLOPE = 0.1  # leaky ReLU inside the generator
@@ -86,8 +87,7 @@ class VocoderConfig:
              "plus an even number, or the length would not come out as an exact multiple"),
             (self.upsample_initial_channel % 2 ** len(rates) == 0,
              f"upsample_initial_channel {self.upsample_initial_channel} cannot be halved {len(rates)} times"),
-            (len(self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes) > 0
-             and all(k % 2 for k in self.resblock_kernel_sizes),
+            (len(kernels := self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes) > 0 and all(k % 2 for k in kernels),
              "resblock_kernel_sizes: expected odd numbers, each with its list in resblock_dilation_sizes"),
             *((least <= getattr(self, name) <= most, f"{name} is {getattr(self, name)}, expected {least} to {most}")
               for name, least, most in SIZES),
@@ -126,8 +126,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width, kernel, dilations):
         super().__init__()
-        self.convs1 = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in dilations)
+        self.convs1 = nn.ModuleList(nn.Conv1d(width, width, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in dilations)
         self.convs2 = nn.ModuleList(nn.Conv1d(width, width, kernel, padding=(kernel - 1) // 2) for _ in dilations)
 
     def forward(self, x):
@@ -187,12 +186,13 @@ class Vocoder(nn.Module):
         x = self.conv_post(functional.leaky_relu(x, LAST_SLOPE))
         return torch.tanh(x.float())[:, 0]  # (B, S); float() matters under bf16 autocast only
 
+    @exactly
     @torch.no_grad()
     def durations(self, units):
         """Units (T,) int64 -> frames of each (T,) int64, at least 1. torch.round sends halves to the even number."""
         if self.dur_predictor is None:
             return torch.ones_like(units)
-        log_frames = self.dur_predictor(self.dict(units)[None])[0]
+        log_frames = self.dur_predictor(self.dict(units.to(self.dict.weight.device))[None])[0]
         return torch.round(torch.exp(log_frames) - 1).clamp(min=1).long()
 
     def voice(self, speaker=None, style=None):
@@ -210,6 +210,7 @@ class Vocoder(nn.Module):
             rows.append(row)
         return rows
 
+    @exactly
     @torch.no_grad()
     def forward(self, units, runs=None, speaker=None, style=None):
         """Speak one sequence of units.
@@ -222,14 +223,13 @@ class Vocoder(nn.Module):
         Raises: ValueError for a unit or a voice that the model does not know, or runs that do not fit.
         """
         voice = self.voice(speaker, style)
-        device, K = self.dict.weight.device, self.config.num_embeddings
-        units = integers(units, "units").to(device)
+        units, K = integers(units, "units").to(self.dict.weight.device), self.config.num_embeddings
         if len(units) == 0:
-            return torch.zeros(0, device=device)
+            return torch.zeros(0, device=units.device)
         if units.min() < 0 or units.max() >= K:
             raise ValueError(f"units between {units.min()} and {units.max()}, but this vocoder knows 0 to {K - 1}; "
                              "use the vocoder that belongs to the units' tokenizer, and remove any vocabulary offset")
-        runs = self.durations(units) if runs is None else integers(runs, "runs").to(device)
+        runs = self.durations(units) if runs is None else integers(runs, "runs").to(units.device)
         if len(runs) != len(units) or runs.min() < 1:
             raise ValueError(f"{len(runs)} runs, the shortest {min(runs.tolist(), default=0)}, for {len(units)} units; "
                              "expected one run of at least 1 frame for each")

@@ -18,6 +18,7 @@ loader.py, training.py, kernels.py (attention, cross_entropy), packing.py (cpu),
 """
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from bench.memory import bench_memory
 from bench.opening import bench_opening
 from bench.packing import bench_cpu
 from bench.scoring import bench_eval
+from bench.timing import OF_GPUS, check_device, tables
 from bench.training import bench_train
 from bench.units import bench_chunking, bench_hubert, bench_long, bench_units
 from checkpoints import files
@@ -43,6 +45,8 @@ class BenchConfig:
     shards: int = 4  # opening: files it is divided into
     repeats: int = 5  # units, hubert, loader, train: times each way is measured; attention, cross_entropy: at least 20 on a GPU
     device: str | None = None  # cpu | cuda, of units and train (none: cpu), attention and cross_entropy (none: cuda)
+    cases: tuple[str, ...] = ()  # attention, cross_entropy, train, units: those whose name, without commas, holds one of these
+    ways: tuple[str, ...] = ()  # attention, cross_entropy, train: only these, such as ours, flash
     compile: bool = False  # train: also compiled steps on a CPU
 
 
@@ -50,16 +54,23 @@ BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cpu": b
               "eval": bench_eval, "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory,
               "opening": bench_opening, "train": bench_train, "units": bench_units}
 ALSO = {"scoring": "eval"}  # second names
-OF_GPUS = ("attention", "cross_entropy")  # measured on one; on a CPU they are only rehearsed
 
 
-def machine():
+def machine(device):
     """What the numbers were measured on."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.get_device_name()
     names = [line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
         if os.path.exists("/proc/cpuinfo") else [platform.processor()]
     return f"{os.cpu_count()} x {names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def place(what, options):
+    """The file of a benchmark: each GPU has its own, and so have a rehearsal on a CPU and a part of the cases or ways."""
+    where = [torch.cuda.get_device_name()] if options.device == "cuda" else ["cpu"] * (what in OF_GPUS)
+    words = [re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-").removeprefix("nvidia-")
+             for word in (*where, *options.cases, *options.ways)]
+    return Path(options.out) / ("_".join([what, *words]) + ".json")
 
 
 def main(argv=None):
@@ -68,18 +79,33 @@ def main(argv=None):
     if what not in BENCHMARKS or (len(options.what) > 1 and what != "chunking"):
         raise ValueError(f"expected one of {', '.join(BENCHMARKS)}, got {' '.join(options.what) or 'nothing'}")
     options = replace(options, device=options.device or ("cuda" if what in OF_GPUS else "cpu"))
-    tables = BENCHMARKS[what](options)
-    tables = tables if isinstance(tables, dict) else {"rows": tables}
+    check_device(what, options.device)
     settings = {key: value for key, value in asdict(options).items() if key not in ("what", "out")}
-    result = {"command": " ".join(["python -m bench", *(Path(word).name for word in options.what)]), "options": settings,
-              "machine": machine(), "torch": torch.__version__, **tables}
-    rehearsal = "_cpu" if what in OF_GPUS and options.device == "cpu" else ""  # beside the figures of a GPU, not over them
-    files.write_json(Path(options.out) / f"{what}{rehearsal}.json", result)
-    for name, rows in tables.items():
-        print(f"{name}: {len(rows)}")
-        widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in (rows[0] if rows else ())}
-        for row in ({key: key for key in widths}, *rows) if rows else ():
-            print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))
+    head = {"command": " ".join(["python -m bench", *(Path(word).name for word in options.what)]), "options": settings,
+            "machine": machine(options.device), "torch": torch.__version__}
+    measured, found = BENCHMARKS[what](options), {}
+    try:
+        for found in [measured] if isinstance(measured, dict) else growing(what, measured, options):
+            files.write_json(place(what, options), head | found)  # at every row: the next may end the process
+    finally:
+        for name, rows in found.items():
+            show(name, rows)
+
+
+def growing(what, rows, options):
+    """The tables after every row that comes."""
+    known = []
+    for row in rows:
+        known.append(row)
+        yield tables(known, options.device) if what in OF_GPUS else {"rows": known}
+
+
+def show(name, rows):
+    print(f"{name}: {len(rows)}")
+    keys = dict.fromkeys(key for row in rows for key in row)  # a row of what did not run has fewer
+    widths = {key: max(len(str(row.get(key, ""))) for row in [*rows, {key: key}]) for key in keys}
+    for row in ({key: key for key in keys}, *rows) if rows else ():
+        print("  ".join(f"{row.get(key, '')!s:<{width}}" for key, width in widths.items()))
 
 
 if __name__ == "__main__":

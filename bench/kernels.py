@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import kernels
-from bench.timing import attempt, check_device, enough_sets, measure, number, ratio, run_cases, timings
+from bench.timing import attempt, enough_sets, measure, number, ratio, run_cases, timings, wanted
 from kernels import reference
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -217,14 +217,16 @@ def attention_errors(case, dtype, device):
     return errors
 
 
-def attention_rows(case, device, rounds):
+def attention_rows(case, options, rounds):
     """A row for each mode and way."""
+    device = options.device
     dtype, random, rows = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator(device).manual_seed(0), []
     torch.compiler.reset()  # each case is compiled for itself, and none counts as the ninth recompilation of a function
     errors = attention_errors(case, dtype, device)
     ways, starts, mask = attention_ways(case, dtype, device)
     if device == "cuda":
         ways.pop("reference")
+    ways = wanted(options, ways)
     sets = {layout: enough_sets(lambda layout=layout: draw_inputs(case, layout, dtype, device, random), device)
             for layout in ("model", "heads first")}
     modes = {"forward": forward} if case.T == 1 else {"forward": forward, "forward+backward": forward_backward}
@@ -247,9 +249,9 @@ def attention_rows(case, device, rounds):
 
 
 def bench_attention(options, cases=None):
-    """Tables: versions; rows of (kind, shape B, T or cached keys, H, D, mode, way, ...); summary; the losing shapes."""
-    check_device("attention", options.device)
-    return run_cases("attention", options, cases or (CASES if options.device == "cuda" else SMALL_CASES), attention_rows)
+    """Rows of (kind, shape B, T or cached keys, H, D, mode, way, ...), of which tables() makes the rest."""
+    cases = cases or (CASES if options.device == "cuda" else SMALL_CASES)
+    return run_cases("attention", options, {f"{case.kind}; {case.shape}": case for case in cases}, attention_rows)
 
 
 # ---------------------------------------------------------------------------------------------- cross-entropy
@@ -293,28 +295,34 @@ def draw_loss_inputs(N, C, V, dtype, device, random):
     return *(x.requires_grad_() for x in found), targets
 
 
-def loss_rows(case, device, rounds):
+def loss_name(N, C, V):
+    return f"{'head and loss' if C else 'loss'}, V {V}; " + (f"{N}, {C}, {V}" if C else f"{N}, {V}")
+
+
+def loss_rows(case, options, rounds):
     """A row for each way."""
-    N, C, V = case
+    (N, C, V), device = case, options.device
+    kind, shape = loss_name(*case).split("; ")
     dtype, random = torch.bfloat16 if device == "cuda" else torch.float32, torch.Generator(device).manual_seed(0)
     torch.compiler.reset()
     sets = enough_sets(lambda: draw_loss_inputs(N, C, V, dtype, device, random), device)
-    measured = measure({way: (loss_and_gradients(function), sets) for way, function in loss_ways(C > 0, device).items()},
-                       device, rounds)
-    rows, eager = [], measured["eager"]
+    ways = wanted(options, loss_ways(C > 0, device))
+    measured = measure({way: (loss_and_gradients(function), sets) for way, function in ways.items()}, device, rounds)
+    rows = []
     for way, found in measured.items():
-        row = {"kind": f"{'head and loss' if C else 'loss'}, V {V}", "shape": f"{N}, {C}, {V}" if C else f"{N}, {V}",
-               "mode": "forward+backward", "way": way, **timings(found, 6 * N * C * V if C else None),
+        row = {"kind": kind, "shape": shape, "mode": "forward+backward", "way": way,
+               **timings(found, 6 * N * C * V if C else None),
                **{f"over_{peer}": number(ratio(measured[peer].seconds, found.seconds), 3)
                   for peer in ("eager", "compiled") if peer in measured}}
         if device == "cuda":
+            eager = measured["eager"].extra_bytes if "eager" in measured else None
             row |= {"extra_gib": number(ratio(found.extra_bytes, 2**30), 3),
-                    "memory_over_eager": number(ratio(found.extra_bytes, eager.extra_bytes), 3)}
+                    "memory_over_eager": number(ratio(found.extra_bytes, eager), 3)}
         rows.append(row | {"note": found.note})
     return rows
 
 
 def bench_cross_entropy(options, cases=None):
-    """Tables: versions; rows of (kind, shape N, C, V or N, V, way, ...); summary; the losing shapes."""
-    check_device("cross_entropy", options.device)
-    return run_cases("cross_entropy", options, cases or (LOSSES if options.device == "cuda" else SMALL_LOSSES), loss_rows)
+    """Rows of (kind, shape N, C, V or N, V, way, ...), of which tables() makes the rest."""
+    cases = cases or (LOSSES if options.device == "cuda" else SMALL_LOSSES)
+    return run_cases("cross_entropy", options, {loss_name(*case): case for case in cases}, loss_rows)

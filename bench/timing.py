@@ -5,11 +5,14 @@
 One CUDA graph calls a way on every set of inputs in turn, so that no launch is waited for; its replay, divided by the number of
 sets, is one call. At least SETS sets, and together more than an L2 cache holds, unless that takes over MOST_SETS. A sample is as
 many replays in a row as take SAMPLE_SECONDS. The ways take turns: medians of ROUNDS samples, and the interquartile range over the
-median as their spread. A way that cannot be captured is called plainly between CUDA events, and its note says so. On CPUs: plain
-calls and the wall clock. All this is for the kernels; whole operations go side_by_side().
+median as their spread. A way that cannot be captured is called plainly between CUDA events, and its note says so; one that finds
+no memory, registers or compiler at any point drops out, with the reason as its note. On CPUs: plain calls and the wall clock.
+All this is for the kernels; whole operations go side_by_side().
 """
 import contextlib
 import functools
+import gc
+import importlib
 import importlib.metadata
 import statistics
 import time
@@ -24,7 +27,9 @@ import kernels
 
 ROUNDS = 20  # samples of each way on a GPU
 SAMPLE_SECONDS = 0.01  # at least, by repeating the replay
+OF_GPUS = ("attention", "cross_entropy")  # measured on one; on a CPU they are only rehearsed
 SETS, MOST_SETS, CACHE_BYTES = 4, 64, 2**27  # sets of inputs; as many as fill twice the L2 cache of an H100 or H200
+NO_MEMORY = "allocate memory"  # what PyTorch says on CPUs; on GPUs the kind of the error says it
 REFUSALS = ("No available kernel", "No viable backend", "cuDNN", "cudnn", "mha_graph")  # of backends that cannot run a case
 
 
@@ -41,28 +46,43 @@ def check_device(what, device):
     if device not in ("cuda", "cpu"):
         raise ValueError(f"--device={device}: expected cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"python -m bench {what} needs a CUDA GPU and there is none here; --device=cpu times only what "
-                         "runs on CPUs")
-    if device == "cuda":
+        raise ValueError(f"python -m bench {what} needs a CUDA GPU for --device=cuda and there is none here; --device=cpu times "
+                         "only what runs on CPUs")
+    if device == "cuda" and what in OF_GPUS:
         kernels.choose(what, device, torch.bfloat16, forced="triton")  # says what stands in the way
 
 
 def take_turns(ways, rounds, device):
-    """{name: function} -> {name: seconds of each round}, the functions called in turn."""
-    seconds = {name: [] for name in ways}
+    """{name: function} -> ({name: seconds of each round}, {name: why it stopped}), the functions called in turn."""
+    def once(function):
+        begin = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    seconds, stopped = {name: [] for name in ways}, {}
     for _ in range(rounds):
         for name, function in ways.items():
-            begin = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
+            taken, why = (None, stopped[name]) if name in stopped else attempt(once, (function,))
+            if why:
+                seconds[name], stopped[name] = [], why
+            else:
+                seconds[name].append(taken)
+    return seconds, stopped
 
 
 def side_by_side(ways, repeats, device):
-    """{name: function} -> {name: median seconds}; one round before the first is not counted."""
-    return {name: statistics.median(seconds[1:]) for name, seconds in take_turns(ways, repeats + 1, device).items()}
+    """{name: function} -> {name: median seconds}; one round before the first is not counted. Raises if one does not run."""
+    seconds, stopped = take_turns(ways, repeats + 1, device)
+    for name, why in stopped.items():
+        raise torch.OutOfMemoryError(f"{name}: {why}")
+    return {name: statistics.median(seconds[name][1:]) for name in ways}
+
+
+def triton_errors():
+    """Triton's own, of too many registers, too much shared memory or its compiler: they are no RuntimeErrors."""
+    return () if kernels.triton is None else (importlib.import_module("triton.errors").TritonError,)
 
 
 def attempt(function, inputs):
@@ -71,12 +91,13 @@ def attempt(function, inputs):
         warnings.simplefilter("always")
         try:
             return function(*inputs), None
-        except RuntimeError as error:
+        except (RuntimeError, *triton_errors()) as error:
             message = str(error)
             refused = any(word in message for word in REFUSALS)
-            if not refused and not isinstance(error, (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)):
+            kinds = torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, *triton_errors()
+            if not refused and NO_MEMORY not in message and not isinstance(error, kinds):
                 raise
-            reasons = [message.strip().partition("\n")[0]]
+            reasons = [message.strip().partition("\n")[0] or type(error).__name__]
     if refused:  # PyTorch warns of what each backend lacks, among them those that were switched off for pinning
         found = [str(warning.message).partition(" (Triggered")[0] for warning in said]
         found = [line for line in found if not line.endswith("because:") and "runtime disabled" not in line]
@@ -134,6 +155,14 @@ def clock(go, device, times):
 def measure(ways, device, rounds):
     """{way: (function, sets of inputs)} -> {way: Measured}, the ways taking turns."""
     found, runners, samples = {}, {}, {}
+
+    def tried(way, function, *arguments):
+        result, refusal = attempt(function, arguments)
+        if refusal:  # out of memory, mostly
+            found[way] = Measured(note=refusal)
+            runners.pop(way), samples.pop(way, None)
+        return result
+
     on_stream = contextlib.nullcontext()
     if device == "cuda":  # one stream of our own for all: graphs cannot be captured on the default stream
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -146,16 +175,19 @@ def measure(ways, device, rounds):
             if refusal is None:
                 runners[way] = functools.partial(call_all, function, sets)
         if device == "cuda":
-            for way in runners:  # graphs share their memory: they run one at a time, and nothing is read from them
-                runners[way], note = capture(*ways[way], stream, pool)
-                found[way] = replace(found[way], note=note)
-        for way, go in runners.items():
-            go()
-            samples[way] = max(1, min(200, round(SAMPLE_SECONDS / clock(go, device, 2)))), []
+            for way in list(runners):  # graphs share their memory: they run one at a time, and nothing is read from them
+                if captured := tried(way, capture, *ways[way], stream, pool):
+                    runners[way], note = captured
+                    found[way] = replace(found[way], note=note)
+        for way, go in list(runners.items()):
+            tried(way, go)
+            if way in runners and (taken := tried(way, clock, go, device, 2)) is not None:
+                samples[way] = max(1, min(200, round(SAMPLE_SECONDS / taken))), []
         for _ in range(rounds):
-            for way, go in runners.items():
+            for way, go in list(runners.items()):
                 times, seconds = samples[way]
-                seconds.append(clock(go, device, times) / len(ways[way][1]))
+                if (taken := tried(way, clock, go, device, times)) is not None:
+                    seconds.append(taken / len(ways[way][1]))
     if device == "cuda":
         torch.cuda.synchronize()
     for way, (_, seconds) in samples.items():
@@ -213,13 +245,40 @@ def compare(rows, peers):
     return summary, losing
 
 
+def chosen(options, names):
+    """Those whose name, without its commas, holds one of the words of --cases; all, where it gives none. {name: case}."""
+    found = {name: case for name, case in names.items()
+             if not options.cases or any(word in name.replace(",", "") for word in options.cases)}
+    if not found:
+        raise ValueError(f"--cases={','.join(options.cases)}: expected words out of {'; '.join(names)}")
+    return found
+
+
+def wanted(options, ways):
+    """The ways that --ways names, all by default: {name: function} -> the same."""
+    unknown = set(options.ways) - set(ways)
+    if unknown:
+        raise ValueError(f"--ways={','.join(options.ways)}: expected some of {', '.join(ways)}")
+    return {name: function for name, function in ways.items() if not options.ways or name in options.ways}
+
+
 def run_cases(what, options, cases, rows_of):
-    """rows_of(case, device, rounds) for every case -> {name of a table: its rows}, the losing shapes last."""
-    device, rows = options.device, []
-    for case in config.progress(cases, desc=what):
-        rows += rows_of(case, device, max(ROUNDS, options.repeats) if device == "cuda" else options.repeats)
-        if device == "cuda":
+    """Yields the rows of rows_of(case, options, rounds) as soon as each case has them.
+
+    cases: {"kind; shape": case}. One that finds no memory, for its inputs, say, leaves a row that says so.
+    """
+    for name, case in config.progress(chosen(options, cases).items(), desc=what):
+        rounds = max(ROUNDS, options.repeats) if options.device == "cuda" else options.repeats
+        rows, why = attempt(rows_of, (case, options, rounds))
+        kind, _, shape = name.partition("; ")
+        yield from rows if why is None else [{"kind": kind, "shape": shape, "mode": "-", "way": "all", "ms": "-", "note": why}]
+        gc.collect()
+        if options.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def tables(rows, device):
+    """{name of a table: its rows} of what run_cases gave, the losing shapes last."""
     summary, losing = compare(rows, [way for way in dict.fromkeys(row["way"] for row in rows) if way != "ours"])
     versions = {"gpu": torch.cuda.get_device_name() if device == "cuda" else "none", "torch": torch.__version__,
                 "triton": "none" if kernels.triton is None else importlib.metadata.version("triton"),

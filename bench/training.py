@@ -12,8 +12,8 @@
 All take the same batch of random units in one process, and the losses of their first steps must agree; then they take turns.
 Medians, and the interquartile range over the median as spread. `over_peer` is the time of transformers' eager step over a way's
 own, `over_fused` that of its step with the fused AdamW. Memory that is freed is kept for all of them, as train.py does. FLOPs as
-in logs.py. Ours is compiled block by block as train.py does it, transformers' model as a whole; an eager step is
-the same model with compilation switched off.
+in logs.py. Ours is compiled block by block by the same call of training/learner.py that train.py makes, for rows that never
+change; transformers' model as a whole; an eager step is the same model with compilation switched off.
 
 Memory of a way: on GPUs the most that was allocated in two steps, less what was before its model was made; on CPUs likewise of
 resident memory, in a process of its own that first trained a tiny model, so that libraries are not counted.
@@ -35,7 +35,7 @@ import config
 import train
 import twist
 from bench.memory import SIZES, in_own_process, resident
-from bench.timing import attempt, take_turns
+from bench.timing import attempt, chosen, take_turns, wanted
 from corpus.loader import Batch
 from model import TransformerConfig
 from training import distributed, logs
@@ -56,7 +56,7 @@ class Shape:
 
     def options(self, compiled, device):
         return train.TrainConfig(optimizer=self.optimizer, recompute=self.recompute, compile="blocks" if compiled else "none",
-                                 peak_lr=1e-4, device=device)
+                                 peak_lr=1e-4, device=device, dtype="bfloat16" if device == "cuda" else "float32")
 
 
 def shapes(device):
@@ -192,7 +192,7 @@ class Found:
 def measure(shape, folder, options, compiled):
     """{way: Found}"""
     found, steps, device = {}, {}, options.device
-    for builder, build in BUILDERS.items():
+    for builder, build in wanted(options, BUILDERS).items():
         before = torch.cuda.memory_allocated() if device == "cuda" else None
         step, note = attempt(build, (shape, folder, compiled, device))
         for way, function in variants(builder, step, compiled).items():
@@ -204,18 +204,27 @@ def measure(shape, folder, options, compiled):
             if not note:
                 steps[way] = function
         if shape.optimizer == "split":  # the next needs the room
-            for way, seconds in take_turns(steps, options.repeats, device).items():
-                found[way].seconds = seconds
+            take_times(steps, found, options)
             steps, step, function = {}, None, None
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    for way, seconds in take_turns(steps, options.repeats, device).items():
-        found[way].seconds = seconds
-    losses = [one.loss for one in found.values() if one.loss is not None]
-    most = AGREE["bfloat16" if device == "cuda" else "float32"]
-    assert max(losses) - min(losses) < most, f"{shape.name}: the first losses are {losses}, they are not of the same weights"
+    take_times(steps, found, options)
     return found
+
+
+def take_times(steps, found, options):
+    seconds, stopped = take_turns(steps, options.repeats, options.device)
+    for way in steps:
+        found[way].seconds, found[way].note = seconds[way], stopped.get(way, "")
+
+
+def disagreement(found, device):
+    """What is wrong with the losses of the first steps, in words; empty if they agree."""
+    losses = [one.loss for one in found.values() if one.loss is not None]
+    if not losses or max(losses) - min(losses) < AGREE["bfloat16" if device == "cuda" else "float32"]:
+        return ""
+    return f"the first losses are {', '.join(f'{loss:.5f}' for loss in losses)}: not of the same weights"
 
 
 def row_of(shape, way, one, peers, flops, device):
@@ -237,19 +246,26 @@ def row_of(shape, way, one, peers, flops, device):
                   "peak_mb": "-" if one.peak is None else round(one.peak / 1e6), "note": one.note}
 
 
-def bench_train(options, chosen=None):
-    """Rows of (shape, way, time of a step, units a second, MFU in %, over transformers' eager step, memory)."""
-    if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device={options.device}: expected cpu, or cuda on a machine with a GPU")
-    rows, compiled = [], options.compile or options.device == "cuda"
-    for shape in config.progress(chosen or shapes(options.device), desc="train"):
+def bench_train(options, among=None):
+    """Yields rows of (shape, way, time of a step, units a second, MFU in %, over transformers' eager step, memory).
+
+    Raises: ValueError, after all rows, if first losses differ.
+    """
+    compiled, wrong = options.compile or options.device == "cuda", ""
+    names = {f"{shape.name}, {shape.rows} x {shape.T}": shape for shape in among or shapes(options.device)}
+    for name, shape in config.progress(chosen(options, names).items(), desc="train"):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "model"
             flops = logs.flops_per_unit(shape.config, write_start(shape, folder), shape.T)
             found = measure(shape, folder, options, compiled)
             if options.device == "cpu":
-                for builder in BUILDERS:
+                for builder in wanted(options, BUILDERS):
                     found[builder].peak = peak_on_cpu(builder, shape, folder)
-        peers = {"over_peer": found["transformers"], "over_fused": found["transformers, fused AdamW"]}
-        rows += [row_of(shape, way, one, peers, flops, options.device) for way, one in found.items()]
-    return rows
+        peers = {"over_peer": found.get("transformers", Found()), "over_fused": found.get("transformers, fused AdamW", Found())}
+        if disagreed := disagreement(found, options.device):
+            wrong = f"{name}: {disagreed}"
+        for way, one in found.items():
+            one.note = "; ".join(filter(None, (one.note, disagreed)))
+            yield row_of(shape, way, one, peers, flops, options.device)
+    if wrong:
+        raise ValueError(wrong)

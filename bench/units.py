@@ -19,16 +19,17 @@ chunking: the pocket tokenizer on the given recordings, joined and repeated to t
 whole and in pieces; the share of frames that get another unit, and the most that differ in any ten seconds.
 """
 import functools
+import itertools
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
-import soundfile
 import torch
 import torch.nn.functional as F
 
 import hubert_units
 from bench.memory import in_own_process, resident
-from bench.timing import side_by_side
+from bench.timing import attempt, chosen, side_by_side
 from checkpoints import files
 from kernels.packed import packed
 from speech import audio
@@ -52,14 +53,38 @@ def largest_difference(encoder, wavs):
     return float(f"{max(((a - b).norm(dim=1) / b.norm(dim=1)).max().item() for a, b in pairs):.1e}")
 
 
-@torch.inference_mode()
+@contextmanager
+def rounded(encoder, device, precision):
+    """Inside, both networks multiply in that precision; ours is told by itself, as its encoder lets no autocast in."""
+    with torch.autocast(device, precision, enabled=precision != torch.float32):
+        if precision != torch.float32:
+            encoder.hubert.forward = torch.autocast(device, precision)(encoder.hubert.forward)
+        try:
+            yield
+        finally:
+            vars(encoder.hubert).pop("forward", None)
+
+
+def speeds(encoder, peer, wavs, expected, options):
+    """The columns of one row."""
+    ways = {"ours": functools.partial(encoder.encode_batch, wavs), "peer": functools.partial(quantized, encoder, peer, wavs)}
+    seconds = side_by_side(ways, options.repeats, options.device)
+    units = torch.cat(encoder.encode_batch(wavs))
+    reference = torch.cat([encoder.quantize(features) for features in expected])
+    length = sum(map(len, wavs)) / audio.SAMPLE_RATE
+    return {"ours_x_real_time": round(length / seconds["ours"], 2), "peer_x_real_time": round(length / seconds["peer"], 2),
+            "ours_over_peer": round(seconds["peer"] / seconds["ours"], 2),
+            "agreement": round((units == reference).float().mean().item(), 5),
+            "batch_difference": largest_difference(encoder, wavs)}
+
+
 def bench_units(options):
-    """Rows of (network, input, precision, ours and the peer in times real time, their ratio, agreement of units)."""
+    """Yields rows of (network, input, precision, ours and the peer in times real time, their ratio, agreement of units)."""
     import transformers  # the peer
-    rows, speech = [], audio.read_wav(files.POCKET / "prompt.wav").repeat(4).to(options.device)
+    speech = audio.read_wav(files.POCKET / "prompt.wav").repeat(4).to(options.device)
     inputs = {"10 s alone": [speech[:160_000]], "ragged batch of 8": [speech[:int(s * 16_000)] for s in RAGGED_SECONDS]}
     precisions = [torch.float32] + ([torch.bfloat16, torch.float16] if options.device == "cuda" else [])
-    for name, (extra, layer) in HUBERTS.items():
+    for name, (extra, layer) in chosen(options, HUBERTS).items():
         torch.manual_seed(0)
         theirs = transformers.HubertModel(transformers.HubertConfig(**extra)).eval()
         with tempfile.TemporaryDirectory() as folder:
@@ -73,27 +98,15 @@ def bench_units(options):
                 mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(w, dtype=torch.int64) for w in wavs], batch_first=True)
             return theirs(wav, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
 
-        expected = {key: [peer([wav])[0] for wav in wavs] for key, wavs in inputs.items()}
+        with torch.inference_mode():
+            expected = {key: [peer([wav])[0] for wav in wavs] for key, wavs in inputs.items()}
         frames = torch.cat(expected["ragged batch of 8"])
         centers = frames[torch.randperm(len(frames))[:500]].clone()
         encoder = UnitEncoder(hubert, centers, layer).to(options.device).eval()
-        with packed(encoder):
-            for key, wavs in inputs.items():
-                for precision in precisions:
-                    with torch.autocast(options.device, precision, enabled=precision != torch.float32):
-                        ways = {"ours": functools.partial(encoder.encode_batch, wavs),
-                                "peer": functools.partial(quantized, encoder, peer, wavs)}
-                        seconds = side_by_side(ways, options.repeats, options.device)
-                        units = torch.cat(encoder.encode_batch(wavs))
-                    reference = torch.cat([encoder.quantize(features) for features in expected[key]])
-                    length = sum(map(len, wavs)) / audio.SAMPLE_RATE
-                    rows.append({"network": name, "input": key, "precision": str(precision).removeprefix("torch."),
-                                 "ours_x_real_time": round(length / seconds["ours"], 2),
-                                 "peer_x_real_time": round(length / seconds["peer"], 2),
-                                 "ours_over_peer": round(seconds["peer"] / seconds["ours"], 2),
-                                 "agreement": round((units == reference).float().mean().item(), 5),
-                                 "batch_difference": largest_difference(encoder, wavs)})
-    return rows
+        for (key, wavs), precision in itertools.product(inputs.items(), precisions):
+            with packed(encoder), rounded(encoder, options.device, precision), torch.inference_mode():
+                found, why = attempt(speeds, (encoder, peer, wavs, expected[key], options))
+            yield {"network": name, "input": key, "precision": str(precision).removeprefix("torch."), **(found or {"note": why})}
 
 
 @torch.inference_mode()
@@ -137,6 +150,7 @@ def peak_of_encoding(path, out):
 
 def bench_long(options):
     """Rows of (minutes of audio, peak memory in MB, of the whole process)."""
+    import soundfile  # here, because the kernels' benchmarks run without it
     prompt, rows = audio.read_wav(files.POCKET / "prompt.wav").repeat_interleave(3).numpy(), []
     with tempfile.TemporaryDirectory() as folder:
         for minutes in (2, 60):

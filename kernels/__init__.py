@@ -31,6 +31,15 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
+def capability():
+    """Of the GPU, (9, 0) for Hopper."""
+    return torch.cuda.get_device_capability()
+
+
+# A constant for torch.compile, whose graph would end where the GPU is asked. torch.compiler.assume_constant_result would load it.
+capability._dynamo_marked_constant = True
+
+
 def choose(operation, device, dtype=None, head_dim=None, forced=None):
     """Which backend runs an operation, and why. Pure: the same arguments give the same answer.
 
@@ -52,7 +61,7 @@ def choose(operation, device, dtype=None, head_dim=None, forced=None):
         obstacle = "TRITON_INTERPRET=1 is set"
     elif dtype == torch.bfloat16 and interpreted():
         obstacle = "Triton's interpreter computes bfloat16 wrongly"
-    elif device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    elif device == "cuda" and capability() < (8, 0):
         obstacle = "Triton's kernels need an Ampere GPU (compute capability 8.0) or a newer one"
     elif dtype not in (None, *DTYPES):
         obstacle = f"Triton's kernels do not take {dtype}"
@@ -151,8 +160,9 @@ def attention(q, k, v, *, scale=None, alibi_slopes=None, document_starts=None):
         if document_starts is not None:
             hidden = hidden | (key[None] < document_starts[:, :, None])
         mask = mask.masked_fill(hidden[:, None], float("-inf")).to(q.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=scale,
-                                       enable_gqa=q.shape[1] != k.shape[1])
+    # choices and no comparisons, which of symbolic lengths would be symbols
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True if mask is None and T > 1 else False, scale=scale,
+                                       enable_gqa=True if q.shape[1] != k.shape[1] else False)
     return y.transpose(1, 2)
 
 

@@ -41,6 +41,7 @@ from torch.utils.flop_counter import register_flop_formula
 # last. 16 logits a thread is two 16-byte loads of bfloat16 in flight for each and a small part of its registers. Beyond
 # 4096 a wider tile would only have more threads wait for each other at each sum. Reasoned, not measured.
 TILES = ((512, 1), (1024, 2), (2048, 4), (4096, 8))
+ADDS_IN_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()  # addmm with 16-bit factors and a float32 sum
 
 
 @triton.jit
@@ -160,6 +161,14 @@ def chunk_rows(N, V, itemsize):
     return -(-N // max(1, -(-N // rows)))
 
 
+def add_product(total, a, b):
+    """total += a b, the sum in float32: of 16-bit factors as they are, where PyTorch can, else of wider copies."""
+    if ADDS_IN_FLOAT32 and a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
 @torch.library.custom_op("nanotwist::linear_cross_entropy", mutates_args=())
 def linear_forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, x_gradient: bool,
                    weight_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,10 +189,8 @@ def linear_forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
         run_rows(logits, targets[rows], ignore_index, losses[rows], statistics, gradient)
         if x_gradient:
             torch.mm(logits, weight, out=dx[rows])
-        if weight_gradient and x.is_cuda and x.dtype != torch.float32:  # 16-bit factors, float32 sum over all chunks
-            torch.addmm(dweight, logits.t(), x[rows], out_dtype=torch.float32, out=dweight)
-        elif weight_gradient:
-            dweight.addmm_(logits.t().float(), x[rows].float())
+        if weight_gradient:
+            add_product(dweight, logits.t(), x[rows])
     return losses.sum() / (targets != ignore_index).sum(), dx, dweight
 
 

@@ -15,7 +15,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from checkpoints import archive, files
@@ -89,11 +88,18 @@ def resample(samples, source_rate, target_rate=SAMPLE_RATE):
     return torch.cat([resampler.feed(samples), resampler.finish()])
 
 
-class _Sequential(soundfile.SoundFile):
-    """soundfile seeks after every read; a file without seeking is decoded straight on and may be of unknown length."""
+class _Soundfile:
+    """The package soundfile, imported when audio is first met: what needs no audio runs on machines without it."""
 
-    def seekable(self):
-        return False
+    def __getattr__(self, name):
+        try:
+            import soundfile
+        except (ImportError, OSError) as error:  # cffi or libsndfile may be what is missing
+            raise ValueError(f"audio needs the package soundfile, which does not work here ({error}); pip install it") from None
+        return getattr(soundfile, name)
+
+
+soundfile = _Soundfile()
 
 
 @contextlib.contextmanager
@@ -119,12 +125,13 @@ def _sounds(path):
 def _opened(path, source, part):
     """(sound file, part), the sound file with its header checked. source: a path or an open file."""
     try:
-        sound = _Sequential(source)
+        sound = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
         raise ValueError(f"cannot read {path} as audio ({getattr(error, 'error_string', error)}); "
                          "give a wav, flac, ogg, mp3 or aiff file") from None
     if not 1000 <= sound.samplerate <= 1_000_000:  # Hz; beyond, a filter could fill the memory
         raise ValueError(f"{path} is damaged: its header claims {sound.samplerate} samples a second; {AGAIN}")
+    sound.seekable = lambda: False  # else it seeks after every read; so files of unknown length are decoded straight on
     return sound, part
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from speech.audio import SAMPLE_RATE
 from speech.hubert import Moments, frames_of
 from speech.kmeans import fingerprint
+from speech.precision import exactly
 
 CHUNKINGS = {"overlap": (60, 5), "textless": (100, 0)}  # seconds of a piece of a long recording, of context on each side
 BUDGET_SECONDS = {"cpu": 60, "cuda": 960}  # audio in one forward, padding included
@@ -144,6 +145,7 @@ class UnitEncoder(nn.Module):
             group.append(i)
         return groups
 
+    @exactly
     def features_of(self, wavs, moments=None, kept=slice(None)):
         """Features at the frame rate of recordings of any length: list of (F_i, C), cut to `kept`."""
         lengths = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
@@ -184,6 +186,7 @@ class UnitEncoder(nn.Module):
             results.append(self.quantize(x))
         return results
 
+    @exactly
     def scores(self, features):
         """(F, C) -> (F, K): the squared distance to each centre, less the feature's own square. float32 throughout."""
         return self.centers.square().sum(1) - 2 * features.float() @ self.centers.T

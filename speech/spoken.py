@@ -11,10 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-import soundfile
 import torch
 
-from speech.audio import write_wav
+from speech.audio import soundfile, write_wav
 
 LONGEST = 1900  # characters of a comment: libsndfile reads no longer ones
 

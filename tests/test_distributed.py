@@ -244,6 +244,66 @@ def test_a_thread_that_drops_its_tensors_late_does_not_abort_the_job(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+BLOOM = dataclasses.replace(TINY, norm="layernorm", position="alibi", mlp="gelu_tanh", attention_bias=True, out_bias=True,
+                            mlp_bias=True, n_inner=128, embed_norm=True, family="bloom")
+
+
+@pytest.fixture
+def group_of_one():
+    """What asks for parts in one process makes a group, which must not outlive the test."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("config", [TINY, BLOOM], ids=["rotary", "ALiBi"])
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_parts_in_bfloat16_train_as_the_whole_does(parallel, config, group_of_one):
+    """In a group of one. The residual stream is float32 under autocast, bfloat16 in parts (docs/training.md says why)."""
+    config = dataclasses.replace(config, vocab_size=22, init_std=0.02)
+    ids = torch.randint(2, 22, (4, 32), generator=torch.Generator().manual_seed(0))
+    losses, streams = [], []
+    for way in ("auto", parallel):
+        options = train.TrainConfig(dtype="bfloat16", parallel=way)
+        learner = Learner(config, options, distributed.Dist(0, 1, torch.device("cpu"))).fill(twist.cold_tensors(config))
+        learner.model.h[1].register_forward_pre_hook(lambda _, inputs: streams.append((inputs[0].dtype, [
+            extra.dtype for extra in inputs[1:] if isinstance(extra, torch.Tensor)])))
+        for _ in range(5):
+            loss = learner.forward((ids, ids, None))
+            loss.backward()
+            learner.clip(1.0)
+            learner.step(1e-2)
+            learner.optimizer.zero_grad()
+            losses.append(loss.item())
+    assert learner.parallel == parallel and losses[4] < losses[0] - 0.3
+    assert losses[5:] == pytest.approx(losses[:5], abs=1e-2)
+    assert {dtype for dtype, _ in streams[:5]} == {torch.float32} and {dtype for dtype, _ in streams[5:]} == {torch.bfloat16}
+    assert {kind for _, kinds in streams for kind in kinds} <= {torch.float32}  # ALiBi's slopes, which kernels take so
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_alibi_in_bfloat16_trains_alike_however_it_is_spread(way, arguments, tmp_path):
+    vocab = twist.UnitVocab(20)
+    twist.save_speech_lm(twist.cold_start(BLOOM, vocab, 0), vocab, tmp_path / "lm")
+    full = [*arguments, f"--init={tmp_path}/lm", "--dtype=bfloat16"]
+    processes, *options = WAYS[way]
+    launch(1, [*full, f"--out={tmp_path}/one"])
+    launch(processes, [*full, *options, f"--out={tmp_path}/run"])
+    assert column(tmp_path / "run") == pytest.approx(column(tmp_path / "one"), abs=2e-2)
+
+
+@pytest.mark.slow
+def test_one_process_that_asks_for_parts_saves_and_resumes_and_ends_like_others(arguments, alone, tmp_path):
+    full = [*arguments, "--parallel=fsdp", f"--out={tmp_path}/run", "--async-save", "--keep=9"]
+    assert "; fsdp\n" in launch(1, full)
+    assert_same_run(tmp_path / "run", alone)
+    for folder in state.step_folders(tmp_path / "run")[1:]:
+        shutil.rmtree(folder)
+    assert "steps 7 to 20" in launch(1, ["--init=resume", f"--out={tmp_path}/run"])
+    assert_same_run(tmp_path / "run", alone)
+
+
 def fresh(units):
     """A Learner of a cold start, on this process alone."""
     config = dataclasses.replace(TINY, vocab_size=twist.UnitVocab(units).size)
@@ -290,7 +350,8 @@ def test_a_state_of_another_model_is_refused_in_a_sentence(tmp_path):
 
 def test_what_auto_means():
     one, eight = (distributed.Dist(0, world, torch.device("cpu")) for world in (1, 8))
-    assert distributed.choose_parallel("fsdp", 1e6, one) == "none"
+    assert [distributed.choose_parallel(parallel, 7e9, one) for parallel in ("auto", "ddp")] == ["none", "none"]
+    assert [distributed.choose_parallel(parallel, 1e6, one) for parallel in ("fsdp", "hsdp")] == ["fsdp", "hsdp"]
     assert distributed.choose_parallel("auto", 1e9, eight) == "ddp"
     assert distributed.choose_parallel("auto", 7e9, eight) == "fsdp"
     assert distributed.choose_parallel("hsdp", 1e6, eight) == "hsdp"

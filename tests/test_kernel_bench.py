@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
+from triton.runtime.errors import OutOfResources
 
 import kernels
 from bench import kernels as kernel_bench
 from bench import timing
-from bench.__main__ import BenchConfig, main
+from bench.__main__ import BenchConfig, machine, main, place
 from bench.kernels import Case, causal
 from checkpoints import files
 
@@ -37,7 +38,7 @@ def parts(case):
 
 
 def test_attention_on_the_cpu_gives_full_tables(quick):
-    found = kernel_bench.bench_attention(OPTIONS, TINY)
+    found = timing.tables(list(kernel_bench.bench_attention(OPTIONS, TINY)), "cpu")
     assert list(found) == ["versions", "rows", "summary", "losing"]
     assert {(row["kind"], row["mode"], row["way"]) for row in found["rows"]} == {
         (case.kind, mode, way) for case in TINY for way in ("ours", "default", "reference")
@@ -49,10 +50,10 @@ def test_attention_on_the_cpu_gives_full_tables(quick):
 
 
 def test_cross_entropy_on_the_cpu_gives_full_tables(quick):
-    found = kernel_bench.bench_cross_entropy(OPTIONS, ((16, 32, 100), (16, 0, 100)))
-    assert [(row["shape"], row["way"]) for row in found["rows"]] == [
+    rows = list(kernel_bench.bench_cross_entropy(OPTIONS, ((16, 32, 100), (16, 0, 100))))
+    assert [(row["shape"], row["way"]) for row in rows] == [
         ("16, 32, 100", "ours"), ("16, 32, 100", "eager"), ("16, 100", "ours"), ("16, 100", "eager")]
-    assert all(row["ms"] > 0 for row in found["rows"])
+    assert all(row["ms"] > 0 for row in rows)
 
 
 def test_all_ways_of_the_loss_give_the_same_gradients():
@@ -115,6 +116,35 @@ def test_a_backend_that_refuses_leaves_its_reason_and_other_errors_are_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore")
     assert timing.attempt(full, ()) == (None, "CUDA out of memory. Tried to allocate 40 GiB.")
 
+    def large():
+        raise OutOfResources(300_000, 232_448, "shared memory")
+    assert timing.attempt(large, ())[1].startswith("out of resource: shared memory")
+    assert timing.attempt(torch.empty, (2**45,))[1].startswith("[enforce fail at alloc_cpu.cpp")  # a CPU's is of no kind
+
+
+def failing(after, error):
+    """A function of nothing that works so many times."""
+    calls = []
+
+    def call(*_):
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+    return call
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_way_that_runs_out_of_memory_at_any_moment_leaves_the_others_their_times(after):
+    found = timing.measure({"a": (failing(after, FULL), [()]), "b": (lambda: None, [()])}, "cpu", 3)
+    assert found["a"].seconds is None and found["a"].note == "CUDA out of memory" and found["b"].seconds > 0
+    seconds, stopped = timing.take_turns({"a": failing(after, FULL), "b": lambda: None}, 7, "cpu")
+    assert seconds["a"] == [] and len(seconds["b"]) == 7 and stopped == {"a": "CUDA out of memory"}
+    with pytest.raises(torch.OutOfMemoryError, match="a: CUDA out of memory"):
+        timing.side_by_side({"b": lambda: None, "a": failing(after, FULL)}, 7, "cpu")
+
 
 def test_summary_has_geometric_means_and_every_lost_case():
     times = {("causal, D 64", "a"): (1, 2, 4), ("causal, D 64", "b"): (2, 1, "-"), ("documents", "c"): (1, 3, 1)}
@@ -129,10 +159,10 @@ def test_summary_has_geometric_means_and_every_lost_case():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("what", ["attention", "cross_entropy"])
+@pytest.mark.parametrize("what", ["attention", "cross_entropy", "train", "units"])
 def test_without_a_gpu_the_benchmark_says_so_in_a_sentence(what, tmp_path):
     with pytest.raises(ValueError, match=f"python -m bench {what} needs a CUDA GPU.*--device=cpu"):
-        main([what, f"--out={tmp_path}"])
+        main([what, "--device=cuda", f"--out={tmp_path}"])
     with pytest.raises(ValueError, match="expected cuda or cpu"):
         main([what, "--device=tpu", f"--out={tmp_path}"])
     assert not list(tmp_path.iterdir())
@@ -144,8 +174,49 @@ def test_a_rehearsal_is_written_beside_the_figures_of_a_gpu(quick, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["cross_entropy_cpu.json"]
     result = files.read_json(tmp_path / "cross_entropy_cpu.json")
     assert set(result) >= {"versions", "rows", "summary", "losing", "machine", "command"}
+    assert result["machine"].endswith("threads")
     titles = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] != " " and ": " in line]
     assert titles == ["versions", "rows", "summary", "losing"]
+
+
+def test_rows_are_written_as_they_come_and_a_case_without_memory_is_one(quick, tmp_path, monkeypatch, capsys):
+    def rows(case, *rest, loss_rows=kernel_bench.loss_rows):
+        written = [path.name for path in tmp_path.iterdir()]
+        assert written == ([] if case[0] == 8 else ["cross_entropy_cpu.json"])
+        if case[0] == 9:
+            raise FULL
+        if case[0] == 11:
+            raise KeyboardInterrupt
+        return loss_rows(case, *rest)
+    monkeypatch.setattr(kernel_bench, "SMALL_LOSSES", ((8, 0, 20), (9, 4, 20), (10, 0, 20), (11, 0, 20)))
+    monkeypatch.setattr(kernel_bench, "loss_rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        main(["cross_entropy", "--device=cpu", "--repeats=1", f"--out={tmp_path}"])
+    found = files.read_json(tmp_path / "cross_entropy_cpu.json")["rows"]
+    assert [row["shape"] for row in found] == ["8, 20", "8, 20", "9, 4, 20", "10, 20", "10, 20"]
+    assert found[2]["note"] == "CUDA out of memory" and found[2]["ms"] == "-" and found[3]["ms"] > 0
+    assert "CUDA out of memory" in capsys.readouterr().out  # shown, too, whatever ended the command
+
+
+def test_a_part_of_the_cases_and_ways_has_a_file_of_its_own(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_bench, "SMALL_LOSSES", ((8, 0, 20), (8, 4, 20), (8, 0, 30)))
+    main(["cross_entropy", "--device=cpu", "--repeats=1", "--cases=head", "--ways=ours", f"--out={tmp_path}"])
+    (path,) = tmp_path.iterdir()
+    assert path.name == "cross_entropy_cpu_head_ours.json"
+    assert [(row["shape"], row["way"]) for row in files.read_json(path)["rows"]] == [("8, 4, 20", "ours")]
+    with pytest.raises(ValueError, match="expected words out of loss, V 20; 8, 20"):
+        main(["cross_entropy", "--device=cpu", "--cases=flash", f"--out={tmp_path}"])
+    with pytest.raises(ValueError, match="expected some of ours, eager"):
+        main(["cross_entropy", "--device=cpu", "--ways=flash", f"--out={tmp_path}"])
+
+
+@pytest.mark.parametrize("what, device, name", [("attention", "cuda", "attention_h200-141gb.json"),
+                                                ("train", "cpu", "train.json"), ("train", "cuda", "train_h200-141gb.json"),
+                                                ("units", "cpu", "units.json"), ("attention", "cpu", "attention_cpu.json")])
+def test_figures_of_another_machine_are_not_written_over(what, device, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200 141GB")
+    assert place(what, BenchConfig(device=device, out="results")).as_posix() == f"results/{name}"
+    assert ("H200" in machine(device)) == (device == "cuda")
 
 
 class Pretended:
@@ -213,6 +284,8 @@ def test_what_cannot_be_captured_is_called_plainly_and_says_so(monkeypatch):
     pretended.install(monkeypatch, fails="an error of another kind")
     with pytest.raises(RuntimeError, match="another kind"):
         timing.measure({"a": (call, [(1,), (2,)])}, "cuda", rounds=3)
+    monkeypatch.setattr(timing, "capture", failing(0, FULL))
+    assert timing.measure({"a": (call, [(1,), (2,)])}, "cuda", rounds=3)["a"].note == "CUDA out of memory"
 
 
 def test_there_are_more_sets_than_a_cache_holds():

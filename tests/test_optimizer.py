@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from training import optimizer as optimizers
 from training.distributed import part
+from training.learner import Learner
 from training.optimizer import join, low_bits, make_optimizer, master_weights
 
 
@@ -127,6 +128,29 @@ def test_a_weight_without_gradient_stays_as_it_is():
     optimizer.step()
     changed = {name for name, master in master_weights(model, optimizer) if not master.equal(before[name])}
     assert changed == {"1.weight"} and optimizer.state[model[0].weight]["step"] == 0
+
+
+def test_a_process_without_a_part_of_a_weight_counts_its_steps_too():
+    """Any process may write the count: one behind the others would restart the moments' correction."""
+    model = nn.ParameterDict({"none": nn.Parameter(torch.zeros(0, 4)), "some": nn.Parameter(torch.ones(2, 4))})
+    optimizer = make_optimizer(model, options("split"))
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert [optimizer.state[parameter]["step"].item() for parameter in model.parameters()] == [3, 3]
+
+
+def test_the_norm_of_bfloat16_gradients_is_a_float32_number():
+    model, generator = network().bfloat16(), torch.Generator().manual_seed(0)
+    learner = types.SimpleNamespace(model=model)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+    exact = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]).norm()
+    assert Learner.clip(learner, 1e9) == pytest.approx(exact.item(), rel=1e-6)
+    assert Learner.clip(learner, 0.5) == pytest.approx(exact.item(), rel=1e-6)
+    clipped = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]).norm()
+    assert clipped.item() == pytest.approx(0.5, rel=2e-3)  # each rounded to bfloat16
 
 
 def test_bfloat16_weights_with_their_low_bits_continue_a_float32_model():

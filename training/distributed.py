@@ -99,17 +99,25 @@ def setup(device="auto", timeout=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = config.choose_device(device)
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"process {local} of this machine has no GPU, there are {gpus}: start fewer, or give --device=cpu")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # a torchrun that is killed must not leave us behind
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+    dist = Dist(rank, world, torch.device(device))
     if world > 1 and not torch_distributed.is_initialized():
         store, _, _ = next(rendezvous("env://", **({} if timeout is None else {"timeout": timeout})))
         # torchrun keeps its store over restarts: without a name for each attempt the new processes would read the old ones' keys
-        store = torch_distributed.PrefixStore(f"attempt_{attempt()}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"  # gloo, too: for what is saved from CPU memory
-        torch_distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return Dist(rank, world, torch.device(device))
+        join(dist, torch_distributed.PrefixStore(f"attempt_{attempt()}", store), timeout)
+    return dist
+
+
+def join(dist, store, timeout=None):
+    """The process group, on gloo and for GPUs on NCCL; gloo there too, for what is saved from CPU memory."""
+    backend = "cpu:gloo,cuda:nccl" if dist.device.type == "cuda" else "gloo"
+    torch_distributed.init_process_group(backend, store=store, rank=dist.rank, world_size=dist.world, timeout=timeout)
 
 
 def attempt():
@@ -125,10 +133,12 @@ def leave():
     end in the same way.
     """
     if torch_distributed.is_initialized():
+        alone = torch_distributed.get_world_size() == 1
         torch_distributed.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        if not alone:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 @contextmanager
@@ -147,7 +157,7 @@ def stop_signals():
 
 def choose_parallel(parallel, parameters, dist):
     """What --parallel=auto means: none for one process, whole copies while they fit, else parts (within nodes, if several)."""
-    if dist.world == 1:
+    if dist.world == 1 and parallel in ("auto", "ddp"):
         return "none"
     if parallel != "auto":
         return parallel
@@ -164,6 +174,8 @@ def local_world(dist):
 def make_mesh(parallel, shard_size, dist):
     """(processes,) for fsdp; (copies, processes that share a copy) for hsdp."""
     kind = dist.device.type
+    if not torch_distributed.is_initialized():  # one process that was asked to do as each of many does
+        join(dist, torch_distributed.HashStore())
     if parallel == "fsdp":
         return init_device_mesh(kind, (dist.world,), mesh_dim_names=("shard",))
     shard_size = shard_size or local_world(dist)
@@ -180,7 +192,8 @@ def deal_out(model, parallel, dist, compute_dtype, shard_size=0, reshard=True):
         shard_size: hsdp: processes that share one copy; 0: those of a node.
         reshard: free a block's gathered weights after its forward, and gather them again for backward.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # What enters a block stays as it is: x comes in compute_dtype from the table, and ALiBi's slopes are float32 for the kernels.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layout = dict(mesh=make_mesh(parallel, shard_size, dist), mp_policy=policy, reshard_after_forward=reshard)
     for block in model.h:
         fully_shard(block, **layout)

@@ -32,10 +32,12 @@ class Learner:
         model = twist.empty(model_config).train()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parallel = distributed.choose_parallel(options.parallel, self.parameters, dist)
+        if compiled := options.compile == "blocks" or options.compile == "auto" and on_gpu:
+            torch.compiler.reset()  # graphs of another Learner of this process would count towards the limit of ours
         for block in model.h:
             block.recompute = options.recompute
-            if options.compile == "blocks" or options.compile == "auto" and on_gpu:
-                block.compile()
+            if compiled:
+                block.compile(fullgraph=True, dynamic=False)  # rows never change: one graph for training, one for validation
         self.model = model.bfloat16() if options.optimizer == "split" else model
         if self.parallel in ("fsdp", "hsdp"):
             distributed.deal_out(self.model, self.parallel, dist, self.dtype, options.shard_size, options.reshard)
@@ -83,7 +85,9 @@ class Learner:
 
         Gradients that are small enough are not even read again, where clip_grad_norm_ would multiply them by 1.
         """
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(  # for those in bfloat16 stand their norms, in float32
+            g if g.dtype == torch.float32 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients)
         value = distributed.whole(norm).item()
         if not value <= largest:  # NaN too
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, norm)
@@ -99,17 +103,19 @@ class Learner:
     def evaluate(self, loader, rows):
         """Mean loss over the first rows of a loader (0: all), in order: the same for every run. The processes share the work.
 
-        All do the same number of forwards, because under FSDP each gathers weights from all; a row too many counts nothing.
+        All do the same number of forwards (under FSDP each gathers weights from all) of the same number of rows (for which blocks
+        are compiled); a row too many counts nothing.
         """
         self.model.eval()
         dist, rows = self.dist, min(rows or loader.windows, loader.windows)
         total, targets = torch.zeros((), dtype=torch.float64, device=dist.device), 0
-        mine = list(range(dist.rank, rows, dist.world))
-        for i in range(0, -(-rows // dist.world), EVAL_ROWS):
-            batch = loader.window(*(mine[i:i + EVAL_ROWS] or [0]))
-            count = batch.count if mine[i:i + EVAL_ROWS] else 0
-            total += self.forward(batch).double() * count
-            targets += count
+        mine, each = list(range(dist.rank, rows, dist.world)), -(-rows // dist.world)
+        for i in range(0, each, size := min(EVAL_ROWS, each)):
+            some = mine[i:i + size]
+            batch = loader.window(*some, *[0] * (size - len(some)))
+            batch.targets[len(some):] = -100
+            loss, targets = self.forward(batch), targets + batch.count
+            total += loss.double() * batch.count if batch.count else 0.0  # a mean of nothing is NaN
         self.model.train()
         total, targets = dist.sum(total, targets)
         return total / targets

@@ -96,14 +96,14 @@ class SplitAdamW(torch.optim.Optimizer):
         """One update of every weight that has a gradient, in bfloat16 or float32."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None or not part(parameter).numel():
+                if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 changed = (parameter, state["exp_avg"], state["exp_avg_sq"], state["low"])
                 flat = [part(parameter.grad).reshape(-1), *(part(tensor).detach().view(-1) for tensor in changed)]
-                for pieces in zip(*(tensor.split(PIECE) for tensor in flat)):
+                for pieces in zip(*(tensor.split(PIECE) for tensor in flat)) if len(flat[0]) else ():
                     update_piece(*pieces, state["step"].item(), group)
-                state["step"] += 1
+                state["step"] += 1  # where this process has no part of the weight, too: any process may save the count
 
     def load_state_dict(self, state_dict):
         """As PyTorch's, which would bring every slot to the weights' dtype. The weights must be those saved with it."""

@@ -159,6 +159,15 @@ def load(out, learner):
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=learner.dist.world == 1)
 
 
+class Writer(HuggingFaceStorageWriter):
+    """Its thread works with this process's GPU: that of a new thread is GPU 0, where every process would open a context."""
+
+    def set_up_storage_writer(self, is_coordinator, *args, **kwargs):  # called first, in the thread that writes
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+
 class Saver:
     """Writes the states of a run.
 
@@ -200,7 +209,8 @@ class Saver:
         if self.dist.any(needed > room):
             raise OSError(f"no room for {temporary}: a state of this model takes {needed / 2**30:.2f} GiB; free some space (or "
                           "lower --keep) and go on with --init=resume")
-        writer = HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files(tensors), save_distributed=True)
+        writer = Writer(str(temporary), fqn_to_index_mapping=files(tensors), save_distributed=True)
+        writer.device = self.dist.device
         options = dict(storage_writer=writer, no_dist=self.dist.world == 1)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # true of one process, and meant

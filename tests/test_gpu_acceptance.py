@@ -1,0 +1,95 @@
+"""scripts/gpu_acceptance.sh and gpu_check.py, rehearsed on a CPU: stages fail one by one, results are there at once."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def check(*arguments):
+    command = [sys.executable, "scripts/gpu_check.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def acceptance(out, *arguments):
+    command = ["scripts/gpu_acceptance.sh", "--device=cpu", f"--out={out}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ | {"JOBS": "2"})
+    return done, {path.name.removesuffix(".stage.json"): json.loads(path.read_text()) for path in out.glob("*.stage.json")}
+
+
+@pytest.mark.slow
+def test_every_stage_is_good_on_a_cpu(tmp_path):
+    done, stages = acceptance(tmp_path)
+    assert done.returncode == 0, done.stdout + "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert {"environment", "group", "train", "voice", "recompute-full", "recompute-some", "split", "async-save", "speaking",
+            "fsdp-alone", "float32", "bench-attention", "bench-head", "bench-train", "kernels-aa", "kernels-ab"} == set(stages)
+    assert f"{len(stages)} of {len(stages)} stages are good" in done.stdout
+    found = json.loads((tmp_path / "group.json").read_text())["rows"]
+    assert [row["what"] for row in found][-2:] == ["a state comes back", "and goes on with losses"]
+    assert "passed" not in stages["kernels-aa"]["said"] and "[100%]" in (tmp_path / "kernels-aa.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_or_takes_too_long_stops_no_other(tmp_path):
+    """A copy of the script with a broken stage and a slow one."""
+    for name in ("gpu_acceptance.sh", "gpu_check.py"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path)
+    text = (tmp_path / "gpu_acceptance.sh").read_text()
+    begin, end = text.index("stage environment"), text.index("echo\n$check table")
+    stages = ('stage broken 60 "echo before; false; echo after"\nbeside slow 1 "echo going; sleep 60"\n'
+              'beside quick 60 "echo done"\nwait\n')
+    script = text[:begin] + stages + text[end:]
+    (tmp_path / "gpu_acceptance.sh").write_text(script.replace('cd "$(dirname "$0")/.."', f'cd "{ROOT}"'))
+    command = [tmp_path / "gpu_acceptance.sh", "--device=cpu", f"--out={tmp_path}/out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.stage.json")}
+    assert {row["stage"]: (row["result"], row["said"]) for row in found.values()} == {
+        "broken": ("failed", "before"), "slow": ("too slow", "going"), "quick": ("good", "done")}
+    assert done.returncode == 1 and "1 of 3 stages are good; not: " in done.stdout
+
+
+def test_the_script_explains_itself_and_refuses_what_it_does_not_know():
+    script = ROOT / "scripts/gpu_acceptance.sh"
+    assert subprocess.run(["bash", "-n", script], timeout=60).returncode == 0
+    told = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0 and "--only=group,kernels" in told.stdout and "set -uo" not in told.stdout
+    wrong = subprocess.run([script, "--device=tpu"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "--device=tpu: expected" in wrong.stderr
+
+
+def log(folder, *losses):
+    folder.mkdir()
+    (folder / "log.csv").write_text("step,loss\n0,\n" + "".join(f"{step},{loss}\n" for step, loss in enumerate(losses, start=1)))
+    return folder
+
+
+def test_runs_and_units_are_compared_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_check
+
+    def well(*what, within=0.02):
+        rows = gpu_check.Rows(tmp_path / "rows.json")
+        gpu_check.CHECKS[what[0]](gpu_check.CheckConfig(what=tuple(map(str, what)), within=within), rows)
+        assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == len(rows.rows)
+        return all(row["good"] for row in rows.rows)
+
+    a, b, short = log(tmp_path / "a", 3.0, 2.0), log(tmp_path / "b", 3.0, 2.01), log(tmp_path / "c", 3.0)
+    assert well("losses", a, b) and not well("losses", a, b, within=0.001) and not well("losses", a, short)
+    assert not well("losses", a, log(tmp_path / "nan", 3.0, "nan"))
+    units = ROOT / "pocket/units/val"
+    shutil.copytree(units, tmp_path / "units")
+    assert well("units", units, tmp_path / "units")
+    next((tmp_path / "units").glob("*.runs.bin")).write_bytes(b"other")
+    assert not well("units", units, tmp_path / "units") and not well("units", tmp_path / "none", tmp_path / "none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_says_so_in_a_sentence(tmp_path):
+    done = check("environment", f"--out={tmp_path}")
+    assert done.returncode == 2 and "PyTorch sees no GPU" in done.stderr and not list(tmp_path.iterdir())
