@@ -40,8 +40,6 @@ from training import distributed
 TASKS = ("all", "ppl", *sets.TASKS, "generation")
 POCKET_BENCHMARKS = POCKET / "benchmarks"
 PUBLISHED = Path(__file__).parent / "evaluation/published.txt"
-CHOICES = {"task": TASKS, "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"), "score": ("whole", "ending"),
-           "long": ("truncate", "slide")}
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,11 @@ class EvalConfig(hubert_units.TokenizerOptions):
     top_p: float | None = None  # generation: draw among the likeliest units that together reach this probability
     transcripts: str | None = None  # generation: what was said, .jsonl (name, text) or lines name<TAB>text
     text_lm: str = "pocket"  # generation: text LM over bytes that scores transcripts without log-probabilities of their own
-
-
-def checked(options):
-    config.check_choices(options, CHOICES)
-    if not 0 <= options.ties <= 1 or options.resamples < 100 or options.stride < 0 or options.workers < 1 or options.prompts < 1:
-        raise ValueError("expected --ties from 0 to 1, --resamples of at least 100, --stride of at least 0, and --workers and "
-                         "--prompts of at least 1")
-    return options
+    CHOICES = {"task": TASKS, "split": ("dev", "test"), "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"),
+               "score": ("whole", "ending"), "long": ("truncate", "slide")}
+    RANGES = {"ties": (0, 1), "resamples": (100, 1_000_000), "workers": (1, 1000), "prompts": (1, config.MOST),
+              "prompt_seconds": (config.ABOVE_0, 1e6), "max_new_units": (1, config.MOST), "top_k": (1, config.MOST),
+              "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
 
 
 # ---------------------------------------------------------------------------------------------- who is measured
@@ -209,19 +204,25 @@ def stamp(path):
 
 # ---------------------------------------------------------------------------------------------- the command
 
-def conventions_of(evaluation):
-    options = evaluation.options
+def conventions_of(evaluation, ran):
+    """How the numbers came about, a sentence each. ran: the functions of the tasks; others' conventions are left out."""
+    options, of_pairs = evaluation.options, pairs.run in ran
     given = {system: "given and not scored" if lm.bos else "not given, the first unit is not scored"
              for system, lm in evaluation.lms.items()}
-    return [f"log-likelihood: {options.norm} over {'units' if options.norm == 'mean' else 'all units'}, in float32; "
-            + ("the whole sequence" if options.score == "whole" else "the ending only, given what is before it"),
-            "beginning token: " + (given["model"] if len(set(given.values())) == 1 else str(given)),
-            f"ending token: {'scored' if options.eos else 'not scored'}",
-            f"ties count {options.ties:g}; split {options.split} (sLM21); voices: {', '.join(options.voices) or 'all'}",
-            "`all` is the mean over questions of the mean over voices; intervals: 95 %, bootstrap over questions (documents in "
-            f"ppl), {options.resamples} resamples, seed {options.seed}"
+    if ran == {generation.run}:
+        return []
+    found = ["beginning token: " + (given["model"] if len(set(given.values())) == 1 else str(given)),
+             f"ending token: {'scored' if options.eos else 'not scored'}"]
+    if of_pairs:
+        found[:0] = [f"log-likelihood: {options.norm} over {'units' if options.norm == 'mean' else 'all units'}, in float32; "
+                     + ("the whole sequence" if options.score == "whole" else "the ending only, given what is before it")]
+        found += [f"ties count {options.ties:g}; split {options.split} (sLM21); voices: {', '.join(options.voices) or 'all'}"]
+    drawn = " and ".join(["questions (`all`: their mean, of each over voices)"] * of_pairs
+                         + ["documents (ppl)"] * (perplexity.run in ran))
+    return [*found, f"intervals: 95 %, bootstrap over {drawn}, {options.resamples} resamples, seed {options.seed}"
             + ("; p: sign-flip test of paired differences, two-sided" if options.versus else ""),
-            f"unigram, bigram: add-0.1 smoothing, fitted to {options.train_data}; length: the sequence of fewer units wins"]
+            f"unigram, bigram: add-0.1 smoothing, fitted to {options.train_data}"
+            + ("; length: the sequence of fewer units wins" if of_pairs else "")]
 
 
 def tasks_of(evaluation):
@@ -245,14 +246,15 @@ def tasks_of(evaluation):
 
 
 def main(argv=None):
-    options = checked(config.load(EvalConfig, argv))
+    options = config.load(EvalConfig, argv)
     dist = distributed.setup(options.device, timedelta(days=30))  # encoding may take one process longer than another
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits would flip units
     evaluation = Evaluation(options, dist)
-    sections = [section for run in tasks_of(evaluation) if (section := run())]
+    tasks = tasks_of(evaluation)
+    sections = [section for run in tasks if (section := run())]
     if dist.is_main:
         systems = {system: f"{lm.name}, window {lm.model.config.block_size}" for system, lm in evaluation.lms.items()}
-        conventions = conventions_of(evaluation)
+        conventions = conventions_of(evaluation, {task.func for task in tasks})
         reports.write(options.out, sections, conventions, systems, options)
         print(reports.text_of(sections, conventions, systems))
         if options.published:

@@ -44,6 +44,8 @@ class BenchConfig:
     repeats: int = 5  # units, hubert, loader, train: times each way is measured; attention, cross_entropy: at least 20 on a GPU
     device: str | None = None  # cpu | cuda, of units and train (none: cpu), attention and cross_entropy (none: cuda)
     compile: bool = False  # train: also compiled steps on a CPU
+    CHOICES = {"device": ("cpu", "cuda")}
+    RANGES = {"gib": (config.ABOVE_0, 10_000), "shards": (1, 10_000), "repeats": (1, config.MOST)}
 
 
 BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cpu": bench_cpu, "cross_entropy": bench_cross_entropy,

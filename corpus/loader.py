@@ -219,10 +219,9 @@ class Mixture:
 
 def mixed(loaders, weights):
     """One loader, or the Mixture of several. weights: a number for each, as text; none: by their sizes."""
-    if len(loaders) == 1:
-        return loaders[0]
     try:
         numbers = [float(weight) for weight in weights] or [loader.windows for loader in loaders]
     except ValueError:
         raise ValueError(f"--data-weights={','.join(weights)}: expected numbers") from None
-    return Mixture(loaders, numbers)
+    mixture = Mixture(loaders, numbers)  # refuses what does not fit
+    return mixture if len(loaders) > 1 else loaders[0]
