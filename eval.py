@@ -94,8 +94,16 @@ class SpeechLM:
         return self.vocab.encode(units, bos=self.bos, eos=eos)
 
 
-def load_model(name, options, dist):
-    model, vocab = twist.load_speech_lm(name)
+def open_lm(option, name):
+    """twist.load_speech_lm of what an option names, which is said if there is no such thing."""
+    try:
+        return twist.load_speech_lm(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace("--model=", f"--{option}=")) from None
+
+
+def load_model(option, name, options, dist):
+    model, vocab = open_lm(option, name)
     if options.bos == "yes" and vocab.bos is None:
         raise ValueError(f"--bos=yes, but {name} has no beginning token; use --bos=auto")
     if options.eos and vocab.eos is None:
@@ -108,10 +116,10 @@ class Evaluation:
 
     def __init__(self, options, dist):
         self.options, self.dist = options, dist
-        self.main = load_model(options.model, options, dist)
+        self.main = load_model("model", options.model, options, dist)
         self.lms = {"model": self.main}
         if options.versus:
-            self.lms["versus"] = load_model(options.versus, options, dist)
+            self.lms["versus"] = load_model("versus", options.versus, options, dist)
             first, second = (lm.vocab for lm in self.lms.values())
             if first.knows_recipe and second.knows_recipe:
                 self.check(second.recipe, f"--versus={options.versus}")
@@ -160,6 +168,8 @@ class Evaluation:
     def counts(self):
         """UnitCounts of the training shards, and a sentence why not if there are none."""
         folder = self.options.train_data
+        if folder != "pocket" and not Path(folder).exists():
+            raise FileNotFoundError(f"--train-data={folder}: no such folder; give one of unit shards, or `pocket`")
         shards = UnitShards(find("pocket", "units") / "train" if folder == "pocket" else folder)
         try:
             self.check(shards.recipe, f"--train-data={folder}")
@@ -173,11 +183,10 @@ class Evaluation:
 
     def log_probabilities(self, documents, cut=None):
         """{system: list of (targets,) arrays} for documents, a list of units (T,). cut: targets that are scored at most."""
-        options, found = self.options, {}
+        (counts, _), options, found = self.counts, self.options, {}  # the counts first: what is wrong with --train-data shows
         for system, lm in self.lms.items():
             rows = [lm.encode(units, options.eos)[:None if cut is None else cut + 1] for units in documents]
             found[system] = log_probabilities(lm.model, rows, self.dist, options.stride, options.budget, f"scoring by {system}")
-        counts, _ = self.counts
         for order, system in ((2, "bigram"), (1, "unigram")) if counts else ():
             found[system] = [counts.log_probabilities(units, order, self.main.bos, options.eos)[:cut] for units in documents]
         return found
@@ -185,7 +194,7 @@ class Evaluation:
     def score_bytes(self, texts):
         """[(nats, bytes)] of each text by the text LM over bytes."""
         name = self.options.text_lm
-        model, vocab = twist.load_speech_lm(find("pocket", "lm") if name == "pocket" else name)
+        model, vocab = open_lm("text-lm", find("pocket", "lm") if name == "pocket" else name)
         if (vocab.recipe or {}).get("kind") != "bytes":
             raise ValueError(f"--text-lm={name} reads tokens of a tokenizer that is not here, only text LMs over bytes can be "
                              "used; score the transcripts with it elsewhere and give log_probability and tokens in --transcripts")

@@ -163,10 +163,13 @@ def replacing(path, temporary=None):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -178,7 +178,8 @@ class Mixture:
 
     def __init__(self, loaders, weights):
         if not loaders or len(weights) != len(loaders) or not all(0 < weight < np.inf for weight in weights):
-            raise ValueError(f"weights {list(weights)} for {len(loaders)} corpora: expected one finite number above 0 for each")
+            raise ValueError(f"--data-weights={','.join(f'{weight:g}' for weight in weights)} for {len(loaders)} corpora: "
+                             "expected one finite number above 0 for each folder of --data")
         first = loaders[0]
         for other in loaders[1:]:
             check_recipe(other.shards.recipe, first.shards.recipe, other.shards.folder)

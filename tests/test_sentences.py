@@ -35,6 +35,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "listed.toml").write_text("steps = [1, 2]\n")
     (tmp_path / "typo.toml").write_text("stepz = 3\n")
     shutil.copy(ROOT / "pocket/prompt.wav", tmp_path / "a.wav")
+    shutil.copytree(ROOT / "pocket/units/val", tmp_path / "units")
     monkeypatch.chdir(tmp_path)
 
     def asked(name, kind):
@@ -88,6 +89,8 @@ eval --task=swuggy --data=nope                  # --data=nope: no such file or f
 eval --task=swuggy --data=text.txt              # is a text, neither weights nor units
 eval --task=ppl --data=empty                    # empty
 eval --task=generation --transcripts=nope       # --transcripts=nope: no such file
+eval --task=ppl --versus=runs/none               # --versus=runs/none: no such file or folder
+eval --task=ppl --train-data=nope               # --train-data=nope: no such folder
 eval --split=dve                                # expected one of dev, test
 eval --resamples=3                              # --resamples=3: expected a whole number of at least 100
 vocoder                                         # no units given
@@ -116,11 +119,16 @@ train --zzz=8                                   # unknown option --zzz (--help l
 train --steps = 3                               # --steps==: expected a whole number
 train --data=                                   # --data= is empty; leave it out for pocket
 train --data-weights=a,b                        # --data-weights=a,b: expected numbers
+train --data-weights=1,2                        # --data-weights=1,2 for 1 corpora
+train --prompts=                                # --prompts= is empty
+train --init=runs/none                          # --init=runs/none: no such file or folder
+train --out=text.txt                            # a folder is needed there
 train --compile=yes                             # expected one of auto, none, blocks
 train --lm=runs/none                            # --lm=runs/none: no such file or folder
 train --threads=99999999                        # --threads=99999999: expected a whole number
 corpus.__main__                                 # give one shard folder
 corpus.__main__ nope                            # no meta.json in nope
+corpus.__main__ units --jsonl=empty             # empty: is a directory
 bench.__main__ nope                             # expected one of attention
 bench.__main__ loader --repeats=0               # --repeats=0: expected a whole number of at least 1
 pocket.stories --pairs=endng                    # no kind of pairs is called 'endng'
