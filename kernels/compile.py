@@ -119,7 +119,7 @@ def main(argv=None):
     parser.add_argument("--out", default="results", help="folder for kernels.json")
     options = parser.parse_args(argv)
     if interpreted():
-        parser.error("TRITON_INTERPRET=1 turns the compiler off; unset it")
+        sys.exit("TRITON_INTERPRET=1 turns the compiler off; unset it")
     tasks = [(arch, name) for arch in options.arch for name in variants(arch)]
     with ProcessPoolExecutor() as pool:
         rows = list(tqdm(pool.map(compile_variant, *zip(*tasks)), total=len(tasks), unit="kernel", disable=None))
