@@ -1,16 +1,25 @@
-"""Options of a command: defaults < TOML file < --key=value, as one frozen dataclass.
+"""Options of a command: defaults < TOML file < command line, as one frozen dataclass.
 
-    python train.py configs/pocket.toml --steps=100 --peak-lr=1e-3
+    python train.py configs/pocket.toml --steps=100 --peak-lr 1e-3 --compile
 
-A command declares its options as a frozen dataclass with one field a line and a trailing comment; the comments are
-the text of --help. Keys may be written with - or _; --key alone sets a true/false option, --no-key unsets it. An unknown
-key, in the file too, is an error that names the nearest one, and a value of the wrong type is an error that names the type.
-Options that several commands share are a dataclass which theirs inherit from. An option that has been renamed is still taken
-under its old name, which the class lists in RENAMED = {"old_name": "new_name"}; where it stands, the new one is said.
+A command declares its options as a frozen dataclass with one field a line and a trailing comment; the comments are the text of
+--help. Beside them the class may say, for its heirs too:
+
+    RANGES   {"name": (least, most)}     of a number; others are finite, not negative, whole ones at most MOST (`seed`: MOST_SEED)
+    CHOICES  {"name": ("a", "b")}        of a text
+    ALONE    {"name": "value"}           what --name means without a value; true/false options are switches: --name, --no-name
+    RENAMED  {"old_name": "new_name"}    the old name is taken, and the new one is said
+
+Keys may be written with - or _. The file, wherever it stands, is the word that ends in .toml. An option that is given twice has
+its last value. Commas divide lists, but not the name of a path that exists, and not after a backslash; in
+the file a list holds exactly its items. Patterns that the shell left alone (quoted) give the files that they match.
 """
 import dataclasses
 import difflib
+import glob
 import inspect
+import json
+import math
 import os
 import re
 import sys
@@ -22,6 +31,12 @@ import torch
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
+ABOVE_0, LARGEST = sys.float_info.min, sys.float_info.max  # the least of a range that leaves 0 out; the most of any other
+MOST, MOST_SEED = 2**31 - 1, 2**32 - 1  # whole numbers
+HYPHENS = re.compile("[-\u2010-\u2015]+(?=[a-zA-Z])")  # of -o, or what a text editor makes of two
+USUAL = {"peak_lr": "lr learning_rate", "micro_batch": "batch_size", "steps": "epochs iters max_iters", "model": "checkpoint",
+         "out": "o output_dir save_dir", "dtype": "precision fp16 bf16", "device": "gpu gpus cuda", "init": "resume checkpoint",
+         "block_size": "seq_len context", "max_new_units": "max_length length"}  # ours -> what other projects call it
 
 
 def load(cls, argv=None, positional=None, base=None):
@@ -30,94 +45,156 @@ def load(cls, argv=None, positional=None, base=None):
     Args:
         argv: list of arguments, default sys.argv[1:].
         positional: name of the tuple[str, ...] field that takes the arguments without `--`; None allows none.
-            A first argument that ends in .toml is always the options file.
         base: {field: value} that the command line overrides, and that overrides the options file.
-    Raises: ValueError for an unknown key, an ill-typed value or a stray argument. `--help` prints and exits 0.
+    Raises: ValueError for an unknown key, an ill-typed value, one out of range or a stray argument. `--help` prints and exits 0.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, positional))
         raise SystemExit(0)
-    values, words = {}, []
-    if argv and argv[0].endswith(".toml"):
-        values.update(read_toml(cls, argv.pop(0)))
-    values.update(base or {})
-    for argument in argv:
-        if not argument.startswith("--"):
-            words.append(argument)
-            continue
-        key, equals, text = argument[2:].partition("=")
-        positive = [field for field in dataclasses.fields(cls) if field.type is bool
-                    and not equals and key.replace("-", "_") == f"no_{field.name}"]
-        if positive:  # --no-dedup is --dedup=false
-            values[positive[0].name] = False
-            continue
-        field = find_field(cls, key)
-        if not equals:
-            if field.type is not bool:
-                raise ValueError(f"--{key} needs a value: --{key}=...")
-            text = "true"
-        values[field.name] = parse(field, text)
-    if words and positional is None:
-        raise ValueError(f"stray argument {words[0]!r}; options are written --key=value (--help lists them)")
+    file, words, given = None, [], {}
+    while argv:
+        word = argv.pop(0)
+        if word.startswith("--"):
+            name, value = read_option(cls, word, argv)
+            if type(value) is tuple and given.get(name, value) != value:
+                print(f"--{name.replace('_', '-')} is given more than once: only {','.join(value)} counts; divide by commas")
+            given[name] = value
+        elif HYPHENS.match(word) and not os.path.exists(word):
+            raise ValueError(f"{word}: options begin with two hyphens" + nearest(cls, HYPHENS.sub("", word, 1)))
+        elif word.endswith(".toml"):
+            if file is not None:
+                raise ValueError(f"{word} is a second options file; give one, and the rest as --key=value")
+            file = read_toml(cls, word)
+        elif positional is None:
+            raise ValueError(f"stray argument {word!r}; options are written --key=value, an options file ends in .toml (--help)")
+        else:
+            words.append(word)
     if words:
-        values[positional] = tuple(words)
-    return cls(**values)
+        given[positional] = matching(words)
+    options = cls(**(file or {}) | (base or {}) | given)
+    check(options)
+    return options
+
+
+def read_option(cls, word, left):
+    """(name, value) of a word that begins with --; the value may be the first of the words that are left, and is taken there."""
+    key, equals, text = word[2:].partition("=")
+    for field in dataclasses.fields(cls):
+        if field.type is bool and not equals and key.replace("-", "_") == f"no_{field.name}":
+            return field.name, False  # --no-dedup is --dedup=false
+    field = find_field(cls, key)
+    alone = "true" if field.type is bool else declared(cls, "ALONE").get(field.name)
+    known = ("true", "false") if field.type is bool else declared(cls, "CHOICES").get(field.name)
+    if not equals and left and not left[0].startswith("--") and (alone is None or known is None or left[0] in known):
+        equals, text = "=", left.pop(0)
+    if not equals and alone is None:
+        raise ValueError(f"--{key} needs a value: --{key}=...")
+    return field.name, parse(field, text if equals else alone)
+
+
+def declared(cls, table):
+    """What cls and the classes that it inherits from say in a table of the head of this file."""
+    return {key: value for base in reversed(cls.__mro__) for key, value in vars(base).get(table, {}).items()}
 
 
 def find_field(cls, key):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     name = key.replace("-", "_")
-    renamed = getattr(cls, "RENAMED", {}).get(name)
+    renamed = declared(cls, "RENAMED").get(name)
     if renamed:
         print(f"--{key} is now called --{renamed.replace('_', '-')}", file=sys.stderr)
         name = renamed
     if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown option --{key}; did you mean --{near.replace('_', '-')}? (--help lists all)")
+        raise ValueError(f"unknown option --{key}" + nearest(cls, name))
     return fields[name]
+
+
+def nearest(cls, key):
+    """The end of a sentence about an unknown key: the option that is meant, if one is like it."""
+    names, key = [field.name for field in dataclasses.fields(cls)], key.partition("=")[0].lower().replace("-", "_")
+    parts = set(key.split("_"))
+    near = ([name for name in names if key in USUAL.get(name, "").split()][:1] or difflib.get_close_matches(key, names, 1, 0.75)
+            or [name for name in names if parts <= (its := set(name.split("_"))) or its <= parts][:3]
+            or difflib.get_close_matches(key, names, 1, 0.65))
+    meant = " or ".join(f"--{name.replace('_', '-')}" for name in near)
+    return f"; did you mean {meant}? (--help lists all)" if near else " (--help lists all)"
 
 
 def parse(field, text):
     """One value of the command line. The empty text and `none` stand for None in optional fields."""
     kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-    kind, optional = field.type, False
+    kind, optional, option = field.type, False, f"--{field.name.replace('_', '-')}={text}"
     if kind not in (bool, int, float, str) and type(None) in getattr(kind, "__args__", ()):
         kind, optional = kind.__args__[0], True
     if optional and text.lower() in ("", "none"):
         return None
+    if not text and field.default and kind not in (bool, int, float):
+        raise ValueError(f"{option} is empty; leave it out for {field.default if kind is str else ','.join(field.default)}")
     if kind is str:
-        return text
+        return os.path.expanduser(text)
     if getattr(kind, "__origin__", None) is tuple:
-        return tuple(part for part in text.split(",") if part)
+        return matching(map(os.path.expanduser, divide(text)))
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         return kind(text.replace("_", "")) if kind is int else kind(text)
     except (ValueError, KeyError):
-        raise ValueError(f"--{field.name.replace('_', '-')}={text}: expected {kinds[kind]}") from None
+        raise ValueError(f"{option}: expected {kinds[kind]}") from None
+
+
+def divide(text):
+    """Items between commas. The name of a path that exists is one item, and so is what has a backslash before its commas."""
+    parts, items = re.split(r"(?<!\\),", text), []
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]))), 1)
+        items.append(",".join(parts[:count]).replace("\\,", ","))
+        parts = parts[count:]
+    return [item for item in items if item]
+
+
+def matching(words):
+    """Patterns of paths (*, ?, [a-z], ** for any depth) -> the paths, sorted; what is no pattern, or matches nothing, stays."""
+    return tuple(path for word in words for path in
+                 (not os.path.exists(word) and sorted(glob.glob(word, recursive=True)) or [word]))
 
 
 def read_toml(cls, path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no options file at {path}; check the path")
     try:
-        table = tomllib.loads(Path(path).read_text())
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
     values = {}
     for key, value in table.items():
-        field = find_field(cls, key)
-        text = ",".join(value) if isinstance(value, list) else str(value)
-        values[field.name] = parse(field, text)
+        if isinstance(value, dict):
+            raise ValueError(f"{path} has a section [{key}]; write its keys without sections, one `key = value` a line")
+        try:
+            field = find_field(cls, key)
+            if isinstance(value, list) and getattr(field.type, "__origin__", None) is not tuple:
+                raise ValueError(f"{key} is a list; expected one value")
+            values[field.name] = tuple(map(str, value)) if isinstance(value, list) else parse(field, str(value))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return values
 
 
-def check_choices(options, choices):
-    """Raise ValueError for an option that is none of its choices, {name: (choice, ...)}."""
-    for name, known in choices.items():
-        if getattr(options, name) not in known:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)}: expected one of {', '.join(known)}")
+def check(options):
+    """Raise ValueError for a number out of its range, or a text that is none of its choices (RANGES and CHOICES, see above)."""
+    ranges, choices = declared(type(options), "RANGES"), declared(type(options), "CHOICES")
+    for field in dataclasses.fields(options):
+        value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}={getattr(options, field.name)}"
+        if field.name in choices and value is not None and value not in choices[field.name]:
+            raise ValueError(f"{option}: expected one of {', '.join(choices[field.name])}")
+        if type(value) not in (int, float):
+            continue
+        usual = LARGEST if type(value) is float else MOST_SEED if field.name == "seed" else MOST
+        least, most = ranges.get(field.name, (0, usual))
+        if not least <= value <= most:  # NaN too
+            kind = "a whole number" if type(value) is int else "a finite number" if not math.isfinite(value) else "a number"
+            lower = "above 0" if least == ABOVE_0 else f"of at least {least:.10g}"
+            raise ValueError(f"{option}: expected {kind} {lower}" + (f" and at most {most:.10g}" if most < LARGEST else ""))
 
 
 def choose_device(name):
@@ -131,31 +208,14 @@ def choose_device(name):
 
 def to_toml(options):
     """The resolved options as TOML text that `load` reads back; None values are left out (None is their default)."""
-    lines = []
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            text = str(value).lower()
-        elif isinstance(value, (int, float)):
-            text = repr(value)
-        elif isinstance(value, tuple):
-            text = "[" + ", ".join(quote(item) for item in value) + "]"
-        else:
-            text = quote(value)
-        lines.append(f"{field.name} = {text}")
-    return "\n".join(lines) + "\n"
-
-
-def quote(text):
-    return '"' + str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    values = {name: value for name, value in vars(options).items() if value is not None}
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())  # as JSON writes them
 
 
 def help_text(cls, positional=None):
     """Launch lines (the module's docstring), then every option with its default and its comment."""
     module = sys.modules[cls.__module__].__doc__ or ""
-    lines = [module.strip(), "", "options (--key=value, after an optional TOML file):"]
+    lines = [module.strip(), "", "options (--key=value or --key value; and a TOML file of them):"]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for base in cls.__mro__[:-1]:  # its own first, then those that it shares with others
         for name, comment in re.findall(r"^    (\w+): [^\n]*?  # (.+)$", inspect.getsource(base), re.MULTILINE):
@@ -192,6 +252,14 @@ def progress(rows=None, shown=True, **options):
     return tqdm(rows, disable=not shown, **options)
 
 
+def sentence(error):
+    """An error as text; of the system's own, such as [Errno 17], the file and what is wrong with it."""
+    if not isinstance(error, OSError) or not error.filename:
+        return str(error)
+    remedy = "; a folder is needed there" if isinstance(error, (FileExistsError, NotADirectoryError)) else ""
+    return f"{error.filename2 or error.filename}: {error.strerror.lower()}{remedy}"
+
+
 def command(main):
     """Run a command's main(); what the user can mend becomes one sentence and exit code 2, not a traceback.
 
@@ -204,5 +272,5 @@ def command(main):
             raise
         program = Path(sys.argv[0])
         name = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None

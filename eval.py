@@ -40,8 +40,6 @@ from training import distributed
 TASKS = ("all", "ppl", *sets.TASKS, "generation")
 POCKET_BENCHMARKS = POCKET / "benchmarks"
 PUBLISHED = Path(__file__).parent / "evaluation/published.txt"
-CHOICES = {"task": TASKS, "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"), "score": ("whole", "ending"),
-           "long": ("truncate", "slide")}
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,11 @@ class EvalConfig(hubert_units.TokenizerOptions):
     top_p: float | None = None  # generation: draw among the likeliest units that together reach this probability
     transcripts: str | None = None  # generation: what was said, .jsonl (name, text) or lines name<TAB>text
     text_lm: str = "pocket"  # generation: text LM over bytes that scores transcripts without log-probabilities of their own
-
-
-def checked(options):
-    config.check_choices(options, CHOICES)
-    if not 0 <= options.ties <= 1 or options.resamples < 100 or options.stride < 0 or options.workers < 1 or options.prompts < 1:
-        raise ValueError("expected --ties from 0 to 1, --resamples of at least 100, --stride of at least 0, and --workers and "
-                         "--prompts of at least 1")
-    return options
+    CHOICES = {"task": TASKS, "split": ("dev", "test"), "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"),
+               "score": ("whole", "ending"), "long": ("truncate", "slide")}
+    RANGES = {"ties": (0, 1), "resamples": (100, 1_000_000), "workers": (1, 1000), "prompts": (1, config.MOST),
+              "prompt_seconds": (config.ABOVE_0, 1e6), "max_new_units": (1, config.MOST), "top_k": (1, config.MOST),
+              "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
 
 
 # ---------------------------------------------------------------------------------------------- who is measured
@@ -99,8 +94,16 @@ class SpeechLM:
         return self.vocab.encode(units, bos=self.bos, eos=eos)
 
 
-def load_model(name, options, dist):
-    model, vocab = twist.load_speech_lm(name)
+def open_lm(option, name):
+    """twist.load_speech_lm of what an option names, which is said if there is no such thing."""
+    try:
+        return twist.load_speech_lm(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace("--model=", f"--{option}=")) from None
+
+
+def load_model(option, name, options, dist):
+    model, vocab = open_lm(option, name)
     if options.bos == "yes" and vocab.bos is None:
         raise ValueError(f"--bos=yes, but {name} has no beginning token; use --bos=auto")
     if options.eos and vocab.eos is None:
@@ -113,10 +116,10 @@ class Evaluation:
 
     def __init__(self, options, dist):
         self.options, self.dist = options, dist
-        self.main = load_model(options.model, options, dist)
+        self.main = load_model("model", options.model, options, dist)
         self.lms = {"model": self.main}
         if options.versus:
-            self.lms["versus"] = load_model(options.versus, options, dist)
+            self.lms["versus"] = load_model("versus", options.versus, options, dist)
             first, second = (lm.vocab for lm in self.lms.values())
             if first.knows_recipe and second.knows_recipe:
                 self.check(second.recipe, f"--versus={options.versus}")
@@ -167,6 +170,8 @@ class Evaluation:
     def counts(self):
         """UnitCounts of the training shards, and a sentence why not if there are none."""
         folder = self.options.train_data
+        if folder != "pocket" and not Path(folder).exists():
+            raise FileNotFoundError(f"--train-data={folder}: no such folder; give one of unit shards, or `pocket`")
         shards = UnitShards(find("pocket", "units") / "train" if folder == "pocket" else folder)
         try:
             self.check(shards.recipe, f"--train-data={folder}")
@@ -180,11 +185,10 @@ class Evaluation:
 
     def log_probabilities(self, documents, cut=None):
         """{system: list of (targets,) arrays} for documents, a list of units (T,). cut: targets that are scored at most."""
-        options, found = self.options, {}
+        (counts, _), options, found = self.counts, self.options, {}  # the counts first: what is wrong with --train-data shows
         for system, lm in self.lms.items():
             rows = [lm.encode(units, options.eos)[:None if cut is None else cut + 1] for units in documents]
             found[system] = log_probabilities(lm.model, rows, self.dist, options.stride, options.budget, f"scoring by {system}")
-        counts, _ = self.counts
         for order, system in ((2, "bigram"), (1, "unigram")) if counts else ():
             found[system] = [counts.log_probabilities(units, order, self.main.bos, options.eos)[:cut] for units in documents]
         return found
@@ -192,7 +196,7 @@ class Evaluation:
     def score_bytes(self, texts):
         """[(nats, bytes)] of each text by the text LM over bytes."""
         name = self.options.text_lm
-        model, vocab = twist.load_speech_lm(find("pocket", "lm") if name == "pocket" else name)
+        model, vocab = open_lm("text-lm", find("pocket", "lm") if name == "pocket" else name)
         if (vocab.recipe or {}).get("kind") != "bytes":
             raise ValueError(f"--text-lm={name} reads tokens of a tokenizer that is not here, only text LMs over bytes can be "
                              "used; score the transcripts with it elsewhere and give log_probability and tokens in --transcripts")
@@ -211,19 +215,25 @@ def stamp(path):
 
 # ---------------------------------------------------------------------------------------------- the command
 
-def conventions_of(evaluation):
-    options = evaluation.options
+def conventions_of(evaluation, ran):
+    """How the numbers came about, a sentence each. ran: the functions of the tasks; others' conventions are left out."""
+    options, of_pairs = evaluation.options, pairs.run in ran
     given = {system: "given and not scored" if lm.bos else "not given, the first unit is not scored"
              for system, lm in evaluation.lms.items()}
-    return [f"log-likelihood: {options.norm} over {'units' if options.norm == 'mean' else 'all units'}, in float32; "
-            + ("the whole sequence" if options.score == "whole" else "the ending only, given what is before it"),
-            "beginning token: " + (given["model"] if len(set(given.values())) == 1 else str(given)),
-            f"ending token: {'scored' if options.eos else 'not scored'}",
-            f"ties count {options.ties:g}; split {options.split} (sLM21); voices: {', '.join(options.voices) or 'all'}",
-            "`all` is the mean over questions of the mean over voices; intervals: 95 %, bootstrap over questions (documents in "
-            f"ppl), {options.resamples} resamples, seed {options.seed}"
+    if ran == {generation.run}:
+        return []
+    found = ["beginning token: " + (given["model"] if len(set(given.values())) == 1 else str(given)),
+             f"ending token: {'scored' if options.eos else 'not scored'}"]
+    if of_pairs:
+        found[:0] = [f"log-likelihood: {options.norm} over {'units' if options.norm == 'mean' else 'all units'}, in float32; "
+                     + ("the whole sequence" if options.score == "whole" else "the ending only, given what is before it")]
+        found += [f"ties count {options.ties:g}; split {options.split} (sLM21); voices: {', '.join(options.voices) or 'all'}"]
+    drawn = " and ".join(["questions (`all`: their mean, of each over voices)"] * of_pairs
+                         + ["documents (ppl)"] * (perplexity.run in ran))
+    return [*found, f"intervals: 95 %, bootstrap over {drawn}, {options.resamples} resamples, seed {options.seed}"
             + ("; p: sign-flip test of paired differences, two-sided" if options.versus else ""),
-            f"unigram, bigram: add-0.1 smoothing, fitted to {options.train_data}; length: the sequence of fewer units wins"]
+            f"unigram, bigram: add-0.1 smoothing, fitted to {options.train_data}"
+            + ("; length: the sequence of fewer units wins" if of_pairs else "")]
 
 
 def tasks_of(evaluation):
@@ -247,13 +257,14 @@ def tasks_of(evaluation):
 
 
 def main(argv=None):
-    options = checked(config.load(EvalConfig, argv))
+    options = config.load(EvalConfig, argv)
     dist = distributed.setup(options.device, timedelta(days=30))  # encoding may take one process longer than another
     evaluation = Evaluation(options, dist)
-    sections = [section for run in tasks_of(evaluation) if (section := run())]
+    tasks = tasks_of(evaluation)
+    sections = [section for run in tasks if (section := run())]
     if dist.is_main:
         systems = {system: f"{lm.name}, window {lm.model.config.block_size}" for system, lm in evaluation.lms.items()}
-        conventions = conventions_of(evaluation)
+        conventions = conventions_of(evaluation, {task.func for task in tasks})
         reports.write(options.out, sections, conventions, systems, options)
         print(reports.text_of(sections, conventions, systems))
         if options.published:

@@ -34,7 +34,7 @@ from corpus import inspector
 from corpus.extract import as_named, encode_files, find_audio, sample_features
 from kernels.packed import packed
 from speech.audio import SAMPLE_RATE, read_wav
-from speech.encoder import BUDGET_SECONDS, UnitEncoder, deduplicate
+from speech.encoder import BUDGET_SECONDS, CHUNKINGS, UnitEncoder, deduplicate
 from speech.hubert import load_hubert
 from speech.kmeans import fit_kmeans
 from training import distributed
@@ -73,6 +73,8 @@ class TokenizerOptions:
     frame_rate: float | None = None  # Hz: the network's own, half or twice of it; default the speech LM's or the k-means file's
     pad: int | None = None  # zeros around each recording, samples; default the speech LM's (of slamkit's models: 40), or none
     chunking: str | None = None  # long ones: overlap (over 70 s: pieces of 60, 5 s context; default), textless (of 100 s, alone)
+    RANGES = {"k": (1, 2**16), "layer": (1, 1000), "frame_rate": (config.ABOVE_0, 1000), "pad": (0, SAMPLE_RATE)}
+    CHOICES = {"chunking": tuple(CHUNKINGS)}
 
 
 def load_tokenizer(options, recipe=None):
@@ -166,6 +168,7 @@ class UnitsConfig(TokenizerOptions):
     fit: int | None = None  # fit k-means with that many centres instead of encoding
     fit_frames: int = 200_000  # frames that k-means is fitted to, a random sample of all
     seed: int = 0  # of that sample and of the fit
+    RANGES = {"workers": (1, 1000), "fit": (1, config.MOST), "fit_frames": (1, config.MOST)}
 
 
 def fit(files, options, dist):
@@ -195,8 +198,6 @@ def main(argv=None):
     if options.inspect:
         print(inspector.inspect(options.inspect))
         return
-    if options.workers < 1 or options.budget < 0 or options.fit_frames < 1:
-        raise ValueError("expected --workers and --fit-frames of at least 1 and no negative --budget")
     dist = distributed.setup(options.device, timedelta(days=30))  # one process may be done days before the last
     files = find_audio(options.audio, quiet=not dist.is_main)
     if options.fit:

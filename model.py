@@ -332,7 +332,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None
             logits = model(step, cache=cache)[:, -1].float()  # (B, V)
             if len(banned):
                 logits[:, list(banned)] = float("-inf")
-            if temperature == 0:
+            if temperature < 1e-6:  # by which float32 would overflow
                 step = logits.argmax(-1, keepdim=True)
             else:
                 probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)

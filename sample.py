@@ -20,10 +20,12 @@ import torch
 
 import config
 import twist
+from corpus.extract import find_audio, tried
 from corpus.shards import check_recipe
 from hubert_units import TokenizerOptions, load_tokenizer, speech_to_units
 from kernels.packed import packed
 from model import generate
+from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
 from speech.spoken import record_of, write_spoken
 from vocoder import load_vocoder
@@ -31,13 +33,13 @@ from vocoder import load_vocoder
 
 @dataclass(frozen=True)
 class SampleConfig(TokenizerOptions):
-    prompts: tuple[str, ...] = ()  # audio files, any format, rate and channel count that libsndfile reads
+    prompts: tuple[str, ...] = ()  # audio files, folders of them (searched recursively), or quoted patterns
     model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
     vocoder: str = "pocket"  # vocoder: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
     speaker: str | None = None  # number or name of the voice, where the vocoder has several
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "samples"  # folder for the wav files, named after the prompt
-    prompt_seconds: float = 3.0  # how much of the prompt the model hears; 0: all of it
+    prompt_seconds: float = 3.0  # how much of the prompt the model hears; 0: all of it, or the end that its window has room for
     max_new_units: int = 150  # longest continuation, in units (the pocket voices speak 22 a second)
     temperature: float = 0.8  # 0 takes the likeliest unit each time
     top_k: int | None = 50  # draw among the k likeliest units only; none: among all
@@ -47,25 +49,45 @@ class SampleConfig(TokenizerOptions):
     resynth: bool = False  # units of the whole prompt back to speech, without the language model
     continuation_only: bool = False  # also write the continuation without the prompt
     device: str = "auto"  # auto | cpu | cuda
+    RANGES = {"prompt_seconds": (0, 1e6), "max_new_units": (1, config.MOST), "num_samples": (1, 1000), "top_k": (1, config.MOST),
+              "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
 
 
 SAMPLING, VOICE = ("model", "seed", "temperature", "top_k", "top_p"), ("vocoder", "speaker", "style")  # told in the wav's header
 
 
-def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None, autocast=nullcontext):
+def fit_window(path, units, runs, options, slm, vocab, vocoder, notes):
+    """What the model hears of a prompt: units (T,), runs (T,), and how many new units its window has room for.
+
+    Of a prompt that fills the window these are the last units, so many that all new ones, or half a window of them, have room.
+    notes: gets a sentence for each of the two ways in which the user has less than was asked for, of the first such prompt.
+    """
+    window = slm.config.block_size
+    room = window - (vocab.bos is not None)  # for prompt and continuation
+    if len(units) >= room:
+        kept = room - min(options.max_new_units, room // 2)
+        units, runs = units[-kept:], runs[-kept:]
+        notes.setdefault("prompt", f"{path} is too long for the model's window of {window} ids: it hears the last "
+                                   f"{int(runs.sum()) * vocoder.config.code_hop_size / SAMPLE_RATE:.1f} s (others likewise)")
+    room -= len(units)
+    if room < options.max_new_units:
+        notes.setdefault("window", f"{path}: at most {room} new units, not --max-new-units={options.max_new_units}: "
+                                   f"with the prompt they fill the model's window of {window} ids")
+    return units, runs, room
+
+
+def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None, autocast=nullcontext, notes=None):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
     write: False where another process writes the same files: the model alone runs. heard: (units, runs) of the prompt, if it was
-    encoded before. autocast: what the model, and it alone, runs in. The networks may lie on different devices.
+    encoded before. autocast: what the model, and it alone, runs in. The networks may lie on different devices. notes: see
+    fit_window.
     """
     units, runs = heard or speech_to_units(path, encoder, options.prompt_seconds, vocab.dedup)
+    units, runs, room = fit_window(path, units, runs, options, slm, vocab, vocoder, {} if notes is None else notes)
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
-    room = slm.config.block_size - ids.shape[1]
-    if room < 1:
-        raise ValueError(f"{path}: {ids.shape[1]} prompt units fill the model's context of {slm.config.block_size}; "
-                         "lower --prompt-seconds")
     with packed(slm), autocast():
         rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
                         generator, eos=vocab.eos, banned=vocab.banned)
@@ -121,34 +143,41 @@ def resynthesize(path, options, encoder, vocoder):
     return write_spoken(options.out, {f"{Path(path).stem}_resynth": wav}, record), len(units)
 
 
+def recordings(prompts):
+    """Files as they are named, and those in folders; a folder without any stays, and is an error when it is read."""
+    found = {prompt: tried(find_audio, [prompt]) if Path(prompt).is_dir() else [prompt] for prompt in prompts}
+    return [path for prompt in prompts for path in (found[prompt] if isinstance(found[prompt], list) else [prompt])]
+
+
 def main(argv=None):
     options = config.load(SampleConfig, argv, positional="prompts")
     if not options.prompts:
         raise ValueError("no prompt given: python sample.py prompt.wav")
-    if options.num_samples < 1 or options.max_new_units < 1 or options.prompt_seconds < 0:
-        raise ValueError("expected --num-samples >= 1, --max-new-units >= 1 and --prompt-seconds >= 0")
     device, vocab = config.choose_device(options.device), None
     if not options.resynth:
         slm, vocab = twist.load_speech_lm(options.model)
         slm.to(device)
     encoder, vocoder = load_voice(options, vocab, device)
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
-    files, units, failed, begin = [], 0, 0, time.perf_counter()
+    prompts = recordings(options.prompts)
+    files, units, failed, notes, begin = [], 0, 0, {}, time.perf_counter()
     with packed(encoder):
-        for path in config.progress(options.prompts, desc="speaking", unit="prompt"):
+        for path in config.progress(prompts, desc="speaking", unit="prompt"):
             try:
                 written, count = (resynthesize(path, options, encoder, vocoder) if options.resynth else
-                                  continue_prompt(path, options, encoder, vocoder, slm, vocab))
+                                  continue_prompt(path, options, encoder, vocoder, slm, vocab, notes=notes))
             except (ValueError, OSError) as error:  # the other prompts still get their continuations
-                print(f"sample.py: error: {error}", file=sys.stderr)
+                print(f"sample.py: error: {config.sentence(error)}", file=sys.stderr)
                 failed += 1
                 continue
             files, units = files + written, units + count
     seconds = time.perf_counter() - begin
+    print("".join(f"{sentence}\n" for sentence in notes.values()), end="")
     if files:
         print(f"{units} units in {seconds:.1f} s, {units / seconds:.0f} units per second (encoding and vocoder included)")
         print("\n".join(map(str, dict.fromkeys(files))))  # the same prompt may have been given twice
     if failed:
+        print(f"{failed} of {len(prompts)} prompts could not be spoken")
         raise SystemExit(2)
 
 

@@ -40,6 +40,10 @@ MOST_SPLIT_PIECES = 4  # forwards whose bfloat16 gradients are added up
 CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant", "cooldown"), "dtype": ("auto", "float32", "bfloat16"),
            "embedding": twist.EMBEDDINGS, "packing": PACKINGS, "optimizer": optimizer.KINDS, "parallel": distributed.PARALLEL,
            "recompute": memory.RECOMPUTE, "compile": ("auto", "none", "blocks")}
+RANGES = {name: (1, config.MOST) for name in (
+    "steps", "tokens_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep")} | {
+    "data_fraction": (config.ABOVE_0, 1), "min_lr_share": (0, 1), "cooldown": (0, 1), "beta_2": (0, 0.999999),
+    "clip": (config.ABOVE_0, config.LARGEST), "threads": (0, 1024)}
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,8 @@ class TrainConfig(TokenizerOptions):
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
     RENAMED = {"units_per_step": "tokens_per_step", "min_lr": "min_lr_share"}
-
-    def __post_init__(self):
-        config.check_choices(self, CHOICES)
-        for name in ("steps", "tokens_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)}: expected at least 1")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"--cooldown={self.cooldown}: expected a share from 0 to 1")
+    ALONE = {"compile": "blocks"}
+    CHOICES, RANGES = CHOICES, RANGES
 
 
 def lr_at(step, options):
@@ -167,7 +165,7 @@ def listen(options, vocab, dist, say):
     encoder, vocoder = sample.load_voice(options, vocab, dist.device)
     own = {prompt: files.POCKET.parent / prompt for prompt in options.prompts}  # pocket/prompt.wav, in whatever folder we are
     prompts = [place if place.exists() and not Path(prompt).exists() else prompt for prompt, place in own.items()]
-    heard, errors = dist.from_main(sample.hear, prompts, encoder, vocab.dedup)
+    heard, errors = dist.from_main(sample.hear, sample.recordings(prompts), encoder, vocab.dedup)
     for error in errors:
         say(f"prompt left out: {error}")
     return vocoder, heard

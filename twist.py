@@ -304,6 +304,8 @@ class TwistConfig:
     seed: int = 0  # of the new table
     out: str | None = None  # folder for the warm-started model; nothing is written without it
     overwrite: bool = False  # replace the model that --out holds
+    RANGES = {"units": (1, 2**16)}
+    CHOICES = {"embedding": EMBEDDINGS}
 
 
 def main(argv=None):

@@ -48,6 +48,8 @@ class BenchConfig:
     cases: tuple[str, ...] = ()  # attention, cross_entropy, train, units: those whose name, without commas, holds one of these
     ways: tuple[str, ...] = ()  # attention, cross_entropy, train: only these, such as ours, flash
     compile: bool = False  # train: also compiled steps on a CPU
+    CHOICES = {"device": ("cpu", "cuda")}
+    RANGES = {"gib": (config.ABOVE_0, 10_000), "shards": (1, 10_000), "repeats": (1, config.MOST)}
 
 
 BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cpu": bench_cpu, "cross_entropy": bench_cross_entropy,

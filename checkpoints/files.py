@@ -8,9 +8,10 @@ No foreign pickle is executed: pickles.py reads them all. Everything that this p
 a temporary name first, so a file that exists is whole.
 """
 import contextlib
-import hashlib
+import difflib
 import errno
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -36,6 +37,7 @@ KINDS = {  # what an option asks for -> where the pocket world keeps it
 }
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network disks have none: there the user must see to it
 MOST_NAME = 255  # bytes of a file's name, on all common disks
+OURS = ("runs", "units", "build", "results", "pocket")  # folders that this project writes to
 SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
 # what torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP put into the names of tensors
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|^module)\.")
@@ -59,18 +61,28 @@ def find(name, kind):
     """A local folder or file, `pocket`, or a known name (downloaded once, see download.py) -> Path.
 
     Args: kind: lm, model, tokenizer, kmeans or vocoder, as the option is called that names it; or units, which several do.
-    Raises: FileNotFoundError if there is nothing here and nothing can be fetched.
+    Raises: FileNotFoundError if there is nothing here and nothing can be fetched. For what looks like a path nothing is asked.
     """
-    path = KINDS[kind] if name == "pocket" else Path(name)
+    path = KINDS[kind] if name == "pocket" else Path(name).expanduser()
     if path.exists():
         return download.find_zip(path) if path.suffix == ".zip" and path.is_file() else path
     missing = f"{path}: no such file or folder" if kind == "units" else f"--{kind}={name}: no such file or folder ({path})"
-    if kind == "units" or path.is_absolute():
-        raise FileNotFoundError(f"{missing}; give a local folder, or `pocket`, which comes with the repository")
+    if kind == "units" or looks_local(name):
+        beside = path.parent.iterdir() if path.parent.is_dir() and path.name else ()
+        near = difflib.get_close_matches(path.name, [other.name for other in beside], n=1)
+        raise FileNotFoundError(f"{missing}; " + (f"did you mean {path.with_name(near[0])}?" if near else
+                                                  "give a local folder, or `pocket`, which comes with the repository"))
     try:
         return download.find(name, kind)
     except (ValueError, OSError) as error:
-        raise FileNotFoundError(f"{missing}; {error}") from None
+        raise FileNotFoundError(f"{missing}; " + str(error).removeprefix(f"--{kind}={name}: ")) from None
+
+
+def looks_local(name):
+    """Whether a name is meant as a path: by how it begins or ends, by its depth, or because its first folder is here or ours."""
+    first, slash, rest = name.partition("/")
+    return (not name or name[0] in "./~" or "/" in rest or bool(slash) and (not rest or first in OURS or Path(first).is_dir())
+            or Path(name).suffix.lower() in (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".zip", ".json", ".npy"))
 
 
 def find_model(name, kind):

@@ -33,14 +33,15 @@ class CorpusConfig:
     pad: int | None = None  # import: zeros that were put around each recording, samples (slamkit: 40)
     chunking: str | None = None  # import: how long recordings were encoded: overlap, or textless (the published pipeline)
     dedup: bool = False  # import: collapse runs of equal units (their run lengths are added up)
+    ALONE = {"jsonl": "-"}
+    CHOICES = {"chunking": tuple(CHUNKINGS)}
+    RANGES = {"num_units": (1, 2**16), "frame_rate": (config.ABOVE_0, 1000), "layer": (1, 1000), "pad": (0, 16_000)}
 
 
 def imported_recipe(options):
     """The recipe that the options of an import describe, less `dedup`."""
     described = {key: getattr(options, key) for key in ("model", "layer", "num_units", "frame_rate", "centers")}
     described |= {key: value for key in ("pad", "chunking") if (value := getattr(options, key)) is not None}
-    if options.chunking not in (None, *CHUNKINGS):
-        raise ValueError(f"--chunking={options.chunking}: expected {' or '.join(CHUNKINGS)}")
     if options.like:
         extra = [key for key, value in described.items() if value is not None]
         if extra:
@@ -89,8 +90,7 @@ def not_in(folder, documents):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    options = config.load(CorpusConfig, ["--jsonl=-" if word == "--jsonl" else word for word in argv], positional="paths")
+    options = config.load(CorpusConfig, argv, positional="paths")
     suffixes = sorted(Path(path).suffix for path in options.paths if not Path(path).is_dir())
     if suffixes in ([".jsonl"], [".km", ".tsv"]) and len(options.paths) == len(suffixes):
         if not options.out or options.jsonl:

@@ -178,7 +178,8 @@ class Mixture:
 
     def __init__(self, loaders, weights):
         if not loaders or len(weights) != len(loaders) or not all(0 < weight < np.inf for weight in weights):
-            raise ValueError(f"weights {list(weights)} for {len(loaders)} corpora: expected one finite number above 0 for each")
+            raise ValueError(f"--data-weights={','.join(f'{weight:g}' for weight in weights)} for {len(loaders)} corpora: "
+                             "expected one finite number above 0 for each folder of --data")
         first = loaders[0]
         for other in loaders[1:]:
             check_recipe(other.shards.recipe, first.shards.recipe, other.shards.folder)
@@ -219,10 +220,9 @@ class Mixture:
 
 def mixed(loaders, weights):
     """One loader, or the Mixture of several. weights: a number for each, as text; none: by their sizes."""
-    if len(loaders) == 1:
-        return loaders[0]
     try:
         numbers = [float(weight) for weight in weights] or [loader.windows for loader in loaders]
     except ValueError:
         raise ValueError(f"--data-weights={','.join(weights)}: expected numbers") from None
-    return Mixture(loaders, numbers)
+    mixture = Mixture(loaders, numbers)  # refuses what does not fit
+    return mixture if len(loaders) > 1 else loaders[0]

@@ -129,7 +129,9 @@ def read_transcripts(path):
 
 def run(evaluation, folder):
     """Continuations of held-out prompts, beside what really follows; and transcripts, if the user brings some."""
-    options, shards = evaluation.options, evaluation.shards(folder)
+    options = evaluation.options
+    brought = read_transcripts(options.transcripts) if options.transcripts else None  # what is wrong with them shows at once
+    shards = evaluation.shards(folder)
     if not evaluation.dist.is_main:
         return None
     prompts = prompts_of(shards, options.prompts, options.prompt_seconds)
@@ -140,8 +142,8 @@ def run(evaluation, folder):
     lines = [json.dumps({"units": [int(unit) for unit in (*prompt, *more)], "file_name": f"{Path(source).stem}.wav"}) + "\n"
              for (source, prompt, _), more in zip(prompts, spoken["model"])]
     write_beside(Path(options.out) / "continuations.jsonl", "".join(lines))
-    if options.transcripts:
-        texts, scored = read_transcripts(options.transcripts)
+    if brought:
+        texts, scored = brought
         token = "token of the file's own model"
         if None in scored:
             token, scored = "byte", evaluation.score_bytes(texts)
@@ -153,5 +155,9 @@ def run(evaluation, folder):
             for subset, system, count, numbers in found for measure, value in numbers.items()]
     note = (f"prompts and continuations: {options.out}/continuations.jsonl, for python vocoder.py, a recogniser of yours, "
             "and --transcripts")
+    notes, room = [note], evaluation.window - len(prompts[0][1]) - (evaluation.main.vocab.bos is not None)
+    if room < options.max_new_units:
+        notes.append(f"at most {room} new units, not --max-new-units={options.max_new_units}: with the prompt they fill the "
+                     f"window of {evaluation.window} ids")
     return {"title": f"generation: {len(prompts)} prompts of {len(prompts[0][1])} units ({options.prompt_seconds:g} s) from "
-                     f"{folder}, temperature {options.temperature:g}", "notes": [note], "rows": rows}
+                     f"{folder}, temperature {options.temperature:g}", "notes": notes, "rows": rows}

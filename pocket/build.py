@@ -51,6 +51,8 @@ class BuildConfig:
     speech_steps: int = 600  # updates of the bundled speech LM
     dtype: str = "bfloat16"  # of matrix products while training; float32 on processors without bfloat16 instructions
     threads: int = 0  # CPU threads of each stage; 0: PyTorch's choice
+    RANGES = {name: (1, config.MOST) for name in ("stories", "spoken", "text_steps", "hubert_steps", "speech_steps")} | {
+        "vocoder_minutes": (config.ABOVE_0, config.LARGEST), "threads": (0, 1024)}
 
 
 def run(*arguments):

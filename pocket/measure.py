@@ -42,6 +42,8 @@ class MeasureConfig:
     text: str = "build/text/val"  # held-out stories as byte shards, for the text LM's loss
     speech: str = "build/speech/val"  # held-out stories, spoken
     out: str = "results"  # folder for the JSON file
+    RANGES = {"pairs": (1, config.MOST)}
+    CHOICES = {"what": ("text", "vocoder")}
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -137,8 +139,6 @@ def measure_vocoder(options):
 def main(argv=None):
     options = config.load(MeasureConfig, argv)
     measures = {"text": measure_text, "vocoder": measure_vocoder}
-    if options.what not in measures:
-        raise ValueError(f"--what={options.what}: expected {' or '.join(measures)}")
     result = measures[options.what](options)
     files.write_json(Path(options.out) / f"pocket_{options.what}.json", result)
     print(json.dumps(result, indent=2))

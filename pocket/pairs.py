@@ -60,6 +60,7 @@ class PairsConfig:
     seed: int = 0  # of the choice of words, sentences and stories
     first_story: int = 10_000_000  # the stories that the speech LM heard, for the frequency of a word: seed of the first,
     spoken: int = 1300  # and how many
+    RANGES = {"count": (1, config.MOST), "spoken": (1, config.MOST)}
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,6 @@ def write(folder, recipe, made):
 
 def main(argv=None):
     options = config.load(PairsConfig, argv)
-    if options.count < 1 or options.spoken < 1:
-        raise ValueError("expected --count and --spoken of at least 1")
     studio, n = Studio(), options.count
     kinds = {"agreement": -(-n // 3), "pronoun": -(-(n - 1) // 3), "word_order": n // 3}
     benchmarks = {

@@ -128,12 +128,12 @@ class SpeechConfig:
     count: int = 100  # number of stories
     first_story: int = 0  # seed of the first story; keep clear of the seeds that the text LM reads
     voices: str = "train"  # train | val | vocoder: which table of voices; story i takes voice i modulo their number
+    RANGES = {"count": (1, config.MOST)}
+    CHOICES = {"voices": tuple(VOICES)}
 
 
 def main(argv=None):
     options = config.load(SpeechConfig, argv)
-    if options.voices not in VOICES:
-        raise ValueError(f"--voices={options.voices}: expected one of {', '.join(VOICES)}")
     voices = VOICES[options.voices]
     out = Path(options.out)
     refuse_existing(out / "phones.tsv", remedy="delete the folder, or give another --out")

@@ -17,12 +17,13 @@ Launch: python -m pocket.stories --count=5 --seed=0            print stories
         python -m pocket.stories --out=FILE --megabytes=40     write one story per line
         python -m pocket.stories --pairs=ending --count=6      print right and wrong texts
 """
-import argparse
 import re
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import count as naturals
 from random import Random
+
+import config
 
 NAMES = {"f": "Anna Lucy Mary Emma Rosa Nina Clara Julia Sara Molly Ella Kate Alice Lena Jane Daisy".split(),
          "m": "Tom Ben Peter Sam Jack Max Leo Paul David Adam Oscar Henry Simon Martin Fred Billy".split()}
@@ -631,26 +632,30 @@ def pairs(kind: str, count: int, seed: int = 0) -> list:
     return [pair for i in range((count + 1) // 2) for pair in makers[kind](f"{kind} {seed} {i}")][:count]
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Children's stories from a grammar and a small world.")
-    parser.add_argument("--count", type=int, default=5, help="stories or pairs to print")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first story, or of the pairs")
-    parser.add_argument("--pairs", default="", help="agreement, pronoun, word_order, ending or topic")
-    parser.add_argument("--out", default="", help="write stories to this file instead, one per line")
-    parser.add_argument("--megabytes", type=float, default=1.0, help="size of --out in 10^6 bytes")
-    args = parser.parse_args()
-    if args.out:
-        left, seed = int(args.megabytes * 1e6), args.seed
-        with open(args.out, "w", encoding="ascii") as file:
+@dataclass(frozen=True)
+class StoriesConfig:
+    count: int = 5  # stories or pairs to print
+    seed: int = 0  # of the first story, or of the pairs
+    pairs: str | None = None  # print pairs of right and wrong instead: agreement | pronoun | word_order | ending | topic
+    out: str | None = None  # write stories to this file instead, one a line
+    megabytes: float = 1.0  # size of that file in 10^6 bytes
+    RANGES = {"count": (1, config.MOST), "megabytes": (config.ABOVE_0, 1e6)}
+
+
+def main(argv=None):
+    options = config.load(StoriesConfig, argv)
+    if options.out:
+        left, seed = int(options.megabytes * 1e6), options.seed
+        with open(options.out, "w", encoding="ascii") as file:
             while left > 0:
                 left -= file.write(story(seed) + "\n")
                 seed += 1
-    elif args.pairs:
-        for right, wrong in pairs(args.pairs, args.count, args.seed):
+    elif options.pairs:
+        for right, wrong in pairs(options.pairs, options.count, options.seed):
             print(f"right: {right}\nwrong: {wrong}\n")
     else:
-        print("\n\n".join(text(args.seed, args.count)))
+        print("\n\n".join(text(options.seed, options.count)))
 
 
 if __name__ == "__main__":
-    main()
+    config.command(main)

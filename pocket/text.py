@@ -25,6 +25,7 @@ class TextConfig:
     out: str = "build/text/train"  # folder for the shards; other stories that it holds stay
     count: int = 60_000  # stories, about 480 bytes each
     first_story: int = 0  # seed of the first; the spoken stories have other seeds
+    RANGES = {"count": (1, config.MOST)}
 
 
 def main(argv=None):

@@ -56,6 +56,10 @@ class HubertTrainConfig:
     save_minutes: float = 5.0  # interval of the resumable checkpoint
     threads: int = 0  # CPU threads, 0: PyTorch's default
     seed: int = 0  # of initialisation, crops, masks and k-means
+    RANGES = {name: (1, config.MOST) for name in (
+        "num_units", "targets_1", "targets_2", "steps_1", "steps_2", "batch", "crop_frames")} | {
+        "target_layer": (1, SHAPE.n_layer), "threads": (0, 1024)}
+    CHOICES = {"dtype": ("float32", "bfloat16")}
 
 
 # ---------------------------------------------------------------------------------------------- speech and targets

@@ -19,6 +19,7 @@ spectra at several resolutions, Yamamoto et al. 2020 (Parallel WaveGAN, arXiv 19
 import csv
 import dataclasses
 import math
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ class TrainVocoderConfig:
     held_out: int = 8  # last documents, kept for validation
     save_minutes: float = 5.0  # between states on disk and validations
     log_interval: int = 50  # steps per row of log.csv
+    RANGES = {name: (1, config.MOST) for name in (
+        "batch", "crop", "duration_window", "width", "embedding", "held_out", "log_interval")} | {
+        "minutes": (config.ABOVE_0, config.LARGEST), "adversarial": (0, 1), "clip": (config.ABOVE_0, config.LARGEST),
+        "threads": (1, 1024)}
 
 
 # -------------------------------------------------------------------------------------------------- speech
@@ -370,10 +375,17 @@ def match_total_length(vocoder, corpus, documents=100):
         low, high = (low, (low + high) / 2) if predicted > total else ((low + high) / 2, high)
 
 
+def numbers(options, name):
+    """The whole numbers of --rates, --kernels or --block-kernels."""
+    text = getattr(options, name)
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
+        raise ValueError(f"--{name.replace('_', '-')}={text}: expected whole numbers above 0, divided by commas")
+    return [int(number) for number in text.split(",")]
+
+
 def network(options, num_units):
     """The options as a published-style config."""
-    rates, taps, blocks = ([int(n) for n in text.split(",")]
-                           for text in (options.rates, options.kernels, options.block_kernels))
+    rates, taps, blocks = (numbers(options, name) for name in ("rates", "kernels", "block_kernels"))
     return VocoderConfig(
         upsample_rates=tuple(rates), upsample_kernel_sizes=tuple(taps), upsample_initial_channel=options.width,
         resblock_kernel_sizes=tuple(blocks), resblock_dilation_sizes=((1, 3, 5),) * len(blocks),
@@ -450,9 +462,8 @@ def main(argv=None):
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # tiny numbers after the leaky ReLUs are slow on a CPU and inaudible
     torch.manual_seed(options.seed)
-    folder = Path(options.run)
+    folder, hop = Path(options.run), math.prod(numbers(options, "rates"))
     folder.mkdir(parents=True, exist_ok=True)
-    hop = math.prod(int(n) for n in options.rates.split(","))
     corpus = Corpus(options, hop)
     run = Run(options, Vocoder(network(options, corpus.recipe["num_units"])))
     if run.path.exists():

@@ -33,6 +33,7 @@ class CompareConfig:
     parallel: int = 2  # runs at a time, one thread each
     dtype: str = "auto"  # as train.py
     eval_interval: int = 20  # updates between validations: the resolution of "steps to the same loss"
+    RANGES = {"seeds": (2, config.MOST), "parallel": (1, 1024), "eval_interval": (1, config.MOST)}
 
 
 def run(options, arm, rate, seed):
@@ -43,7 +44,9 @@ def run(options, arm, rate, seed):
                    "--threads=1", f"--dtype={options.dtype}", f"--eval-interval={options.eval_interval}",
                    "--save-interval=1000000", "--keep=1", "--overwrite=true"]
         command += [f"--steps={options.steps}"] if options.steps else []
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if finished.returncode:
+            raise ValueError(f"the run of {folder} failed: {finished.stderr.strip()[-1000:]}")
     with open(folder / "log.csv", newline="") as file:
         return [(int(row["step"]), float(row["val_loss"])) for row in csv.DictReader(file) if row["val_loss"]]
 

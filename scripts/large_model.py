@@ -36,6 +36,8 @@ class LargeConfig:
     optimizer: str = "split"  # adamw | split
     work: str = "build/large_model"  # folder for the model and the run; removed at the end
     out: str = "results/large_model.json"  # what was found
+    RANGES = {"layers": (1, 1000), "processes": (1, 1024), "rows": (1, config.MOST)}
+    CHOICES = {"optimizer": ("adamw", "split")}
 
 
 def main(argv=None):

@@ -4,7 +4,7 @@
 train="$(dirname "${BASH_SOURCE[0]}")/../train.py"
 name="$(basename "$0")"
 
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+if [[ " $* " == *" -h "* || " $* " == *" --help "* ]]; then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" | grep -v '^SBATCH'  # the comment at the top of the launcher
     exit 0
 fi

@@ -1,22 +1,22 @@
-"""Draw the picture of the README: what TWIST does, beside what it gains, from results/starts -> docs/twist.svg.
+"""Draw the picture of the README: what TWIST does, beside what it gains, from curves.csv and summary.json -> docs/twist.svg.
 
     left    prompt -> units -> speech LM -> more units -> voice; the text LM gives the body, not the table
     right   validation loss against updates, one line a start (mean of its seeds), band from least to most
 
     pip install -e '.[plot]' && python scripts/plot_starts.py
 """
-import argparse
 import csv
 import json
+import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config  # noqa: E402
+
 COLORS = {"twist": "#c1440e", "shuffled": "#8a8a8a", "cold": "#1f5f8b"}
 NAMES = {"twist": "TWIST: the text LM's body", "shuffled": "the same numbers, shuffled", "cold": "cold: random weights"}
 INK, PAPER = "#222222", "#f4f1ea"
@@ -30,7 +30,13 @@ ARROWS = ((1.5, 1.75, 1.5, 3.15, INK, "", 0, 0), (1.5, 4.25, 3.3, 6.0, INK, "71 
           (5.2, 9.0, 5.2, 7.65, COLORS["twist"], "body kept, vocabulary dropped", 7.35, 8.33))
 
 
-def draw_pipeline(axes):
+@dataclass(frozen=True)
+class PlotConfig:
+    starts: str = str(ROOT / "results/starts")  # folder of scripts/compare_starts.py, with curves.csv and summary.json
+    out: str = str(ROOT / "docs/twist.svg")  # the picture; what stands there is replaced
+
+
+def draw_pipeline(plt, axes):
     axes.set(xlim=(0, 10.4), ylim=(0.2, 10.2))
     axes.axis("off")
     for text, x, y, width, height, color in BOXES:
@@ -44,10 +50,10 @@ def draw_pipeline(axes):
         axes.text(5.2, y, text, ha="center", va="center", fontsize=8, color=color)
 
 
-def draw_curves(axes):
-    summary = json.loads((ROOT / "results/starts/summary.json").read_text())
+def draw_curves(axes, folder):
+    summary = json.loads((folder / "summary.json").read_text())
     losses = defaultdict(lambda: defaultdict(list))  # start -> step -> one loss a seed
-    with open(ROOT / "results/starts/curves.csv", newline="") as file:
+    with open(folder / "curves.csv", newline="") as file:
         for row in csv.DictReader(file):
             if row["peak_lr"] == summary[row["init"]]["best peak_lr"]:
                 losses[row["init"]][int(row["step"])].append(float(row["val_loss"]))
@@ -61,13 +67,20 @@ def draw_curves(axes):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(argv=None):
+    options = config.load(PlotConfig, argv)
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.7), width_ratios=(1.15, 1), layout="constrained")
-    draw_pipeline(left)
-    draw_curves(right)
-    figure.savefig(ROOT / "docs/twist.svg", metadata={"Date": None})
+    draw_pipeline(plt, left)
+    draw_curves(right, Path(options.starts))
+    figure.savefig(options.out, metadata={"Date": None})
+    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":
-    main()
+    config.command(main)

@@ -28,6 +28,7 @@ class TableConfig:
     seeds: int = 3  # of each start
     dtype: str = "bfloat16"  # of matrix products in training
     out: str = "results/pocket_eval.json"  # every accuracy, with its interval
+    RANGES = {"seeds": (1, config.MOST)}
 
 
 def evaluated(run):

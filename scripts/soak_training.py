@@ -36,6 +36,7 @@ class SoakConfig:
     seed: int = 0  # of the moments
     work: str = "build/soak_training"  # folder for the runs; removed when the soak has passed
     out: str = "results/soak_training.json"  # what was found
+    RANGES = {"kills": (1, config.MOST), "steps": (1, config.MOST)}
 
 
 def command(processes, out, options):

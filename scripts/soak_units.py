@@ -37,6 +37,7 @@ class SoakConfig:
     seed: int = 0  # of the files and of the moments
     work: str = "build/soak"  # folder for the files and both results; removed when the soak has passed
     out: str = "results/soak_units.json"  # what was found
+    RANGES = {"files": (1, config.MOST), "kills": (1, config.MOST)}
 
 
 def write_files(folder, options, rng):

@@ -120,3 +120,88 @@ def test_a_terminal_shows_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     list(config.progress(range(3), desc="working"))
     assert "working: 100%" in screen.getvalue() and "\r" in screen.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- both forms, lists, files
+
+@dataclass(frozen=True)
+class Forms:
+    words: tuple[str, ...] = ()  # paths
+    data: tuple[str, ...] = ("pocket",)  # more paths
+    seed: int = 0  # a number
+    out: str = "here"  # a folder
+    speed: float = 1.0  # a number with a range
+    compile: str = "auto"  # auto | none | blocks
+    export: str | None = None  # a file, or - alone
+    fast: bool = False  # a switch
+    ALONE = {"compile": "blocks", "export": "-"}
+    CHOICES = {"compile": ("auto", "none", "blocks")}
+    RANGES = {"speed": (config.ABOVE_0, 2), "seed": (-5, 5)}
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("--seed 3 a", Forms(("a",), seed=3)), ("a --seed 3 b --fast c", Forms(("a", "b", "c"), seed=3, fast=True)),
+    ("--seed -3 a", Forms(("a",), seed=-3)), ("--seed=-3", Forms(seed=-3)), ("--out -x", Forms(out="-x")),
+    ("--fast a", Forms(("a",), fast=True)), ("--fast true", Forms(fast=True)), ("--fast false a", Forms(("a",))),
+    ("--compile", Forms(compile="blocks")), ("--compile a", Forms(("a",), compile="blocks")),
+    ("--compile none a", Forms(("a",), compile="none")), ("--compile --fast", Forms(compile="blocks", fast=True)),
+    ("--export", Forms(export="-")), ("a --export x", Forms(("a",), export="x")), ("--export - a", Forms(("a",), export="-")),
+    ("--seed 1 --seed=2", Forms(seed=2)), ("--speed=2", Forms(speed=2.0)), ("--data a,b", Forms(data=("a", "b")))])
+def test_a_value_follows_an_equals_sign_or_a_space(line, expected):
+    assert config.load(Forms, line.split(), positional="words") == expected
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--seed --fast", "--seed needs a value"), ("--out", "--out needs a value"), ("--seed", "--seed needs a value"),
+    ("--speed=0", "--speed=0.0: expected a number above 0 and at most 2$"), ("--seed=6", "a whole number of at least -5"),
+    ("--compile=x", "expected one of auto, none, blocks"), ("a.toml b.toml", "second options file"), ("-s 3", "two hyphens")])
+def test_what_cannot_be_taken_so_is_refused(line, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.toml", "b.toml"):
+        (tmp_path / name).write_text("seed = 1\n")
+    with pytest.raises(ValueError, match=words):
+        config.load(Forms, line.split(), positional="words")
+
+
+def test_a_list_that_is_given_twice_says_what_counts(capsys):
+    assert config.load(Forms, ["--data=a", "--data=b"]).data == ("b",)
+    assert "--data is given more than once: only b counts" in capsys.readouterr().out
+
+
+def test_a_comma_in_the_name_of_a_path_that_exists_divides_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one, two", "b,c"):
+        (tmp_path / name).mkdir()
+    for text, expected in {"one, two": ("one, two",), "a,b,c,d": ("a", "b,c", "d"), "x,y": ("x", "y"), "x\\,y,z": ("x,y", "z"),
+                           "one, two,b,c": ("one, two", "b,c"), "a,,b": ("a", "b")}.items():
+        assert config.load(Forms, [f"--data={text}"]).data == expected
+    assert config.load(Forms, ["x,y", "b,c"], positional="words").words == ("x,y", "b,c")  # words are never divided
+
+
+def test_a_list_in_a_file_holds_exactly_its_items(tmp_path):
+    (tmp_path / "a.toml").write_text('data = ["a,b", "c d", "*"]\n')
+    options = config.load(Forms, [str(tmp_path / "a.toml")])
+    assert options.data == ("a,b", "c d", "*")
+    (tmp_path / "b.toml").write_text(config.to_toml(options))
+    assert config.load(Forms, [str(tmp_path / "b.toml")]) == options
+
+
+def test_an_options_file_may_stand_anywhere_and_come_from_any_editor(tmp_path):
+    (tmp_path / "a b.toml").write_bytes(b"\xef\xbb\xbfseed = 4\r\nout = \"\xc3\xbcber\"\r\n")  # as Windows writes
+    for argv in (["--seed=5", str(tmp_path / "a b.toml"), "w"], ["w", str(tmp_path / "a b.toml"), "--seed", "5"]):
+        assert config.load(Forms, argv, positional="words") == Forms(("w",), seed=5, out="über")
+
+
+def test_a_quoted_pattern_gives_the_files_that_it_matches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.wav", "a.wav", "deep/er/c.wav", "[x].wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert config.load(Forms, ["?.wav", "*.mp3"], positional="words").words == ("a.wav", "b.wav", "*.mp3")
+    assert config.load(Forms, ["deep/**/*.wav", "[x].wav"], positional="words").words == ("deep/er/c.wav", "[x].wav")
+    assert config.load(Forms, ["--data=?.wav,d"]).data == ("a.wav", "b.wav", "d")
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    assert config.load(Forms, ["--out=~/x", "--data=~/a,b"]) == Forms(out="/somebody/x", data=("/somebody/a", "b"))

@@ -581,6 +581,26 @@ def test_the_conventions_stand_in_every_output(world, models, capsys):
     assert "TWIST-1.3B" in text and "not verified" in text and "Slam                mean log-likelihood" in text
 
 
+@pytest.mark.parametrize("task, there, absent", [
+    ("ppl", ("bootstrap over documents", "beginning token", "unigram"), ("sLM21", "ties", "length", "questions", "whole")),
+    ("generation", (), ("sLM21", "ties", "bootstrap", "unigram", "beginning token")),
+    ("pairs", ("ties count", "bootstrap over questions", "length: "), ("documents",))])
+def test_only_the_conventions_of_what_was_measured_are_printed(task, there, absent, world, models):
+    write_pairs(world / "a", count=6)
+    data = world / "a" if task == "pairs" else world / "a/units"
+    conventions = "\n".join(evaluate(world, f"--task={task}", f"--data={data}", f"--model={models}/0", "--prompts=2",
+                                     "--prompt-seconds=0.2", "--max-new-units=3")[1]["conventions"])
+    assert all(words in conventions for words in there) and not any(words in conventions for words in absent), conventions
+
+
+def test_what_the_window_leaves_out_of_continuations_is_noted(world, models):
+    write_pairs(world / "a", count=6)
+    arguments = ["--task=generation", f"--data={world}/a/units", f"--model={models}/0", "--prompts=2", "--prompt-seconds=0.2"]
+    notes = "".join(evaluate(world, *arguments, "--max-new-units=5000")[1]["sections"][0]["notes"])
+    assert "new units, not --max-new-units=5000" in notes
+    assert "new units" not in "".join(evaluate(world, *arguments, "--max-new-units=3")[1]["sections"][0]["notes"])
+
+
 def test_long_sequences_are_cut_off_and_reported_or_scored_by_a_window(world, models):
     rng = np.random.default_rng(1)
     long = [(name, rng.integers(0, 20, n), np.ones(n, dtype=int), 1.0) for name, n in (("p", 300), ("n", 90))]
@@ -750,7 +770,7 @@ def test_units_and_model_of_different_recipes_are_refused(world, models):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--task=blimp"], "expected one of all, ppl"), (["--norm=max"], "expected one of mean, sum"),
-    (["--ties=2"], "--ties from 0"),
+    (["--ties=2"], "--ties=2.0: expected a number of at least 0 and at most 1"),
     (["--data=nowhere", "--task=swuggy"], "no such file or folder"), (["--tsak=ppl"], "did you mean --task"),
 ])
 def test_wrong_options_are_one_sentence(tmp_path, monkeypatch, arguments, message):

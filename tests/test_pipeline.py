@@ -117,6 +117,56 @@ def test_no_speech_replaces_other_speech_and_the_same_command_its_own(tmp_path, 
     assert (json.loads(record)["seed"], json.loads(record)["source"]) == (1, both[0])
 
 
+def long_prompt(folder, seconds=16):
+    wav = read_wav(PROMPT)
+    write_wav(folder / "long.wav", wav.repeat(3)[:seconds * 16000])
+    return folder / "long.wav"
+
+
+def test_what_the_window_of_the_model_leaves_out_is_said_once(tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copy(PROMPT, tmp_path / f"{name}.wav")
+    sample.main([str(tmp_path / "a.wav"), str(tmp_path / "b.wav"), f"--out={tmp_path}/out", "--max-new-units=1000"])
+    printed = capsys.readouterr().out
+    assert printed.count("at most 185 new units, not --max-new-units=1000") == 1 and "window of 256 ids" in printed
+    sample.main([str(PROMPT), f"--out={tmp_path}/out", "--max-new-units=10"])
+    assert "the model's window" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", [0, 15])
+def test_of_a_prompt_that_is_too_long_the_end_is_heard(seconds, tmp_path, capsys):
+    path = long_prompt(tmp_path)
+    slm, vocab = twist.load_speech_lm()
+    encoder, voice = sample.load_voice(sample.SampleConfig(), vocab)
+    options = sample.SampleConfig(prompt_seconds=seconds, max_new_units=20)
+    whole, lengths = hubert_units.speech_to_units(path, encoder, seconds)
+    units, runs, room = sample.fit_window(path, whole, lengths, options, slm, vocab, voice, notes := {})
+    assert torch.equal(units, whole[-len(units):]) and torch.equal(runs, lengths[-len(units):])
+    assert room == 20 and 1 + len(units) + room == slm.config.block_size
+    assert f"it hears the last {int(runs.sum()) / 25:.1f} s" in notes["prompt"] and "window" not in notes
+    more = dataclasses.replace(options, max_new_units=1000)
+    units, _, room = sample.fit_window(path, whole, lengths, more, slm, vocab, voice, notes)
+    assert 127 <= room <= 128 and "at most" in notes["window"]  # half of the window at most
+    units, _, room = sample.fit_window(path, whole[:70], lengths[:70], options, slm, vocab, voice, notes := {})
+    assert torch.equal(units, whole[:70]) and room == 185 and not notes  # it fits: as it was asked for
+    sample.main([str(path), f"--out={tmp_path}/out", f"--prompt-seconds={seconds}", "--max-new-units=5"])
+    assert "it hears the last" in capsys.readouterr().out and (tmp_path / "out/long_0.wav").exists()
+
+
+def test_folders_and_quoted_patterns_of_recordings_are_taken(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("deep/er/a.wav", "deep/b.wav", "c.wav"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROMPT, name)
+    (tmp_path / "deep/broken.wav").write_text("no sound")
+    with pytest.raises(SystemExit):
+        sample.main(["deep", "*.wav", "--out=out", "--max-new-units=3"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_0.wav", "b_0.wav", "c_0.wav"]
+    assert "1 of 4 prompts could not be spoken" in capsys.readouterr().out
+    hubert_units.main(["*.wav", "--out=units"])
+    assert "1 files" in capsys.readouterr().out
+
+
 def test_resynthesis_needs_no_language_model(tmp_path):
     sample.main([str(PROMPT), f"--out={tmp_path}", "--resynth", "--model=nowhere"])
     assert len(read_wav(tmp_path / "prompt_resynth.wav")) == pytest.approx(len(read_wav(PROMPT)), rel=0.3)
@@ -175,8 +225,9 @@ def test_a_bad_prompt_is_one_sentence_and_exit_code_2(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "short.wav", np.zeros(500), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    (tmp_path / "none").mkdir()
     names = {"missing.wav": "no audio file", "text.wav": "as audio", "empty.wav": "no samples", "short.wav": "longer recording",
-             "nan.wav": "NaN", "": "is a directory"}
+             "nan.wav": "NaN", "none": "is a directory"}
     result = launch("sample.py", *[tmp_path / name for name in names], f"--out={tmp_path}/out")
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2 and len(lines) == len(names), result.stderr

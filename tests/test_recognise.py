@@ -87,7 +87,7 @@ OPTIONS = {
     "model": lambda path: twist.load_speech_lm(path), "tokenizer": lambda path: hubert_units.load_unit_encoder(path),
     "kmeans": lambda path: hubert_units.load_unit_encoder("pocket", kmeans=path, layer=4),
     "vocoder": lambda path: vocoder.load_vocoder(path), "data": lambda path: UnitShards(path),
-    "train --data": lambda path: train.shards_of(str(path), "train"),
+    "train --data": lambda path: train.shards_of("data", str(path), "train"),
 }
 RAW = re.compile(r"Errno|Traceback|object|NoneType|pop from|subscript|attribute|Error\b|iterable|int\(\)")
 

@@ -747,7 +747,7 @@ def test_the_command_says_what_it_needs(tmp_path, capsys):
     for words, wrong in (("give one shard folder", []), ("give one shard folder", [x, x, out]), ("needs --out", [x, *IMPORT]),
                          ("no --jsonl", [x, out, "--jsonl=y", *IMPORT]), ("--out is for", [tmp_path / "units", out]),
                          ("--num-units and --frame-rate", [x, out, "--num-units=8"]), ("--num-units and", [x, out]),
-                         ("--num-units and --frame-rate", [x, out, "--num-units=8", "--frame-rate=0"]),
+                         ("--frame-rate=0.0: expected a number above 0", [x, out, "--num-units=8", "--frame-rate=0"]),
                          ("leave out --num-units", [x, out, f"--like={tmp_path}/units", "--num-units=8"])):
         with pytest.raises(ValueError, match=words):
             run(*wrong)

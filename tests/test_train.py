@@ -194,6 +194,13 @@ def test_a_mistake_is_one_sentence_exit_code_2_and_no_run_folder(arguments, word
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/log.csv").exists()
 
 
+def test_a_run_is_resumed_with_options_in_either_form(train_arguments, tmp_path):
+    train.main(["--init=cold", *train_arguments])
+    words = ["configs/pocket.toml", "--init", "resume", "--out", f"{tmp_path}/run", "--steps", "14"]
+    options, resuming = train.load_options(words)
+    assert resuming and (options.steps, options.init, options.block_size, options.peak_lr) == (14, "cold", 32, 1e-2)
+
+
 def test_a_finished_run_is_not_overwritten_unasked(train_arguments, tmp_path):
     train.main(["--init=twist", *train_arguments])
     before = (tmp_path / "run/log.csv").read_text()

@@ -1,0 +1,204 @@
+"""What an impatient newcomer tries: each mistake is one sentence and exit code 2, asks no network and leaves nothing behind."""
+import dataclasses
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+from checkpoints import download, files
+
+ROOT = Path(config.__file__).parent
+SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if path.parts[len(ROOT.parts)] != "tests"]
+COMMANDS = [str(path.relative_to(ROOT))[:-3].replace("/", ".") for path in SOURCES
+            if '\nif __name__ == "__main__"' in path.read_text()]
+OPTIONS = [(module, name) for module in COMMANDS
+           for name in dict.fromkeys(re.findall(r"config\.load\((\w+)", (ROOT / (module.replace(".", "/") + ".py")).read_text()))]
+
+
+def everything(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to stand in, with things that are easily confused."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs/mine/model").mkdir(parents=True)
+    (tmp_path / "text.txt").write_text("these are words\n")
+    (tmp_path / "section.toml").write_text("[train]\nsteps = 3\n")
+    (tmp_path / "listed.toml").write_text("steps = [1, 2]\n")
+    (tmp_path / "typo.toml").write_text("stepz = 3\n")
+    shutil.copy(ROOT / "pocket/prompt.wav", tmp_path / "a.wav")
+    shutil.copytree(ROOT / "pocket/units/val", tmp_path / "units")
+    monkeypatch.chdir(tmp_path)
+
+    def asked(name, kind):
+        raise AssertionError(f"--{kind}={name} asked for the network")
+
+    monkeypatch.setattr(download, "download_repository", asked)
+    return tmp_path
+
+
+def said(module, arguments, monkeypatch, capsys):
+    """(exit code, what stands on stderr) of a command."""
+    main = importlib.import_module(module).main
+    monkeypatch.setattr(sys, "argv", [module])
+    with pytest.raises(SystemExit) as stopped:
+        config.command(lambda: main(arguments))
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, words", [(line, words) for line, words in re.findall(r"^(.+?)  +# (.+)$", """
+sample                                          # no prompt given
+sample b c.wav                                  # no audio file at b
+sample empty                                    # empty is a directory
+sample text.txt                                 # as audio
+sample *.wave                                   # no audio file at *.wave
+sample a.wav --model=runs/none                  # --model=runs/none: no such file or folder
+sample a.wav --model=runs/mien                  # did you mean runs/mine?
+sample a.wav --model runs                       # no config.json in runs
+sample a.wav --model=best.pt                    # --model=best.pt: no such file
+sample a.wav --model=~/nowhere/at/all           # nowhere/at/all: no such file
+sample a.wav --model=TWIST-350m                 # TWIST-350M
+sample a.wav --model=                           # --model= is empty; leave it out for pocket
+sample a.wav --tokenizer=runs/none              # --tokenizer=runs/none
+sample a.wav --kmeans=km.bin                    # --kmeans=km.bin
+sample a.wav --vocoder=text.txt                 # is a text, neither weights nor
+sample a.wav --speaker=3                        # no choice of speaker
+sample a.wav --layer=0                          # --layer=0: expected a whole number of at least 1
+sample a.wav --chunking=whole                   # expected one of overlap, textless
+sample a.wav --temperature=nan                  # --temperature=nan: expected a finite number of at least 0
+sample a.wav --top-p=0                          # --top-p=0.0: expected a number above 0 and at most 1
+sample a.wav --seed=99999999999999999999        # at most 4294967295
+sample a.wav --seed -1                          # --seed=-1: expected a whole number of at least 0
+sample a.wav --seed                             # --seed needs a value
+sample a.wav --seed --resynth                   # --seed needs a value
+sample a.wav -o out                             # -o: options begin with two hyphens; did you mean --out?
+sample a.wav \u2013seed=3                       # options begin with two hyphens; did you mean --seed?
+sample a.wav --out=text.txt --max-new-units=2   # text.txt: file exists; a folder is needed there
+sample a.wav my.toml                            # no options file at my.toml
+eval swuggy                                     # stray argument 'swuggy'
+eval --task=swugy                               # expected one of all, ppl, swuggy
+eval --task=swuggy --data=nope                  # --data=nope: no such file or folder
+eval --task=swuggy --data=text.txt              # is a text, neither weights nor units
+eval --task=ppl --data=empty                    # empty
+eval --task=generation --transcripts=nope       # --transcripts=nope: no such file
+eval --task=ppl --versus=runs/none               # --versus=runs/none: no such file or folder
+eval --task=ppl --train-data=nope               # --train-data=nope: no such folder
+eval --split=dve                                # expected one of dev, test
+eval --resamples=3                              # --resamples=3: expected a whole number of at least 100
+vocoder                                         # no units given
+vocoder nope                                    # no units at nope
+hubert_units                                    # no audio found
+hubert_units empty                              # no audio found in empty
+hubert_units a.wav --fit=-3                     # --fit=-3: expected a whole number of at least 1
+hubert_units a.wav --fit=0                      # --fit=0: expected a whole number of at least 1
+hubert_units a.wav --budget=inf                 # --budget=inf: expected a finite number
+hubert_units a.wav --output=x                   # did you mean --out?
+hubert_units a.wav --out=text.txt               # a folder is needed there
+twist --lm=runs/none                            # --lm=runs/none: no such file or folder
+twist --units=99999999999                       # --units=99999999999: expected a whole number
+twist --embedding=old                           # expected one of fresh, matched, truncate
+train text.txt                                  # an options file ends in .toml
+train section.toml                              # section.toml has a section [train]; write its keys without sections
+train listed.toml                               # listed.toml: steps is a list; expected one value
+train typo.toml                                 # typo.toml: unknown option --stepz; did you mean --steps?
+train section.toml typo.toml                    # section
+train --lr=1e-3                                 # unknown option --lr; did you mean --peak-lr?
+train --learning-rate 3                         # did you mean --peak-lr?
+train --batch-size=8                            # did you mean --micro-batch?
+train --epochs=8                                # did you mean --steps?
+train --train-data=x                            # did you mean --data
+train --zzz=8                                   # unknown option --zzz (--help lists all)
+train --steps = 3                               # --steps==: expected a whole number
+train --data=                                   # --data= is empty; leave it out for pocket
+train --data-weights=a,b                        # --data-weights=a,b: expected numbers
+train --data-weights=1,2                        # --data-weights=1,2 for 1 corpora
+train --prompts=                                # --prompts= is empty
+train --init=runs/none                          # --init=runs/none: no such file or folder
+train --out=text.txt                            # a folder is needed there
+train --compile=yes                             # expected one of auto, none, blocks
+train --lm=runs/none                            # --lm=runs/none: no such file or folder
+train --threads=99999999                        # --threads=99999999: expected a whole number
+corpus.__main__                                 # give one shard folder
+corpus.__main__ nope                            # no meta.json in nope
+corpus.__main__ units --jsonl=empty             # empty: is a directory
+bench.__main__ nope                             # expected one of attention
+bench.__main__ loader --repeats=0               # --repeats=0: expected a whole number of at least 1
+pocket.stories --pairs=endng                    # no kind of pairs is called 'endng'
+pocket.measure --what=all                       # expected one of text, vocoder
+pocket.measure --what=vocoder --speech=nope     # nope/phones.tsv: no such file or directory
+pocket.train_vocoder --rates=abc                # --rates=abc: expected whole numbers above 0, divided by commas
+pocket.train_hubert --dtype=bf16                # expected one of float32, bfloat16
+pocket.build --only=all                         # --only=all: expected one of text, text_lm
+scripts.compare_starts --seeds=1                # --seeds=1: expected a whole number of at least 2
+""", re.MULTILINE)])
+def test_a_mistake_is_one_sentence_and_exit_code_2(line, words, here, monkeypatch, capsys):
+    module, *arguments = shlex.split(line)
+    before = everything(here)
+    code, printed = said(module, arguments, monkeypatch, capsys)
+    assert code == 2 and words in printed, printed
+    assert "Traceback" not in printed and "Errno" not in printed
+    assert all(": error: " in sentence for sentence in printed.splitlines() if "%|" not in sentence), printed
+    assert everything(here) == before
+
+
+# ---------------------------------------------------------------------------------------------- every command
+
+@pytest.mark.parametrize("module, name", OPTIONS, ids=[module for module, _ in OPTIONS])
+def test_every_number_has_a_range(module, name):
+    """NaN, infinity, what is negative and what no computer counts to are refused by every option, in its own name."""
+    options = getattr(importlib.import_module(module), name)
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    for table in ("RANGES", "CHOICES", "ALONE"):
+        assert set(config.declared(options, table)) <= set(fields), table
+    for field in fields.values():
+        if {int, float} & {field.type, *getattr(field.type, "__args__", ())}:
+            shown = f"--{field.name.replace('_', '-')}"
+            for value in ("nan", "inf", "-inf", "-1", "1e999", "many", "9" * 400):
+                with pytest.raises(ValueError, match=f"^{shown}=.*expected a"):
+                    config.load(options, [shown, value])
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_command_helps_and_does_nothing_else(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture = (ROOT / "docs/twist.svg").stat().st_mtime_ns
+    for arguments in (["--help"], ["-h"], ["--whatever=3", "x", "--help"]):
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(module).main(arguments)
+        assert stopped.value.code == 0 and "--" in capsys.readouterr().out
+    assert everything(tmp_path) == [] and (ROOT / "docs/twist.svg").stat().st_mtime_ns == picture
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["configs/pocket.toml", "--steps=3", "--help"]])
+def test_every_launcher_helps_from_any_folder(arguments, tmp_path):
+    for script in sorted([*ROOT.glob("scripts/*_*.sh"), ROOT / "scripts/slurm.sbatch"]):
+        shown = subprocess.run(["bash", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert shown.returncode == 0 and shown.stdout.startswith("Train ") and not shown.stderr, script
+
+
+# ---------------------------------------------------------------------------------------------- paths and names
+
+@pytest.mark.parametrize("name", ["./x", "../x", "/x/y", "~/x", "a/b/c", "runs/none", "units/none", "mine/none", "x.pt", "x/",
+                                  "org/x.safetensors", "org/x.zip"])
+def test_what_looks_like_a_path_is_not_asked_for_on_the_network(name, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "find", lambda *_: pytest.fail("asked"))
+    for kind in ("lm", "model", "tokenizer", "kmeans", "vocoder"):
+        with pytest.raises(FileNotFoundError, match=f"^--{kind}={re.escape(name)}: no such file or folder"):
+            files.find(name, kind)
+
+
+@pytest.mark.parametrize("name", ["facebook/opt-125m", "facebook/opt-1.3b", "slprl/slam", "gpt2", "TWIST-350M"])
+def test_a_name_is_looked_up(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "find", lambda name, kind: tmp_path / name)
+    assert files.find(name, "lm") == tmp_path / name
