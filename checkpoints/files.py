@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from checkpoints import download, pickles
 from checkpoints.archive import model_folder
-from checkpoints.recognise import WANTED, recognise, refuse_stranger
+from checkpoints.recognise import WANTED, check_values, recognise, refuse_stranger, sound  # noqa: F401
 
 POCKET = Path(__file__).parent.parent / "pocket"
 KINDS = {  # what an option asks for -> where the pocket world keeps it
@@ -42,13 +42,6 @@ SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with
 # what torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP put into the names of tensors
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|^module)\.")
 NESTED = ("generator", "state_dict", "model", "module")  # where trainers keep the tensors in a dictionary of other things
-VALUES = {  # kind of a value in JSON -> (how it is called, whether a value is one)
-    int: ("a whole number from 0 to 2**31", lambda value: type(value) is int and 0 <= value < 2**31),
-    float: ("a number", lambda value: type(value) in (int, float) and -1e300 < value < 1e300),  # NaN and Infinity parse, too
-    list: ("a list of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[int][1], value))),
-    tuple: ("a list of lists of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[list][1], value))),
-    **{kind: (called, lambda value, kind=kind: type(value) is kind)
-       for kind, called in ((bool, "true or false"), (str, "a text"), (dict, "a dictionary"))}}
 
 
 @functools.cache
@@ -115,25 +108,6 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object; copy the file again")
     return value
-
-
-def check_values(settings, kinds, where):
-    """Raises ValueError that names the key of a value of the wrong kind. kinds: {key: kind, of VALUES}; null passes."""
-    for key, kind in kinds.items():
-        called, fits = VALUES[kind]
-        if settings.get(key) is not None and not fits(settings[key]):
-            raise ValueError(f"{where}: {key} is {settings[key]!r:.40}, expected {called}; copy the file again")
-
-
-def sound(tensor, name, where):
-    """The tensor as it is, if it can be a weight. Raises ValueError for quantised ones, and for values that are no numbers."""
-    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
-        raise ValueError(f"{where}: {name} is quantised ({tensor.dtype}); give the model in float32, float16 or bfloat16")
-    # a sum takes a tenth of the time of isfinite; it may overflow where all values are finite
-    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-        bad = tensor.numel() - int(tensor.isfinite().sum())
-        raise ValueError(f"{where}: {name} holds {bad} values that are not finite; take an earlier checkpoint, or copy it again")
-    return tensor
 
 
 def write_json(path, value):

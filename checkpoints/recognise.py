@@ -6,8 +6,17 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
 WANTED = "Hugging Face folder: config.json with model.safetensors or pytorch_model.bin"
 HEAD = 512  # bytes of a file that are looked at
+VALUES = {  # kind of a value in JSON -> (how it is called, whether a value is one)
+    int: ("a whole number from 0 to 2**31", lambda value: type(value) is int and 0 <= value < 2**31),
+    float: ("a number", lambda value: type(value) in (int, float) and -1e300 < value < 1e300),  # NaN and Infinity parse, too
+    list: ("a list of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[int][1], value))),
+    tuple: ("a list of lists of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[list][1], value))),
+    **{kind: (called, lambda value, kind=kind: type(value) is kind)
+       for kind, called in ((bool, "true or false"), (str, "a text"), (dict, "a dictionary"))}}
 
 
 def recognise(path):
@@ -43,3 +52,22 @@ def refuse_stranger(path):
     """Raises ValueError for a file that is known to be none of weights, settings, centres or units."""
     if Path(path).is_file() and (said := recognise(path)):
         raise ValueError(f"{path} {said}")
+
+
+def check_values(settings, kinds, where):
+    """Raises ValueError that names the key of a value of the wrong kind. kinds: {key: kind, of VALUES}; null passes."""
+    for key, kind in kinds.items():
+        called, fits = VALUES[kind]
+        if settings.get(key) is not None and not fits(settings[key]):
+            raise ValueError(f"{where}: {key} is {settings[key]!r:.40}, expected {called}; copy the file again")
+
+
+def sound(tensor, name, where):
+    """The tensor as it is, if it can be a weight. Raises ValueError for quantised ones, and for values that are no numbers."""
+    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
+        raise ValueError(f"{where}: {name} is quantised ({tensor.dtype}); give the model in float32, float16 or bfloat16")
+    # a sum takes a tenth of the time of isfinite; it may overflow where all values are finite
+    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise ValueError(f"{where}: {name} holds {bad} values that are not finite; take an earlier checkpoint, or copy it again")
+    return tensor

@@ -42,7 +42,7 @@ IMPORTS = {
 }
 MOST_ROOMS, MOST_ARROWS = 22, 80
 # Lines at most. A chapter gets an option and one call; the work stands in a room. Tests and pocket/stories.py are exempt.
-LINES = {"each chapter": 350, "each core file": 450, "chapters and core": 9_000, "bench": 1_700, "pocket": 2_800,
+LINES = {"each chapter": 350, "each core file": 450, "chapters and core": 10_600, "bench": 1_700, "pocket": 2_800,
          "experiments": 1_200, "pages": 1_500}
 MOST_WORDS_AT_THE_DOOR = 1_250  # of README.md's prose: commands, output, tables and the picture are not counted
 CORE = ("speech", "corpus", "checkpoints", "training", "evaluation", "kernels")
