@@ -156,10 +156,12 @@ class Evaluation:
     def shards(self, folder):
         """A folder of unit shards or of recordings."""
         if not (Path(folder) / "meta.json").exists():
+            said = recognise(folder)
             try:
+                if said and Path(folder).is_file():
+                    raise ValueError
                 files = find_audio([folder], quiet=not self.dist.is_main)
             except ValueError as error:
-                said = recognise(folder)
                 raise ValueError(f"--data={folder} {said}" if said else error) from None
             return self.encode([str(file) for file in files])
         found = UnitShards(folder)

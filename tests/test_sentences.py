@@ -81,7 +81,7 @@ sample a.wav --seed                             # --seed needs a value
 sample a.wav --seed --resynth                   # --seed needs a value
 sample a.wav -o out                             # -o: options begin with two hyphens; did you mean --out?
 sample a.wav \u2013seed=3                       # options begin with two hyphens; did you mean --seed?
-sample a.wav --out=text.txt --max-new-units=2   # text.txt: file exists; a folder is needed there
+sample a.wav --out=text.txt --max-new-units=2   # cannot write text.txt/a_0.wav (File exists)
 sample a.wav my.toml                            # no options file at my.toml
 eval swuggy                                     # stray argument 'swuggy'
 eval --task=swugy                               # expected one of all, ppl, swuggy
@@ -128,7 +128,7 @@ train --lm=runs/none                            # --lm=runs/none: no such file o
 train --threads=99999999                        # --threads=99999999: expected a whole number
 corpus.__main__                                 # give one shard folder
 corpus.__main__ nope                            # no meta.json in nope
-corpus.__main__ units --jsonl=empty             # empty: is a directory
+corpus.__main__ units --jsonl=empty             # cannot write empty (Is a directory)
 bench.__main__ nope                             # expected one of attention
 bench.__main__ loader --repeats=0               # --repeats=0: expected a whole number of at least 1
 pocket.stories --pairs=endng                    # no kind of pairs is called 'endng'
@@ -179,7 +179,8 @@ def test_every_command_helps_and_does_nothing_else(module, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["configs/pocket.toml", "--steps=3", "--help"]])
 def test_every_launcher_helps_from_any_folder(arguments, tmp_path):
-    for script in sorted([*ROOT.glob("scripts/*_*.sh"), ROOT / "scripts/slurm.sbatch"]):
+    launchers = {*ROOT.glob("scripts/*_*.sh"), ROOT / "scripts/slurm.sbatch"} - {ROOT / "scripts/gpu_acceptance.sh"}
+    for script in sorted(launchers):
         shown = subprocess.run(["bash", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert shown.returncode == 0 and shown.stdout.startswith("Train ") and not shown.stderr, script
 
