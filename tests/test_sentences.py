@@ -14,7 +14,8 @@ import config
 from checkpoints import download, files
 
 ROOT = Path(config.__file__).parent
-SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if path.parts[len(ROOT.parts)] != "tests"]
+# chapters and rooms; a virtual environment may lie beside them
+SOURCES = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]) if path.parent.name != "tests"]
 COMMANDS = [str(path.relative_to(ROOT))[:-3].replace("/", ".") for path in SOURCES
             if '\nif __name__ == "__main__"' in path.read_text()]
 OPTIONS = [(module, name) for module in COMMANDS
