@@ -1,4 +1,5 @@
 """checkpoints/files.py: nothing foreign is executed, nothing damaged is read, nothing half-written is left behind."""
+import contextlib
 import errno
 import json
 import os
@@ -428,14 +429,16 @@ def test_a_crash_while_writing_a_file_leaves_the_old_file_whole(tmp_path, monkey
     assert files.read_json(tmp_path / "a.json") == {"version": 1}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """From now on, a file of more than 20 kB cannot be written."""
+    """Inside, a file of more than 20 kB cannot be written; pytest's own report, outside, may be one."""
     before, how = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, how)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, how)
 
 
 WRITERS = {"wav": lambda path, size: write_wav(path, torch.zeros(size)),
@@ -445,14 +448,14 @@ WRITERS = {"wav": lambda path, size: write_wav(path, torch.zeros(size)),
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(kind, tmp_path, full_disk):
+def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(kind, tmp_path):
     write, place = WRITERS[kind], tmp_path / "new/a"
-    with pytest.raises(OSError, match="cannot write .*new/.*too large.*; make room, or give another place"):
+    with full_disk(), pytest.raises(OSError, match="cannot write .*new/.*too large.*; make room, or give another place"):
         write(place, 30_000)
     assert names_in(tmp_path) == ["new"]
     write(place, 10)
     before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path) if (tmp_path / name).is_file()}
-    with pytest.raises(OSError, match="cannot write"):
+    with full_disk(), pytest.raises(OSError, match="cannot write"):
         write(place, 30_000)
     assert {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path) if (tmp_path / name).is_file()} == before
     if kind != "model":
