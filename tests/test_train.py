@@ -184,7 +184,8 @@ def test_the_learning_rate_warms_up_to_its_peak_and_then_never_rises(schedule):
 @pytest.mark.parametrize("arguments, words", [
     (["--peek-lr=1"], "did you mean --peak-lr"), (["--block-size=256"], "at most 128"),
     *(pytest.param([option], words, marks=pytest.mark.slow) for option, words in {
-        "--data=nowhere": "no such file or folder", "--lm=nowhere": "no such file or folder", "--tokens-per-step=100": "multiple",
+        "--data=nowhere": "--data=nowhere: no such folder", "--lm=nowhere": "no such file or folder",
+        "--tokens-per-step=100": "multiple",
         "--schedule=sine": "cosine", "--dtype=float8": "bfloat16", "--init=resume": "nothing to resume",
         "--init=nowhere": "no such file or folder"}.items())])
 def test_a_mistake_is_one_sentence_exit_code_2_and_no_run_folder(arguments, words, train_arguments, tmp_path):
