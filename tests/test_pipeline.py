@@ -254,7 +254,7 @@ def test_a_bad_prompt_among_good_ones_costs_only_itself(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--modle=x"], "did you mean --model"), (["--model={text}"], "is no speech LM"),
     *(pytest.param([option], words, marks=pytest.mark.slow) for option, words in {
-        "--model={empty}": "no config.json", "--tokenizer={empty}": "empty, which is empty", "--vocoder={empty}": "no config.json",
+        "--model={empty}": "no config.json", "--tokenizer={empty}": "which is empty", "--vocoder={empty}": "no config.json",
         "--model=nowhere": "no such file", "--top-p=2": "--top-p=2.0: expected", "--num-samples=0": "--num-samples"}.items())])
 def test_models_and_options_that_cannot_work_are_explained(arguments, words, tmp_path):
     (tmp_path / "empty").mkdir()
