@@ -11,8 +11,8 @@ A command declares its options as a frozen dataclass with one field a line and a
     RENAMED  {"old_name": "new_name"}    the old name is taken, and the new one is said
 
 Keys may be written with - or _. The file, wherever it stands, is the word that ends in .toml. An option that is given twice has
-its last value. Commas divide lists, but not the name of a path that exists, and not after a backslash; in
-the file a list holds exactly its items. Patterns that the shell left alone (quoted) give the files that they match.
+its last value. Commas divide lists, but not the name of a path that exists, and not after a backslash; in the file a list holds
+exactly its items. Patterns that the shell left alone (quoted) give the files that they match.
 """
 import dataclasses
 import difflib

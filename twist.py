@@ -19,6 +19,7 @@ import torch
 import config
 from checkpoints import files, pretrained
 from checkpoints.fill import fill
+from checkpoints.recognise import check_values
 from model import Transformer, TransformerConfig
 
 LARGEST_UNIT_VOCAB = 2**15  # rows; a larger table is one of text
@@ -253,7 +254,7 @@ def read_vocab(settings, where):
     slamkit      the wrapper: pad 0, <S> 1 at both ends, unit u is u + 2; trained on recordings with 40 zeros on both sides.
                  The ids in its base_config are the text model's
     """
-    files.check_values(settings, {"tokenizer_recipe": dict}, where)
+    check_values(settings, {"tokenizer_recipe": dict}, where)
     rows = settings["vocab_size"]
 
     def declared(key, limit):

@@ -28,7 +28,7 @@ import torch.nn as nn
 from torch.nn import functional
 
 import config
-from checkpoints import files
+from checkpoints import files, recognise
 from checkpoints.fill import fill
 from checkpoints.pretrained import fold_weight_norm
 from corpus import foreign
@@ -248,7 +248,7 @@ def parse_config(table):
     refused = [key for key in UNSUPPORTED if table.get(key)]
     if refused:
         raise ValueError(f"vocoder config asks for {', '.join(refused)}, which is not supported; {REMEDY}")
-    files.check_values(table, KINDS, "vocoder config")
+    recognise.check_values(table, KINDS, "vocoder config")
     missing = [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if table.get(key) is None]
     if missing:
         raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}")
@@ -258,7 +258,7 @@ def parse_config(table):
     for field, key, usual in (("num_speakers", "multispkr", SPEAKERS), ("num_styles", "multistyle", STYLES)):
         known[field] = (table.get(field) or usual) if table.get(key) else 0
     if duration := known.pop("dur_predictor_params", None):
-        files.check_values(duration, kinds := {field.name: field.type for field in fields(DurationConfig)}, "vocoder config")
+        recognise.check_values(duration, kinds := {field.name: field.type for field in fields(DurationConfig)}, "vocoder config")
         if unknown := sorted(set(duration) - set(kinds)):
             raise ValueError(f"vocoder config: dur_predictor_params has {unknown[0]}, which is not supported; {REMEDY}")
         known["dur_predictor_params"] = DurationConfig(**{key: value for key, value in duration.items() if value is not None})

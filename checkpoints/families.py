@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from checkpoints.files import check_values
+from checkpoints.recognise import check_values
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from checkpoints import download, pickles
 from checkpoints.archive import model_folder
-from checkpoints.recognise import WANTED, check_values, recognise, refuse_stranger, sound  # noqa: F401
+from checkpoints.recognise import WANTED, recognise, refuse_stranger, sound
 
 POCKET = Path(__file__).parent.parent / "pocket"
 KINDS = {  # what an option asks for -> where the pocket world keeps it

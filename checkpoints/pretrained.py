@@ -14,6 +14,7 @@ import torch
 
 from checkpoints import families, files
 from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_FIXED, HUBERT_ROWS, POS_CONV
+from checkpoints.recognise import check_values, sound
 
 SIZES = tuple("vocab_size block_size n_layer n_head n_kv_head n_embd head_dim n_inner pos_kernel pos_groups".split())
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
@@ -26,7 +27,7 @@ def read_settings(folder):
     The table was resized after the inner config was written, so the inner vocab_size may still be the text model's.
     """
     settings = files.read_json(Path(folder) / "config.json")
-    files.check_values(settings, {"model_type": str, "vocab_size": int, "base_config": dict}, folder)
+    check_values(settings, {"model_type": str, "vocab_size": int, "base_config": dict}, folder)
     demand(settings, {"quantization_config": None}, f"{folder} holds quantised weights")
     if settings.get("model_type") != UNIT_LM:
         return settings
@@ -51,7 +52,7 @@ def lm_architecture(settings, where="config.json"):
     table = FAMILIES[family]
     keys = {**table.keys, **{other: table.keys[key] for other, key in table.aliases.items()}}
     kinds = {key: families.KINDS.get(ours, bool) for key, ours in keys.items()}
-    files.check_values(settings, families.OTHER_KINDS | kinds, f"{where}/config.json")
+    check_values(settings, families.OTHER_KINDS | kinds, f"{where}/config.json")
     try:
         architecture = read_architecture(table, settings)
     except KeyError as error:
@@ -125,7 +126,7 @@ def translate(source, family, architecture, where):
 
     def read(_, place):
         row, stored = place
-        parts = [files.sound(source[name], name, where) for name in stored]
+        parts = [sound(source[name], name, where) for name in stored]
         try:
             return row.layout.read(parts, architecture)
         except RuntimeError:
@@ -180,7 +181,7 @@ def read_hubert(path):
     check_sizes(architecture, {ours: key for key, ours in HUBERT_CONFIG.items()}, path)
     if any(architecture["n_embd"] % architecture[part] for part in ("n_head", "pos_groups")):
         raise ValueError(f"{path}: its width cannot be divided by its number of heads or of groups in the positional convolution")
-    tensors = fold_weight_norm({name: files.sound(tensor, name, path) for name, tensor in tensors.items()})
+    tensors = fold_weight_norm({name: sound(tensor, name, path) for name, tensor in tensors.items()})
     if "masked_spec_embed" not in tensors:  # encoding never masks, and stripped files lack it
         tensors["masked_spec_embed"] = torch.zeros(architecture["n_embd"])
     if architecture["pos_batch_norm"]:
@@ -192,7 +193,7 @@ def read_hubert(path):
 def hugging_face_hubert(folder):
     """Folder -> (keyword arguments of HubertConfig, {their name: tensor})."""
     settings = files.read_json(folder / "config.json")
-    files.check_values(settings, families.HUBERT_KINDS, f"{folder}/config.json")
+    check_values(settings, families.HUBERT_KINDS, f"{folder}/config.json")
     if settings.get("model_type") != "hubert":
         raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'")
     demand(settings, HUBERT_FIXED, f"{folder} is no HuBERT base")

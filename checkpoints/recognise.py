@@ -1,6 +1,7 @@
 """What stands where something else was expected: a sentence about it, with what to give instead.
 
     path --first bytes of a file, names in a folder: strangers.txt--> "is a Git LFS pointer ...: run `git lfs pull`", or None
+    settings --check_values--> "rms_norm_eps is '1e-5', expected a number"      tensor --sound--> quantised, or not finite
 """
 import json
 import re

@@ -40,9 +40,9 @@ def comment_of(path):
 def write_spoken(folder, wavs, record, failures=None):
     """Write {name: samples (S,)} as folder/NAME.wav, files of one sampling; returns their paths.
 
-    failures: list for the OSError of a file that cannot be written, which is then told on screen instead of raised.
-
     A file that is there is replaced only if its comment is this record. Else all get a number, the first free one from 2 on.
+
+    failures: a list that gets the OSError of a file that cannot be written, which is then told on screen; None: it is raised.
     """
     for number in itertools.count(1):
         paths = [Path(folder, f"{name}{'' if number == 1 else f'-{number}'}.wav") for name in wavs]
