@@ -180,6 +180,7 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(arguments, alone, t
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
 def test_max_restarts_goes_on_by_itself(arguments, alone, tmp_path):
     out = tmp_path / "run"
     process = start(torchrun(2, [*arguments, "--save-interval=1", f"--out={out}"], "--max-restarts=1"))
@@ -191,6 +192,7 @@ def test_max_restarts_goes_on_by_itself(arguments, alone, tmp_path):
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_launcher(arguments, tmp_path):
     process = start(torchrun(2, [*arguments, "--steps=100000", f"--out={tmp_path}/run"]))
     wait_for(lambda: state.latest(tmp_path / "run") is not None, process)

@@ -141,6 +141,7 @@ def test_units_of_real_speech_are_imported_one_for_one(real_units):
             assert (name, units.tolist(), runs.tolist()) == (row["audio"], expected.tolist(), lengths.tolist())
 
 
+@pytest.mark.slow
 def test_a_real_text_lm_trains_on_real_units(real_units, tmp_path):
     """Further than knowing how often each unit comes."""
     lm, train_units, val_units = released("text_lm", "stories260K_hf"), *(real_units[f"LJSpeech_hubert100_{part}"][0]
