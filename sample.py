@@ -13,7 +13,7 @@ Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn amo
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch

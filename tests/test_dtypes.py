@@ -91,7 +91,8 @@ def test_names_of_dtypes_that_do_not_exist_are_refused():
 
 
 @pytest.mark.parametrize("name, gpus, apple, found", [
-    ("auto", 0, False, "cpu"), ("auto", 0, True, "cpu"), ("auto", 2, False, "cuda"), ("cpu", 2, True, "cpu"), ("cuda", 1, False, "cuda"),
+    ("auto", 0, False, "cpu"), ("auto", 0, True, "cpu"), ("auto", 2, False, "cuda"), ("cpu", 2, True, "cpu"),
+    ("cuda", 1, False, "cuda"),
     ("cuda:1", 2, False, "cuda:1"), ("mps", 0, True, "mps"), ("mps", 0, False, "no Apple GPU"), ("cuda", 0, False, "no GPU"),
     ("cuda:0", 0, False, "no GPU"), ("cuda:2", 2, False, "2 of them, cuda:0 to cuda:1"), ("cuda:", 1, False, "expected auto, cpu"),
     ("cuda:-1", 1, False, "expected auto, cpu"), ("cpu:0", 1, False, "expected auto, cpu"), ("xpu", 1, False, "expected auto, cpu")])
