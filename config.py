@@ -197,13 +197,27 @@ def check(options):
             raise ValueError(f"{option}: expected {kind} {lower}" + (f" and at most {most:.10g}" if most < LARGEST else ""))
 
 
-def choose_device(name):
-    """What --device=auto | cpu | cuda means here: cpu or cuda. Raises ValueError for others, and where there is no GPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device={name}: expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but PyTorch sees no GPU; use --device=cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+def choose_device(name, language_model=True):
+    """What --device=auto | cpu | cuda | cuda:N | mps means here; auto: cuda if there is one, else cpu, never mps (Apple's GPU).
+
+    Raises: ValueError for others, for what is not there, and for mps unless it is a language_model that goes there.
+    """
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?|mps", name):
+        raise ValueError(f"--device={name}: expected auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not language_model:
+        raise ValueError("--device=mps is for language models: tokenizers and vocoders use --device=cpu there")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device=mps, but PyTorch sees no Apple GPU; use --device=cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and int(name[5:] or 0) >= gpus:
+        seen = f"{gpus} of them, cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU; use --device=cpu"
+        raise ValueError(f"--device={name}, but PyTorch sees {seen}")
+    return ("cuda" if gpus else "cpu") if name == "auto" else name
+
+
+def beside(device):
+    """Where tokenizer and vocoder run beside a language model on that device: HuBERT needs float64, which mps has not."""
+    return "cpu" if torch.device(device).type == "mps" else device
 
 
 def to_toml(options):

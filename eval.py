@@ -33,6 +33,7 @@ from corpus.extract import encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe
 from evaluation import generation, pairs, perplexity, reports, sets
 from evaluation.likelihood import UnitCounts, log_probabilities
+from kernels.dtypes import DTYPES, free_memory, weights_dtype
 from kernels.packed import packed
 from speech.encoder import BUDGET_SECONDS
 from training import distributed
@@ -43,10 +44,9 @@ PUBLISHED = Path(__file__).parent / "evaluation/published.txt"
 
 
 @dataclass(frozen=True)
-class EvalConfig(hubert_units.TokenizerOptions):
+class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     task: str = "all"  # all | ppl | swuggy | sblimp | sstorycloze | tstorycloze | salmon | pairs | generation
     data: str | None = None  # folder or zip of evaluation sets; ppl, generation: unit shards or recordings; default the pocket's
-    model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
     versus: str | None = None  # a second speech LM of the same units: differences, with a paired test
     out: str = "runs/eval"  # folder for result.json, result.csv, scores of pairs, submission/; older ones: result-1.json, ...
     published: bool = False  # print published numbers and their conventions too
@@ -65,7 +65,6 @@ class EvalConfig(hubert_units.TokenizerOptions):
     cache: str | None = None  # folder that keeps units of recordings, by recipe and files; default units/ in NANOTWIST_HOME
     workers: int = 2  # threads that decode recordings ahead
     budget: int = 0  # tokens in one forward; 0: a default for the device
-    device: str = "auto"  # auto | cpu | cuda
     prompts: int = 100  # generation: number of held-out documents that are continued
     prompt_seconds: float = 3.0  # generation: what the model hears of each, turned into units at the average rate
     max_new_units: int = 150  # generation: longest continuation
@@ -94,21 +93,22 @@ class SpeechLM:
         return self.vocab.encode(units, bos=self.bos, eos=eos)
 
 
-def open_lm(option, name):
-    """twist.load_speech_lm of what an option names, which is said if there is no such thing."""
+def of_option(option, function, *arguments):
+    """function(*arguments) about a speech LM; if there is no such thing, the option that names it is said."""
     try:
-        return twist.load_speech_lm(name)
+        return function(*arguments)
     except FileNotFoundError as error:
         raise FileNotFoundError(str(error).replace("--model=", f"--{option}=")) from None
 
 
-def load_model(option, name, options, dist):
-    model, vocab = open_lm(option, name)
+def load_model(option, options, dtype, device):
+    name = getattr(options, option)
+    model, vocab = of_option(option, twist.load_speech_lm, name, dtype, device)
     if options.bos == "yes" and vocab.bos is None:
         raise ValueError(f"--bos=yes, but {name} has no beginning token; use --bos=auto")
     if options.eos and vocab.eos is None:
         raise ValueError(f"--eos, but {name} has no ending token; leave it out")
-    return SpeechLM(name, model.float().to(dist.device), vocab, vocab.bos is not None and options.bos != "no")
+    return SpeechLM(name, model, vocab, vocab.bos is not None and options.bos != "no")
 
 
 class Evaluation:
@@ -116,10 +116,13 @@ class Evaluation:
 
     def __init__(self, options, dist):
         self.options, self.dist = options, dist
-        self.main = load_model("model", options.model, options, dist)
-        self.lms = {"model": self.main}
+        names = ["model"] + ["versus"] * bool(options.versus)
+        parameters = sum(of_option(name, twist.count_parameters, getattr(options, name)) for name in names)
+        free = min(dist.each(free_memory(dist.device, distributed.local_world(dist))))  # all processes take the same dtype
+        self.weights, self.why = weights_dtype(options.dtype, dist.device, parameters, free)
+        self.lms = {name: load_model(name, options, DTYPES[self.weights], dist.device) for name in names}
+        self.main = self.lms["model"]
         if options.versus:
-            self.lms["versus"] = load_model("versus", options.versus, options, dist)
             first, second = (lm.vocab for lm in self.lms.values())
             if first.knows_recipe and second.knows_recipe:
                 self.check(second.recipe, f"--versus={options.versus}")
@@ -136,9 +139,10 @@ class Evaluation:
 
     @functools.cached_property
     def encoder(self):
-        encoder = hubert_units.load_tokenizer(self.options, self.main.vocab.recipe).to(self.dist.device)
+        device = torch.device(config.beside(self.dist.device))
+        encoder = hubert_units.load_tokenizer(self.options, self.main.vocab.recipe).to(device)
         self.check({**encoder.recipe, "dedup": self.main.vocab.dedup}, f"--tokenizer={self.options.tokenizer}")
-        encoder.budget = BUDGET_SECONDS[self.dist.device.type]
+        encoder.budget = BUDGET_SECONDS[device.type]
         return encoder
 
     def encode(self, files):
@@ -196,15 +200,18 @@ class Evaluation:
         return found
 
     def score_bytes(self, texts):
-        """[(nats, bytes)] of each text by the text LM over bytes."""
-        name = self.options.text_lm
-        model, vocab = open_lm("text-lm", find("pocket", "lm") if name == "pocket" else name)
+        """What a token is, and [(nats, bytes)] of each text, by the text LM over bytes."""
+        name = str(find("pocket", "lm")) if self.options.text_lm == "pocket" else self.options.text_lm
+        dtype, _ = weights_dtype(self.options.dtype, "cpu", of_option("text-lm", twist.count_parameters, name))
+        model, vocab = twist.load_speech_lm(name, DTYPES[dtype])
         if (vocab.recipe or {}).get("kind") != "bytes":
-            raise ValueError(f"--text-lm={name} reads tokens of a tokenizer that is not here, only text LMs over bytes can be "
-                             "used; score the transcripts with it elsewhere and give log_probability and tokens in --transcripts")
+            raise ValueError(f"--text-lm={self.options.text_lm} reads tokens of a tokenizer that is not here, only text LMs over "
+                             "bytes can be used; score the transcripts with it elsewhere and give log_probability and tokens in "
+                             "--transcripts")
         rows = [vocab.encode(torch.tensor(list(text.encode())), bos=vocab.bos is not None) for text in texts]
         alone = distributed.Dist(0, 1, torch.device("cpu"))
-        return [(float(values.sum()), len(values)) for values in log_probabilities(model, rows, alone, label="transcripts")]
+        scored = log_probabilities(model, rows, alone, label="transcripts")
+        return reports.shown("byte", dtype), [(float(values.sum()), len(values)) for values in scored]
 
 
 def stamp(path):
@@ -227,7 +234,8 @@ def conventions_of(evaluation, ran):
     found = ["beginning token: " + (given["model"] if len(set(given.values())) == 1 else str(given)),
              f"ending token: {'scored' if options.eos else 'not scored'}"]
     if of_pairs:
-        found[:0] = [f"log-likelihood: {options.norm} over {'units' if options.norm == 'mean' else 'all units'}, in float32; "
+        found[:0] = [f"log-likelihood: {options.norm} over {'units' if options.norm == 'mean' else 'all units'}, in float32"
+                     + f" from logits in {evaluation.weights}" * (evaluation.weights != "float32") + "; "
                      + ("the whole sequence" if options.score == "whole" else "the ending only, given what is before it")]
         found += [f"ties count {options.ties:g}; split {options.split} (sLM21); voices: {', '.join(options.voices) or 'all'}"]
     drawn = " and ".join(["questions (`all`: their mean, of each over voices)"] * of_pairs
@@ -262,10 +270,14 @@ def main(argv=None):
     options = config.load(EvalConfig, argv)
     dist = distributed.setup(options.device, timedelta(days=30))  # encoding may take one process longer than another
     evaluation = Evaluation(options, dist)
+    if dist.is_main:
+        print(evaluation.why)
     tasks = tasks_of(evaluation)
     sections = [section for run in tasks if (section := run())]
     if dist.is_main:
-        systems = {system: f"{lm.name}, window {lm.model.config.block_size}" for system, lm in evaluation.lms.items()}
+        systems = {system: f"{lm.name}, window {lm.model.config.block_size}, weights in {evaluation.weights}"
+                   for system, lm in evaluation.lms.items()}
+        reports.label(sections, systems, evaluation.weights)
         conventions = conventions_of(evaluation, {task.func for task in tasks})
         reports.write(options.out, sections, conventions, systems, options)
         print(reports.text_of(sections, conventions, systems))

@@ -163,7 +163,7 @@ class UnitsConfig(TokenizerOptions):
     dedup: bool = True  # collapse runs of equal units (--no-dedup keeps every frame)
     budget: float = 0.0  # seconds of audio in one forward; 0: 60 on a CPU, 960 on a GPU
     workers: int = 2  # threads that decode ahead of the encoder
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
     inspect: str | None = None  # print what is in this folder of shards, and do nothing else
     fit: int | None = None  # fit k-means with that many centres instead of encoding
     fit_frames: int = 200_000  # frames that k-means is fitted to, a random sample of all
@@ -198,7 +198,8 @@ def main(argv=None):
     if options.inspect:
         print(inspector.inspect(options.inspect))
         return
-    dist = distributed.setup(options.device, timedelta(days=30))  # one process may be done days before the last
+    device = config.choose_device(options.device, language_model=False)
+    dist = distributed.setup(device, timedelta(days=30))  # one process may be done days before the last
     files = find_audio(options.audio, quiet=not dist.is_main)
     if options.fit:
         return fit(files, options, dist)

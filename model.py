@@ -330,6 +330,9 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None
     with torch.compiler.set_stance("force_eager"):  # compiled blocks, too: they would be compiled for every length of the cache
         for _ in range(max_new_tokens):
             logits = model(step, cache=cache)[:, -1].float()  # (B, V)
+            if step is ids and not logits.isfinite().all():  # looked at once: looking takes a GPU's time
+                raise ValueError(f"the model's numbers are not finite in {str(model.wte.weight.dtype).removeprefix('torch.')}: "
+                                 "its weights are damaged, or it needs --dtype=bfloat16 or float32")
             if len(banned):
                 logits[:, list(banned)] = float("-inf")
             if temperature < 1e-6:  # by which float32 would overflow

@@ -13,7 +13,7 @@ Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn amo
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ import twist
 from corpus.extract import find_audio, tried
 from corpus.shards import check_recipe
 from hubert_units import TokenizerOptions, load_tokenizer, speech_to_units
+from kernels.dtypes import DTYPES, weights_dtype
 from kernels.packed import packed
 from model import generate
 from speech.audio import SAMPLE_RATE
@@ -32,9 +33,8 @@ from vocoder import load_vocoder
 
 
 @dataclass(frozen=True)
-class SampleConfig(TokenizerOptions):
+class SampleConfig(TokenizerOptions, twist.SpeechLMOptions):
     prompts: tuple[str, ...] = ()  # audio files, folders of them (searched recursively), or quoted patterns
-    model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
     vocoder: str = "pocket"  # vocoder: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
     speaker: str | None = None  # number or name of the voice, where the vocoder has several
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
@@ -48,12 +48,11 @@ class SampleConfig(TokenizerOptions):
     seed: int = 0  # the same seed gives the same continuations
     resynth: bool = False  # units of the whole prompt back to speech, without the language model
     continuation_only: bool = False  # also write the continuation without the prompt
-    device: str = "auto"  # auto | cpu | cuda
     RANGES = {"prompt_seconds": (0, 1e6), "max_new_units": (1, config.MOST), "num_samples": (1, 1000), "top_k": (1, config.MOST),
               "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
 
 
-SAMPLING, VOICE = ("model", "seed", "temperature", "top_k", "top_p"), ("vocoder", "speaker", "style")  # told in the wav's header
+SAMPLING, VOICE = ("model", "dtype", "seed", "temperature", "top_k", "top_p"), ("vocoder", "speaker", "style")  # told in the wavs
 
 
 def fit_window(path, units, runs, options, slm, vocab, vocoder, notes):
@@ -133,7 +132,7 @@ def load_voice(options, vocab=None, device="cpu"):
     if vocoder.recipe:  # it speaks collapsed units, which those of any model become
         made = {**encoder.recipe, "dedup": vocoder.recipe.get("dedup", True)}
         check_recipe(vocoder.recipe, made, f"--vocoder={options.vocoder}")
-    return encoder.to(device), vocoder.to(device)
+    return encoder.to(config.beside(device)), vocoder.to(config.beside(device))
 
 
 def resynthesize(path, options, encoder, vocoder):
@@ -155,8 +154,10 @@ def main(argv=None):
         raise ValueError("no prompt given: python sample.py prompt.wav")
     device, vocab = config.choose_device(options.device), None
     if not options.resynth:
-        slm, vocab = twist.load_speech_lm(options.model)
-        slm.to(device)
+        dtype, why = weights_dtype(options.dtype, device, twist.count_parameters(options.model))
+        slm, vocab = twist.load_speech_lm(options.model, DTYPES[dtype], device)
+        options = replace(options, dtype=dtype)
+        print(why)
     encoder, vocoder = load_voice(options, vocab, device)
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     prompts = recordings(options.prompts)

@@ -83,7 +83,7 @@ class TrainConfig(TokenizerOptions):
     vocoder: str = "pocket"  # for the continuations: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
     tensorboard: bool = False  # also event files under --out/events (pip install tensorboard)
     wandb: str | None = None  # also to this Weights & Biases project (pip install wandb)
-    dtype: str = "auto"  # auto | float32 | bfloat16: of matrix products (master weights stay float32); auto: bfloat16 on GPUs
+    dtype: str = "auto"  # auto | float32 | bfloat16: of products; weights stay float32; auto: bfloat16 if hardware multiplies it
     optimizer: str = "adamw"  # adamw | split: bfloat16 weights and their low 16 bits, 14 bytes a parameter, same updates
     parallel: str = "auto"  # auto | ddp | fsdp | hsdp (distributed.py); auto: ddp up to 2 billion parameters, none alone
     shard_size: int = 0  # hsdp: processes that share one copy; 0: those of a node
@@ -91,7 +91,7 @@ class TrainConfig(TokenizerOptions):
     recompute: str = "none"  # none | selective | full: activations that backward computes again instead of keeping
     compile: str = "auto"  # auto | none | blocks: torch.compile of each block; auto: on GPUs
     dry_run: bool = False  # say what would be trained and what memory it takes, and stop
-    device: str = "auto"  # auto | cpu | cuda
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps (never auto's choice)
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
     RENAMED = {"units_per_step": "tokens_per_step", "min_lr": "min_lr_share"}
     ALONE = {"compile": "blocks"}
@@ -175,7 +175,7 @@ def listen(options, vocab, dist, say):
 def speak(voice, learner, step, options, vocab, say):
     """Spoken continuations of --prompts into --out/samples; all processes call it, because under FSDP all have a part."""
     out = str(Path(options.out) / "samples" / f"step_{step:06d}")
-    spoken = sample.SampleConfig(out=out, seed=options.seed, model=out)
+    spoken = sample.SampleConfig(out=out, seed=options.seed, model=out, dtype=str(learner.dtype).removeprefix("torch."))
     learner.model.eval()
     for prompt, heard in voice[1].items():
         try:
@@ -299,6 +299,7 @@ def run(options, resuming, found, dist):
         f"{loader.windows * loader.T:,} ids of {hours:.1f} h in an epoch; steps {found['step']} to {options.steps}, "
         f"{options.tokens_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}; "
         f"{learner.parallel if learner.parallel != 'none' else 'one process'}")
+    say(learner.why)
     say(kernels.explain(dist.device.type, learner.dtype, model_config.head_dim, brief=True))
     if options.dry_run:
         mine = dist.each(sum(distributed.part(parameter).numel() for parameter in learner.model.parameters()))

@@ -164,9 +164,9 @@ def empty(model_config):
         return Transformer(model_config)
 
 
-def build(model_config, tensors, dtype=torch.float32, where="the weights"):
-    """A model in eval mode on the CPU, filled with (name, tensor) pairs."""
-    return fill(empty(model_config).to(dtype).to_empty(device="cpu"), tensors, where).eval()
+def build(model_config, tensors, dtype=torch.float32, where="the weights", device="cpu"):
+    """A model in eval mode, filled with (name, tensor) pairs, each of which is dropped before the next one is read."""
+    return fill(empty(model_config).to(dtype).to_empty(device=device), tensors, where).eval()
 
 
 def warm_start(lm, vocab, seed=0, embedding="fresh", shuffled=False):
@@ -221,9 +221,9 @@ def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
     return build(model_config, tensors.items(), dtype, folder_or_name)
 
 
-def load_lm_config(folder_or_name="pocket"):
-    """The architecture alone: TransformerConfig from a folder's config.json (the weights need not be there)."""
-    folder = files.find_model(folder_or_name, "lm")
+def load_lm_config(folder_or_name="pocket", kind="lm"):
+    """The architecture alone: TransformerConfig from a folder's config.json (the weights need not be there). kind: lm | model."""
+    folder = files.find_model(folder_or_name, kind)
     family, architecture = pretrained.lm_architecture(pretrained.read_settings(folder), folder)
     return TransformerConfig(**architecture, family=family)
 
@@ -289,10 +289,24 @@ def open_speech_lm(folder_or_name="pocket"):
     return TransformerConfig(**architecture, family=family), tensors, vocab
 
 
-def load_speech_lm(folder_or_name="pocket", dtype=torch.float32):
+def load_speech_lm(folder_or_name="pocket", dtype=torch.float32, device="cpu"):
     """The same as (Transformer in eval mode, UnitVocab). Raises ValueError for a text LM."""
     model_config, tensors, vocab = open_speech_lm(folder_or_name)
-    return build(model_config, tensors.items(), dtype, folder_or_name), vocab
+    return build(model_config, tensors.items(), dtype, folder_or_name, device), vocab
+
+
+def count_parameters(*folders_or_names):  # of speech LMs, all together
+    return sum(tensor.numel() for name in folders_or_names for tensor in empty(load_lm_config(name, "model")).parameters())
+
+
+@dataclass(frozen=True)
+class SpeechLMOptions:
+    """Which speech LM, in which numbers and where, for every command that runs one."""
+
+    model: str = "pocket"  # speech LM: folder, `pocket`, or a known name (TWIST-350M, slprl/slam)
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: its weights; auto: bfloat16 on GPUs and where float32 has no room
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps: of the speech LM, and but for mps (never auto's choice) of all else
+    CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -311,17 +325,15 @@ class TwistConfig:
 
 def main(argv=None):
     options = config.load(TwistConfig, argv)
-    vocab = UnitVocab(options.units)
     if options.out:
         files.refuse_existing(options.out, options.overwrite)
-        lm = load_text_lm(options.lm)
-        slm = warm_start(lm, vocab, options.seed, options.embedding)
-    else:  # counting needs config.json alone
-        lm = empty(load_lm_config(options.lm))
-        slm = empty(dataclasses.replace(lm.config, vocab_size=vocab.size))
+    vocab, lm = UnitVocab(options.units), empty(load_lm_config(options.lm))  # counting needs config.json alone
+    slm = empty(dataclasses.replace(lm.config, vocab_size=vocab.size))
     print(report(lm, slm, options.embedding))
     if options.out:
-        save_speech_lm(slm, vocab, options.out)
+        lm_config, text = open_text_lm(options.lm)
+        tensors = dict(warm_tensors(lm_config, text, vocab, options.seed, options.embedding))
+        save_tensors(slm.config, tensors, vocab, options.out)
         print(f"wrote {options.out}")
 
 

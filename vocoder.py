@@ -307,7 +307,7 @@ class SpeakConfig:
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "speech"  # folder for the wav files; one that holds other speech stays, and the new one gets a number
     use_durations: bool = False  # speak with the recorded run lengths instead of predicted ones
-    device: str = "cpu"  # auto | cpu | cuda
+    device: str = "cpu"  # auto | cpu | cuda | cuda:N
 
 
 def read_units(path, vocoder):
@@ -330,7 +330,7 @@ def main(argv=None):
     options = config.load(SpeakConfig, argv, positional="units")
     if not options.units:
         raise ValueError("no units given; name .jsonl files or shard folders, as in vocoder.py units.jsonl --out=DIR")
-    vocoder, taken, failures = load_vocoder(options.vocoder).to(config.choose_device(options.device)), {}, []
+    vocoder, taken, failures = load_vocoder(options.vocoder).to(config.choose_device(options.device, False)), {}, []
     rows = (row for path in options.units for row in read_units(Path(path), vocoder))
     for name, units, runs in config.progress(rows, desc="speaking", unit="file"):
         if options.use_durations and runs is None:

@@ -4,9 +4,10 @@
     python -m bench opening --gib=0.5      # a smaller one; needs as much free disk in the folder for temporary files
 
 A LLaMA-shaped model of random weights is written in several shards; each way of opening it runs in a fresh process, and its
-figure is the highest resident memory during the opening, less what the process held before, over the size of the opened
-model. Pages of mapped files count: they are memory while they are mapped.
+figure is the highest resident memory during the opening, less what the process held before, over the size of the model in
+float32. Pages of mapped files count: they are memory while they are mapped.
 """
+import functools
 import importlib.util
 import tempfile
 from dataclasses import asdict
@@ -35,7 +36,8 @@ def open_with_transformers(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-OPENERS = {"ours": twist.load_text_lm, "all at once": open_all_at_once, "transformers": open_with_transformers}
+OPENERS = {"ours": twist.load_text_lm, "ours, in bfloat16": functools.partial(twist.load_text_lm, dtype=torch.bfloat16),
+           "all at once": open_all_at_once, "transformers": open_with_transformers}
 
 
 def measure_opening(how, folder):
@@ -76,7 +78,7 @@ def bench_opening(options):
     rows = []
     openers = [how for how in OPENERS if how != "transformers" or importlib.util.find_spec("transformers")]
     stored = (("float32 safetensors", torch.float32, "safetensors"), ("float16 safetensors", torch.float16, "safetensors"),
-              ("float16 bin", torch.float16, "bin"))
+              ("float16 bin", torch.float16, "bin"), ("float32 bin", torch.float32, "bin"))
     for name, dtype, kind in config.progress(stored, desc="opening"):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "model"

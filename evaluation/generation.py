@@ -146,7 +146,7 @@ def run(evaluation, folder):
         texts, scored = brought
         token = "token of the file's own model"
         if None in scored:
-            token, scored = "byte", evaluation.score_bytes(texts)
+            token, scored = evaluation.score_bytes(texts)
         losses = [-nats / tokens for nats, tokens in scored if tokens]  # an empty transcript has none
         perplexity = float(np.exp(np.mean(losses))) if losses else None
         words = [WORD.findall(text.lower()) for text in texts]

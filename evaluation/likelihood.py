@@ -48,6 +48,7 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     Args: model: Transformer. rows: list of (n,) int64 tensors. stride: step of the window, default half of it.
         budget: tokens of one forward pass.
     Returns: list of (n - 1,) float64 arrays, nats; empty for fewer than 2 ids.
+    Raises: ValueError where they are not finite.
     """
     different = {}  # ids as bytes: the sequence's number and itself
     places = [different.setdefault(row.numpy().tobytes(), (len(different), row))[0] for row in rows]
@@ -57,7 +58,7 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
     ends = np.cumsum([0] + [max(0, len(row) - 1) for row in rows])
     flat = np.zeros(ends[-1])
     pieces = [(i, *piece) for i, row in enumerate(rows) if len(row) > 1 for piece in windows(len(row), window, stride)]
-    groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET[device.type])
+    groups = batches([end - begin for _, begin, end, _ in pieces], budget or BUDGET.get(device.type, BUDGET["cpu"]))
     bar = config.progress(total=len(pieces), desc=label, unit="sequence", shown=dist.is_main)
     with packed(model), bar, torch.inference_mode():
         for group in groups[dist.rank::dist.world]:
@@ -68,7 +69,11 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
             for values, (i, begin, end, first) in zip(found, some):
                 flat[ends[i] + first - 1:ends[i] + end] = values[first - 1 - begin:end - begin]
             bar.update(len(some) * dist.world)
-    scored = np.split(dist.sum_array(flat), ends[1:-1])
+    scored = dist.sum_array(flat)
+    if not np.isfinite(scored).all():
+        raise ValueError(f"the model's numbers are not finite in {str(model.wte.weight.dtype).removeprefix('torch.')}: "
+                         "its weights are damaged, or it needs --dtype=bfloat16 or float32")
+    scored = np.split(scored, ends[1:-1])
     return [scored[i] for i in places]
 
 

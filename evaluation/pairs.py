@@ -132,7 +132,7 @@ def run(evaluation, benchmark):
         notes.append(row_order(benchmark, scores["model"], score_of, options.ties))
     if benchmark.stems:
         reports.write_submission(options.out, benchmark, score_of)
-    reports.write_scores(options.out, benchmark, pairs, scores, lengths)
+    reports.write_scores(options.out, benchmark, pairs, scores, lengths, evaluation.weights)
     voices, items = {pair.voice for pair in pairs} - {""}, {pair.item for pair in pairs}
     ties = {system: int((a == b).sum()) for system, (a, b) in scores.items()}
     notes.append("ties: " + ", ".join(f"{count} by {system}" for system, count in ties.items()))

@@ -14,6 +14,7 @@ Every stage is a command of this repository, printed before it runs. A stage who
 result to make it again); one that was interrupted goes on from its last checkpoint. Work files go to build/, results to
 pocket/.
 """
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ import torch
 import config
 import twist
 from checkpoints import files
+from kernels.dtypes import hardware_bfloat16, training_dtype
 from pocket.speech import TRAIN_VOICES, Espeak
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +51,7 @@ class BuildConfig:
     hubert_steps: int = 3000  # updates of HuBERT's first iteration; the second takes a sixth more
     vocoder_minutes: float = 42.0  # time budget of the vocoder
     speech_steps: int = 600  # updates of the bundled speech LM
-    dtype: str = "bfloat16"  # of matrix products while training; float32 on processors without bfloat16 instructions
+    dtype: str = "auto"  # of matrix products while training: auto | float32 | bfloat16; auto as in train.py
     threads: int = 0  # CPU threads of each stage; 0: PyTorch's choice
     RANGES = {name: (1, config.MOST) for name in ("stories", "spoken", "text_steps", "hubert_steps", "speech_steps")} | {
         "vocoder_minutes": (config.ABOVE_0, config.LARGEST), "threads": (0, 1024)}
@@ -136,6 +138,9 @@ STAGES = {  # in order; each with the file that shows it is done
 
 def main(argv=None):
     options = config.load(BuildConfig, argv)
+    dtype, why = training_dtype(options.dtype, hardware_bfloat16("cpu"))
+    options = dataclasses.replace(options, dtype=dtype)  # one for all stages
+    print(why)
     names = {stage.__name__: stage for stage in STAGES}
     if options.only and options.only not in names:
         raise ValueError(f"--only={options.only}: expected one of {', '.join(names)}")

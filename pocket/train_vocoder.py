@@ -33,6 +33,7 @@ from torch.nn import functional
 import config
 from checkpoints import files
 from corpus.shards import UnitShards
+from kernels.dtypes import hardware_bfloat16, training_dtype
 from pocket.train_hubert import mel_filters
 from speech.audio import SAMPLE_RATE, read_wav
 from vocoder import SLOPE, DurationConfig, Vocoder, VocoderConfig
@@ -69,7 +70,7 @@ class TrainVocoderConfig:
     width: int = 192  # channels before the first upsampling; each stage halves them
     block_kernels: str = "7"  # taps of the residual blocks of each stage; their outputs are averaged
     embedding: int = 128  # width of a unit's embedding
-    bf16: bool = True  # convolutions in bfloat16; spectra, losses, tanh and weights stay in float32
+    bf16: bool | None = None  # convolutions in bfloat16 (the rest stays float32); none: where the processor multiplies it
     half: bool = True  # store the finished weights in float16
     threads: int = 1  # CPU threads
     seed: int = 0  # of weights, batches and dropout
@@ -458,6 +459,10 @@ def train(run, corpus, options):
 
 def main(argv=None):
     options = config.load(TrainVocoderConfig, argv)
+    if options.bf16 is None:
+        dtype, why = training_dtype("auto", hardware_bfloat16("cpu"))
+        options = dataclasses.replace(options, bf16=dtype == "bfloat16")
+        print(why)
     files.refuse_existing(options.out, remedy="delete it, or give another --out")
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # tiny numbers after the leaky ReLUs are slow on a CPU and inaudible

@@ -6,6 +6,7 @@ command but for --init, --peak-lr and --seed, so data order and budget are equal
     python scripts/compare_starts.py --out=results/starts            # two runs at a time, one thread each
 """
 import csv
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 from checkpoints import files  # noqa: E402
+from kernels.dtypes import hardware_bfloat16, training_dtype  # noqa: E402
 
 ARMS = ("twist", "shuffled", "cold")
 
@@ -31,7 +33,7 @@ class CompareConfig:
     seeds: int = 3  # seeds per start, at its best learning rate
     steps: int = 0  # updates per run; 0: train.py's default
     parallel: int = 2  # runs at a time, one thread each
-    dtype: str = "auto"  # as train.py
+    dtype: str = "auto"  # as train.py; results/ has what bfloat16 gave
     eval_interval: int = 20  # updates between validations: the resolution of "steps to the same loss"
     RANGES = {"seeds": (2, config.MOST), "parallel": (1, 1024), "eval_interval": (1, config.MOST)}
 
@@ -61,6 +63,9 @@ def steps_to(curve, loss):
 
 def main(argv=None):
     options = config.load(CompareConfig, argv)
+    dtype, why = training_dtype(options.dtype, hardware_bfloat16(config.choose_device("auto")))
+    options = dataclasses.replace(options, dtype=dtype)  # one for all runs, and for summary.json
+    print(why)
     pool = ThreadPoolExecutor(options.parallel)
     jobs = {(arm, rate, 0): pool.submit(run, options, arm, rate, 0) for rate in options.rates for arm in ARMS}
     best = {}

@@ -20,13 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 from checkpoints import files  # noqa: E402
+from kernels.dtypes import hardware_bfloat16, training_dtype  # noqa: E402
 
 
 @dataclass(frozen=True)
 class TableConfig:
     runs: str = "runs/table"  # folder of the runs, INIT_SEED/model each
     seeds: int = 3  # of each start
-    dtype: str = "bfloat16"  # of matrix products in training
+    dtype: str = "auto"  # as train.py; results/ has what bfloat16 gave
     out: str = "results/pocket_eval.json"  # every accuracy, with its interval
     RANGES = {"seeds": (1, config.MOST)}
 
@@ -35,8 +36,8 @@ def evaluated(run):
     """{(task, system): (value, low, high, pairs)} of a run's model: `all` of every benchmark, perplexity."""
     out, found = run / "eval", {}
     if not (out / "result.json").exists():
-        subprocess.run([sys.executable, "eval.py", f"--model={run}/model", f"--out={out}"], cwd=ROOT, check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "eval.py", f"--model={run}/model", "--dtype=float32", f"--out={out}"], cwd=ROOT,
+                       check=True, stdout=subprocess.DEVNULL)
     for section in json.loads((out / "result.json").read_text())["sections"]:
         for row in section["rows"]:
             if row["subset"] in ("all", "perplexity") and row["measure"] in ("%", "per unit"):
@@ -46,18 +47,21 @@ def evaluated(run):
 
 def main(argv=None):
     options = config.load(TableConfig, argv)
+    dtype, why = training_dtype(options.dtype, hardware_bfloat16(config.choose_device("auto")))
+    print(why)
     runs, rows = Path(options.runs), []
     for init in ("cold", "twist"):
         for seed in range(options.seeds):
             run = runs / f"{init}_{seed}"
             if not (run / "model").exists():
-                subprocess.run([sys.executable, "train.py", f"--init={init}", f"--seed={seed}", f"--dtype={options.dtype}",
+                subprocess.run([sys.executable, "train.py", f"--init={init}", f"--seed={seed}", f"--dtype={dtype}",
                                 "--auto-resume", f"--out={run}"], cwd=ROOT, check=True)
             for (task, system), (value, low, high, n) in evaluated(run).items():
                 if system == "model" or (init, seed) == ("twist", 0):  # baselines do not depend on the model
                     rows.append({"task": task, "system": init if system == "model" else system, "seed": seed,
                                  "value": value, "low": low, "high": high, "n": n})
-    files.write_json(options.out, {"command": "python scripts/pocket_table.py", "dtype": options.dtype, "rows": rows})
+    files.write_json(options.out, {"command": f"python scripts/pocket_table.py --dtype={dtype}",
+                                   "dtype": dtype, "rows": rows})
     tasks, systems = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "system"))
     print(f"| | {' | '.join(tasks)} |\n|---|{'---|' * len(tasks)}")
     for system in systems:

@@ -43,7 +43,7 @@ def command(processes, out, options):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, "train.py", "--init=twist", f"--out={out}", f"--steps={options.steps}", "--block-size=64",
             "--tokens-per-step=256", "--save-interval=1", "--eval-interval=100", "--eval-rows=8", "--threads=1", "--auto-resume",
-            "--parallel=fsdp"]
+            "--parallel=fsdp", "--dtype=float32"]  # as the figures in results/
 
 
 def descendants(pid):

@@ -37,7 +37,7 @@ def train_arguments(tiny_world, tmp_path):
     """Options of a run of a few seconds."""
     return [f"--lm={tiny_world}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val", f"--out={tmp_path}/run",
             "--steps=12", "--tokens-per-step=128", "--block-size=32", "--warmup=2", "--eval-interval=6", "--save-interval=5",
-            "--eval-rows=4", "--threads=1", "--peak-lr=1e-2"]
+            "--eval-rows=4", "--threads=1", "--peak-lr=1e-2", "--dtype=float32"]
 
 
 @pytest.fixture(autouse=True)

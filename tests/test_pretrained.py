@@ -2,6 +2,7 @@
 
 The oracle is transformers itself, on tiny models with every parameter drawn at random (norms and biases too).
 """
+import copy
 import functools
 import json
 
@@ -108,6 +109,17 @@ def assert_same_logits(case, folder, tolerance=1e-5):
 def test_logits_equal_those_of_transformers(case, tmp_path):
     save(case, tmp_path)
     assert_same_logits(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama-3", "qwen3", "opt", "opt-350m", "neox", "bloom-6-heads", "gpt2"])
+def test_logits_in_bfloat16_are_as_near_to_float32_as_those_of_transformers(case, tmp_path):
+    save(case, tmp_path)
+    theirs, ids, exact = oracle(case)
+    with torch.no_grad():
+        ours = load_text_lm(tmp_path, torch.bfloat16)(ids)
+        theirs = copy.deepcopy(theirs).bfloat16()(ids).logits
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).abs().mean() < 1.3 * (theirs - exact).abs().mean() + 1e-3
 
 
 def test_loading_widens_to_float32_and_leaves_the_model_in_eval_mode(tmp_path):

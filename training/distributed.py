@@ -51,10 +51,12 @@ class Dist:
 
     def sum(self, *values):
         """Sums over the processes of numbers or scalar tensors, as floats; one number for one value."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() for value in values])
+        total = [float(value) for value in values]
         if self.world > 1:
-            torch_distributed.all_reduce(total)
-        return total.item() if len(values) == 1 else total.tolist()
+            summed = torch.tensor(total, dtype=torch.float64, device=self.device)
+            torch_distributed.all_reduce(summed)
+            total = summed.tolist()
+        return total[0] if len(values) == 1 else total
 
     def each(self, value):
         """The values of all processes, as a list of floats."""
@@ -98,11 +100,14 @@ def setup(device="auto", timeout=None):
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = config.choose_device(device)
+    if world > 1 and device not in ("cpu", "cuda"):
+        raise ValueError(f"--device={device} is one device for {world} processes; with --device=cuda each has its own GPU")
     if device == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"process {local} of this machine has no GPU, there are {gpus}: start fewer, or give --device=cpu")
         device = f"cuda:{local}"
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # a torchrun that is killed must not leave us behind
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)

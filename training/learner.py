@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import twist
 from checkpoints.fill import fill
+from kernels.dtypes import DTYPES, hardware_bfloat16, training_dtype
 from training import distributed
 from training.optimizer import low_bits, make_optimizer, master_weights
 
@@ -21,14 +22,17 @@ class Learner:
     """A model and its optimizer on all processes of a run; every process calls every method.
 
     Args: model_config: TransformerConfig. options: TrainConfig, of which those about precision, layout and optimizer count.
-    Attributes: config; parallel (none | ddp | fsdp | hsdp); parameters (of the whole model); dtype (of matrix products);
+    Attributes: config; parallel (none | ddp | fsdp | hsdp); parameters (of the whole model); dtype (of matrix products), why;
         model (Transformer, whose parameters are whole or this process's parts); optimizer, once it is filled.
     """
 
     def __init__(self, model_config, options, dist):
         self.config, self.options, self.dist = model_config, options, dist
         on_gpu = dist.device.type == "cuda"
-        self.dtype = torch.bfloat16 if options.dtype == "bfloat16" or options.dtype == "auto" and on_gpu else torch.float32
+        asked = "bfloat16" if options.dtype == "auto" and options.optimizer == "split" else options.dtype  # as its weights are
+        hardware = hardware_bfloat16(dist.device)
+        name, self.why = training_dtype(asked, "" if dist.any(not hardware) else hardware)  # on all, or on none
+        self.dtype = DTYPES[name]
         model = twist.empty(model_config).train()
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parallel = distributed.choose_parallel(options.parallel, self.parameters, dist)
@@ -74,7 +78,8 @@ class Learner:
         last: whether this is the last forward of an update. Under ddp the gradients of the others wait for it; fsdp averages
         those of each, since gradients that wait would wait whole, 4 bytes for every parameter of the model.
         """
-        ids, targets, starts = (part if part is None else part.to(self.dist.device, non_blocking=True) for part in batch)
+        device, on_gpu = self.dist.device, self.dist.device.type == "cuda"
+        ids, targets, starts = (part if part is None else part.to(device, non_blocking=on_gpu) for part in batch)
         if self.parallel == "ddp":
             self.replica.require_backward_grad_sync = last
         with self.autocast():
@@ -108,14 +113,14 @@ class Learner:
         """
         self.model.eval()
         dist, rows = self.dist, min(rows or loader.windows, loader.windows)
-        total, targets = torch.zeros((), dtype=torch.float64, device=dist.device), 0
+        total, targets = 0.0, 0
         mine, each = list(range(dist.rank, rows, dist.world)), -(-rows // dist.world)
         for i in range(0, each, size := min(EVAL_ROWS, each)):
             some = mine[i:i + size]
             batch = loader.window(*some, *[0] * (size - len(some)))
             batch.targets[len(some):] = -100
             loss, targets = self.forward(batch), targets + batch.count
-            total += loss.double() * batch.count if batch.count else 0.0  # a mean of nothing is NaN
+            total += loss.item() * batch.count if batch.count else 0.0  # a mean of nothing is NaN
         self.model.train()
         total, targets = dist.sum(total, targets)
         return total / targets
