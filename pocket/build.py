@@ -38,6 +38,8 @@ TEXT_LM_SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 3, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
     "initializer_range": 0.05}
+# glibc: keep large blocks instead of returning them to the system at every free; saves page faults
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 # Seeds of the stories: no story is both read by the text LM and spoken, or both trained on and validated on.
 TEXT, TEXT_VAL, SPOKEN, SPOKEN_VAL, SPOKEN_VOCODER, PROMPT = 0, 5_000_000, 10_000_000, 20_000_000, 30_000_000, 40_000_000
 
@@ -60,7 +62,7 @@ class BuildConfig:
 def run(*arguments):
     """One command of this repository, in its own process; its failure ends the build."""
     print("$ python", " ".join(map(str, arguments)), flush=True)
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True, env=os.environ | KEEP_MEMORY)
 
 
 def store_half(source, target):
@@ -144,8 +146,6 @@ def main(argv=None):
     names = {stage.__name__: stage for stage in STAGES}
     if options.only and options.only not in names:
         raise ValueError(f"--only={options.only}: expected one of {', '.join(names)}")
-    # glibc: keep large blocks instead of returning them to the system at every free; saves page faults
-    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40), MALLOC_TOP_PAD_=str(2**28))
     for stage, result in STAGES.items():
         if options.only not in (None, stage.__name__):
             continue
