@@ -279,8 +279,14 @@ def command(main):
 
     TWIST_TRACEBACK=1 shows the traceback, for finding faults of ours.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal, or UTF-8, has not
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         if os.environ.get("TWIST_TRACEBACK") == "1":
             raise

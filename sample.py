@@ -116,7 +116,7 @@ def hear(paths, encoder, dedup, seconds=SampleConfig.prompt_seconds):
         try:
             heard[path] = speech_to_units(path, encoder, seconds, dedup)
         except (ValueError, OSError) as error:
-            errors.append(str(error))
+            errors.append(config.sentence(error))
     return heard, errors
 
 

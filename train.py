@@ -182,7 +182,7 @@ def speak(voice, learner, step, options, vocab, say):
             sample.continue_prompt(prompt, spoken, None, voice[0], learner.model, vocab, learner.dist.is_main, heard,
                                    learner.autocast)
         except (ValueError, OSError) as error:
-            say(f"step {step}: {prompt} is not continued: {error}")
+            say(f"step {step}: {prompt} is not continued: {config.sentence(error)}")
     learner.model.train()
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -28,22 +29,29 @@ def walk(root, seen=None):
     """Yields (folder, names of its files) for a folder and all below it, linked ones too, each real folder once: a loop ends.
 
     What is hidden (a name that begins with a dot, and __MACOSX) is left out, pipes and devices too. Paths begin with root.
+    A folder below root that cannot be read is passed over, and said.
 
     Args: seen: set of the real folders that were given out already, by earlier calls too.
     """
     waiting, linked, seen = [Path(root)], [], set() if seen is None else seen
     while waiting or linked:
         folder = (waiting or linked).pop(0)  # a folder rather by its own name than by that of a link to it
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            names = sorted(name for name in os.listdir(folder) if not name.startswith((".", "__MACOSX")))
+        except OSError as error:  # no permission, such as of lost+found
+            if folder == Path(root):
+                raise
+            print(f"passed over: the folder {folder}, which cannot be read ({error.strerror.lower()})", file=sys.stderr)
             continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            entries = sorted((entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))), key=lambda e: e.name)
-        for entry in entries:
-            if entry.is_dir():
-                (linked if entry.is_symlink() else waiting).append(folder / entry.name)
-        yield folder, [entry.name for entry in entries if entry.is_file() or entry.is_symlink() and not entry.is_dir()]
+        folders = [name for name in names if os.path.isdir(folder / name)]
+        for name in folders:
+            (linked if os.path.islink(folder / name) else waiting).append(folder / name)
+        others = (name for name in names if name not in set(folders))
+        yield folder, [name for name in others if os.path.isfile(folder / name) or os.path.islink(folder / name)]
 
 
 def zip_of(path):

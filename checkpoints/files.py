@@ -115,16 +115,29 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))  # names of files need not be UTF-8
 
 
 def write_beside(path, text):
     """Write text. Other text that stands there is kept, the oldest as number 1: result.json -> result-1.json."""
     path = Path(path)
-    if path.is_file() and path.read_bytes() != text.encode():
-        numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
-        os.replace(path, next(other for other in numbered if not other.exists()))
-    write_text(path, text)
+    with alone(path.parent):
+        if path.is_file() and path.read_bytes() != text.encode("utf-8", "surrogateescape"):
+            numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+            os.replace(path, next(other for other in numbered if not other.exists()))
+        write_text(path, text)
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """One process at a time chooses free names in a folder and writes there; others wait for it, where locks are known."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # what cannot be written is said when it is
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            place = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, place)
+            download.lock(place)
+        yield
 
 
 def write_bytes(path, content, temporary=None):

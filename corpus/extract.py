@@ -61,13 +61,14 @@ def find_audio(paths, quiet=False):
                          "give files or folders: python hubert_units.py recordings/ --out=units/mine")
     if passed and not quiet:
         note(passed)
-    return sorted(set(found))
+    return sorted({os.path.abspath(path): path for path in reversed(found)}.values())  # a/../b.wav is b.wav
 
 
 def as_named(files, folder):
     """The names of files in a folder of shards, which knows a recording by its path: that which is in it, else as it was given,
     or the whole path if an earlier call was made in another working folder, from which relative names count (named_from.txt)."""
-    here, origin, base = os.path.relpath(".", folder), Path(folder, "named_from.txt"), os.path.abspath(folder)
+    base = os.path.realpath(folder)  # which may be linked
+    here, origin = os.path.relpath(".", base), Path(folder, "named_from.txt")
     origin = os.fsdecode(origin.read_bytes()) if origin.exists() else here
     inside = {os.path.normpath(os.path.join(base, origin, name)): name for name in names_in(folder)}
     paths = {os.path.abspath(file): str(file) for file in files}
@@ -157,14 +158,14 @@ def encode_new(names, encoder, options, recipe, dist):
     left = [file for file in mine if file not in journal.finished]
     origin = Path(options.out, "named_from.txt")
     if dist.is_main and not all(map(os.path.isabs, names)) and (options.overwrite or not origin.exists()):
-        write_bytes(origin, os.fsencode(os.path.relpath(".", options.out)))
+        write_bytes(origin, os.fsencode(os.path.relpath(".", os.path.realpath(options.out))))
     heard, failures, began = 0.0, 0, time.perf_counter()  # seconds, files
     bar = config.progress(total=len(mine), initial=len(mine) - len(left), desc="encoding", unit="file", shown=dist.is_main)
     with ThreadPoolExecutor(options.workers) as pool, bar:
         for group in decoded(left, encoder, pool):
             for file, result in encode_group(group, encoder).items():
                 if isinstance(result, Exception):
-                    journal.fail(file, str(result))
+                    journal.fail(file, config.sentence(result))
                     failures += 1
                     continue
                 frames, seconds = result[0].cpu(), result[1]
@@ -187,7 +188,7 @@ def sample_features(files, encoder, size, generator):
         wav = tried(audio.read_wav, file)
         features = wav if isinstance(wav, Exception) else tried(encoder.features, wav)
         if isinstance(features, Exception):
-            tqdm.write(f"left out: {features}")
+            tqdm.write(f"left out: {config.sentence(features)}")
             continue
         sample = reservoir(sample, features.cpu(), seen, size, generator)
         seen += len(features)

@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ def run(options, arm, rate, seed):
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if finished.returncode:
             raise ValueError(f"the run of {folder} failed: {finished.stderr.strip()[-1000:]}")
+    before = tomllib.loads((folder / "config.toml").read_text())  # of a complete run of an earlier call, too
+    for name in ("dtype", "eval_interval", *["steps"] * bool(options.steps)):
+        if before[name] != getattr(options, name):
+            raise ValueError(f"{folder} is a run with --{name.replace('_', '-')}={before[name]}, not {getattr(options, name)}; "
+                             "delete it, or give another --runs")
     with open(folder / "log.csv", newline="") as file:
         return [(int(row["step"]), float(row["val_loss"])) for row in csv.DictReader(file) if row["val_loss"]]
 

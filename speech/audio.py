@@ -12,12 +12,14 @@ archive.zip/folder/a.wav: the member is read in place, nothing is unpacked.
 import contextlib
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from checkpoints import archive, files
+from checkpoints.recognise import recognise
 from speech import containers
 from speech.containers import AGAIN
 
@@ -112,14 +114,16 @@ def _sounds(path):
         raise FileNotFoundError(f"no audio file at {path}; check the path")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an audio file; name the files in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device; write the recording to a file, and name that")
     with archive.open_file(path) as file:
         try:
             parts = containers.parts(file, path.name)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from None
         whole = parts in ([], [containers.Part([(0, file.seek(0, io.SEEK_END))])])
-        yield (_opened(path, io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else path, part) if whole else
-               _opened(path, containers.View(file, part), part) for part in parts or [containers.Part([])])
+        source = io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else os.fsencode(path)  # a name need not be UTF-8
+        yield (_opened(path, source if whole else containers.View(file, part), part) for part in parts or [containers.Part([])])
 
 
 def _opened(path, source, part):
@@ -127,7 +131,8 @@ def _opened(path, source, part):
     try:
         sound = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
-        raise ValueError(f"cannot read {path} as audio ({getattr(error, 'error_string', error)}); "
+        said = recognise(path)  # a pointer of Git LFS, a web page, ...
+        raise ValueError(f"{path} {said}" if said else f"cannot read {path} as audio ({getattr(error, 'error_string', error)}); "
                          "give a wav, flac, ogg, mp3 or aiff file") from None
     if not 1000 <= sound.samplerate <= 1_000_000:  # Hz; beyond, a filter could fill the memory
         raise ValueError(f"{path} is damaged: its header claims {sound.samplerate} samples a second; {AGAIN}")

@@ -92,6 +92,7 @@ def parts(file, name=""):
     Raises: ValueError if a header promises much more than is there, or bytes between MPEG frames are no frames.
     """
     end, at, found = file.seek(0, io.SEEK_END), 0, []
+    named = end > 0 and name.lower().endswith((".mp3", ".mp2", ".mp1", ".mpga"))
     while at < end:
         begin = at
         while skip := tag(file, at):
@@ -99,8 +100,10 @@ def parts(file, name=""):
         magic = peek(file, at, 4)
         if magic in READERS:
             more, at = READERS[magic](file, at, end)
-        elif at > begin or magic[:1] == b"\xff" or name.lower().endswith((".mp3", ".mp2", ".mp1", ".mpga")):
-            more, at = mpeg(file, at, end), end
+        elif at > begin or magic[:1] == b"\xff" or named:
+            more, at = mpeg(file, at, end)
+            if named and not more and not found:
+                raise ValueError(f"holds no MPEG audio; {AGAIN}, or name it as what it is")
         else:
             break
         found += more
@@ -115,6 +118,18 @@ def tag(file, at):
     if head[:8] == b"APETAGEX":
         return 32 + int.from_bytes(head[12:16], "little")
     return 128 if head[:3] == b"TAG" else 0
+
+
+def untagged(file, end):
+    """Where the audio before `end` ends: titles that can be told by their last bytes (ID3v1, APE, Lyrics3) are left out."""
+    while end > 0:
+        back = peek(file, max(0, end - 128), min(128, end))
+        size = (128 if back[:3] == b"TAG" else int.from_bytes(back[-20:-16], "little") if back[-32:-24] == b"APETAGEX"
+                else 15 + int(back[-15:-9]) if back[-9:] == b"LYRICS200" and back[-15:-9].isdigit() else 0)
+        if not 0 < size <= end:
+            break
+        end -= size
+    return end
 
 
 # ---------------------------------------------------------------------------------------------- headers that hold a length
@@ -173,11 +188,12 @@ def chunked(file, start, end):
         following = behind(found[2] + found[1])
         if following > end + 1 and found[0] not in (b"LIST", b"id3 "):  # samples that look like the name of a chunk
             break
-    known = end - 1 <= following <= end + 1 or tag(file, following) or found and found[0] in (*READERS, b"LIST", b"id3 ")
+    known = end - 1 <= following <= end + 1 or tag(file, following) or is_mpeg(file, following, end) \
+        or found and found[0] in (*READERS, b"LIST", b"id3 ")
     size = length(announced, width, begin, following if known else None, end)
     following = min(following, end) if size == announced else end
     if fmt in (b"P\0", b"U\0"):  # MPEG frames
-        return mpeg(file, begin, begin + size), following
+        return mpeg(file, begin, begin + size)[0], following
     if size > 2**(8 * width) - 1:
         if magic != b"RIFF":
             raise ValueError("holds more samples than its format can announce; convert it to flac")
@@ -214,7 +230,8 @@ def flac(file, start, end):
     following = search(file, re.compile(rb"fLaC[\0\x80]\0\0\x22", re.DOTALL), start + 4, end)
     row = peek(file, start + 21, 5)  # the last 4 bits of the sample's width, 36 of the length
     frames = int.from_bytes(row, "big") & 2**36 - 1
-    return [Part(edited(start, following, [(start + 21, start + 26, bytes([row[0] & 0xF0, 0, 0, 0, 0]))] if frames else []),
+    until = untagged(file, following)
+    return [Part(edited(start, until, [(start + 21, start + 26, bytes([row[0] & 0xF0, 0, 0, 0, 0]))] if frames else []),
                  frames=frames or None)], following
 
 
@@ -289,8 +306,11 @@ class Run:
 
 
 def mpeg(file, at, end):
-    """MPEG audio: a Part for each run of frames of one kind, or that a frame with their number begins. Tags are left out."""
-    runs, last = [], None  # where the last frame begins
+    """MPEG audio: a Part for each run of frames of one kind, or that a frame with their number begins. Tags are left out.
+
+    Returns: the Parts, and where they end: at `end`, or where a file of another kind was joined.
+    """
+    runs, last, following, end = [], None, end, untagged(file, end)  # last: where the last frame begins
     if peek(file, at, 3)[2:] < b"\x10" and mpeg_frame(peek(file, at, 2) + b"\x10\0"):
         raise ValueError("is MPEG audio of free format, whose frames do not tell their length; convert it to flac")
     while at < end:
@@ -300,11 +320,14 @@ def mpeg(file, at, end):
             if skip := tag(file, at):
                 at, last = at + skip, None
                 continue
+            if runs and peek(file, at, 4) in READERS:
+                following = at
+                break
             found = next_mpeg(file, at if last is None else last + 4, end)
             if last is not None and found < at:  # the last frame was cut, what follows begins in it
                 runs[-1].spans[-1] = (runs[-1].spans[-1][0], last)
                 runs[-1].frames = max(0, runs[-1].frames - 1)
-            elif runs and at + MOST_LOST < found < end:
+            elif runs and at + MOST_LOST < found:
                 raise ValueError(f"is damaged: {found - at} of its bytes, from byte {at} on, are no MPEG audio; {AGAIN}")
             at, last = found, None
             continue
@@ -330,7 +353,7 @@ def mpeg(file, at, end):
         else:
             (begin, until), *spans = run.spans
             found.append(Part([(begin + run.tagged, until), *spans], run.frames * run.samples, claim=64))
-    return found
+    return found, following
 
 
 READERS = {**dict.fromkeys(CHUNKED, chunked), b".snd": au, b"dns.": au, b"NIST": nist, b"fLaC": flac, b"OggS": ogg}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import files
 from speech.audio import soundfile, write_wav
 
 LONGEST = 1900  # characters of a comment: libsndfile reads no longer ones
@@ -31,7 +32,7 @@ def record_of(source, options, names, spoken):
 
 def comment_of(path):
     try:
-        with soundfile.SoundFile(path) as sound:
+        with soundfile.SoundFile(os.fsencode(path)) as sound:
             return sound.comment
     except soundfile.LibsndfileError:  # no sound file
         return None
@@ -44,16 +45,17 @@ def write_spoken(folder, wavs, record, failures=None):
 
     failures: a list that gets the OSError of a file that cannot be written, which is then told on screen; None: it is raised.
     """
-    for number in itertools.count(1):
-        paths = [Path(folder, f"{name}{'' if number == 1 else f'-{number}'}.wav") for name in wavs]
-        if all(not os.path.exists(path) or comment_of(path) == record for path in paths):  # of too long a name, too
-            break
-    try:
-        for path, wav in zip(paths, wavs.values()):
-            write_wav(path, wav, comment=record)
-    except OSError as error:
-        if failures is None:
-            raise
-        failures.append(error)
-        print(f"error: {error}", file=sys.stderr)
+    with files.alone(folder):
+        for number in itertools.count(1):
+            paths = [Path(folder, f"{name}{'' if number == 1 else f'-{number}'}.wav") for name in wavs]
+            if all(not os.path.exists(path) or comment_of(path) == record for path in paths):  # of too long a name, too
+                break
+        try:
+            for path, wav in zip(paths, wavs.values()):
+                write_wav(path, wav, comment=record)
+        except OSError as error:
+            if failures is None:
+                raise
+            failures.append(error)
+            print(f"error: {error}", file=sys.stderr)
     return paths

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speech.audio import SAMPLE_RATE, Resampler, duration, read_blocks, read_wav, resample, write_wav
+from speech.spoken import comment_of, write_spoken
 
 ROOT = Path(__file__).parent.parent
 USUAL = [8000, 11025, 22050, 24000, 44100, 48000]
@@ -212,14 +213,18 @@ def test_files_that_are_no_recordings_get_a_clear_error(tmp_path):
     (tmp_path / "nothing.wav").write_bytes(b"")
     (tmp_path / "headerless.raw").write_bytes(bytes(1000))
     (tmp_path / "stump.wav").write_bytes(b"RIFF\0\0\0\0WAVEdata")
+    (tmp_path / "pointer.wav").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "zeros.mp3").write_bytes(bytes(5000))
+    os.mkfifo(tmp_path / "pipe.wav")  # would wait for ever
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan]), 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "inf.wav", np.array([[0.0, 0.0], [0.0, np.inf]]), 44100, subtype="DOUBLE")
-    for name, words in (("text.wav", "as audio"), ("nothing.wav", "as audio"), ("headerless.raw", "as audio"),
+    for name, words in (("text.wav", "as audio"), ("nothing.wav", "is empty"), ("pointer.wav", "git lfs pull"),
+                        ("zeros.mp3", "holds no MPEG audio"), ("pipe.wav", "is a pipe"), ("headerless.raw", "as audio"),
                         ("stump.wav", "as audio"), ("empty.wav", "no samples"), ("nan.wav", "NaN"), ("inf.wav", "NaN")):
         with pytest.raises(ValueError, match=words):
             read_wav(tmp_path / name)
-        if words == "as audio":
+        if name not in ("empty.wav", "nan.wav", "inf.wav"):
             with pytest.raises(ValueError, match=words):
                 duration(tmp_path / name)
     for read in (read_wav, duration, lambda path: list(read_blocks(path))):
@@ -523,11 +528,39 @@ def test_mp3s_that_were_joined_are_read_with_tags_between_them(tmp_path, between
     assert len(read_bytes(tmp_path, bare[0] + between + bare[1], "a.mp3")) > sum(map(len, pieces))  # with the encoder's delay
 
 
+def test_an_mp3_and_a_file_of_another_kind_that_were_joined_are_both_read(tmp_path):
+    sound = mp3_of(0.3 * noise(2 * SAMPLE_RATE, 0), SAMPLE_RATE)
+    for format in ("WAV", "FLAC", "AU"):
+        other = content_of(0.3 * noise(SAMPLE_RATE, 1).numpy(), SAMPLE_RATE, format)
+        first, second = (read_bytes(tmp_path, content, "a.mp3") for content in (sound, other))
+        assert torch.equal(read_bytes(tmp_path, sound + other, "a.mp3"), torch.cat([first, second])), format
+    other = content_of(0.3 * noise(SAMPLE_RATE, 1).numpy(), SAMPLE_RATE, "WAV")
+    assert torch.equal(read_bytes(tmp_path, other + sound, "a.wav")[:SAMPLE_RATE], read_bytes(tmp_path, other, "a.wav"))
+    assert len(read_bytes(tmp_path, other + sound, "a.wav")) == SAMPLE_RATE + len(first)
+
+
+@pytest.mark.parametrize("behind", [b"TAG" + bytes(125), bytes(5000) + b"APETAGEX" + struct.pack("<IIIIQ", 1000, 5032, 1, 0, 0),
+                                    bytes(5000) + b"005000LYRICS200" + b"TAG" + bytes(125)], ids=["ID3v1", "APE", "Lyrics3"])
+def test_titles_behind_an_mp3_or_a_flac_of_unknown_length_are_no_sound(tmp_path, behind):
+    content = mp3_of(0.3 * noise(2 * SAMPLE_RATE), SAMPLE_RATE)
+    assert torch.equal(read_bytes(tmp_path, content + behind, "a.mp3"), read_bytes(tmp_path, content, "a.mp3"))
+    content = bytearray(content_of(0.3 * noise(SAMPLE_RATE).numpy(), SAMPLE_RATE, "FLAC"))
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])  # as a stream begins
+    assert len(read_bytes(tmp_path, content + behind, "a.flac")) == SAMPLE_RATE
+
+
+def test_a_name_that_is_not_utf_8_is_read_and_recognised(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    write_spoken(tmp_path, {path.stem: 0.3 * noise(4000)}, record := "0123 {}")
+    assert len(read_wav(path)) == 4000 and duration(path) == 0.25 and comment_of(path) == record
+
+
 def test_a_hole_in_an_mp3_and_one_of_free_format_are_refused(tmp_path):
     content = mp3_of(0.5 * noise(4 * 44_100))
     half = len(content) // 2
     for damaged, words in ((content[:half] + bytes(10_000) + content[half:], "damaged: 10... of its bytes"),
                            (content[:half] + bytes(6000) + content[half + 6000:], "damaged"),
+                           (content[:half] + bytes(10_000), "damaged: [0-9]* of its bytes"),  # a download that was not finished
                            (content[:2] + bytes([content[2] & 15]) + content[3:], "free format")):
         (tmp_path / "a.mp3").write_bytes(damaged)
         for read in (read_wav, duration):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -355,6 +356,19 @@ def test_text_that_is_written_beside_other_text_keeps_it_under_a_number(tmp_path
         files.write_beside(tmp_path / "result.json", text)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "result.json": "three", "result-1.json": "one", "result-2.json": "two"}
+
+
+def test_texts_that_are_written_at_the_same_time_are_all_kept(tmp_path):
+    texts = [str(number) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: files.write_beside(tmp_path / "result.json", text), texts))
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == sorted(texts)
+
+
+def test_a_text_may_name_a_file_whose_name_is_not_utf_8(tmp_path):
+    for number in range(2):
+        files.write_beside(tmp_path / "pairs.csv", os.fsdecode(b"caf\xe9.wav") + str(number))
+    assert (tmp_path / "pairs.csv").read_bytes() == b"caf\xe9.wav1" and (tmp_path / "pairs-1.csv").exists()
 
 
 def test_writing_leaves_no_temporary_files(tmp_path):

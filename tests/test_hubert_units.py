@@ -873,12 +873,13 @@ def test_folders_are_read_whole_and_what_is_passed_over_is_counted(tmp_path, mon
         (real / name).parent.mkdir(parents=True, exist_ok=True)
         (real / name).touch()
     for link, target in {"deep/loop": real, "aa": real / "deep", "out": tmp_path / "elsewhere", "again": tmp_path / "elsewhere",
-                         "t.flac": tmp_path / "t.flac", "gone.flac": tmp_path / "nowhere"}.items():
+                         "t.flac": tmp_path / "t.flac", "gone.flac": tmp_path / "nowhere",
+                         "self.flac": "self.flac", "self": "self"}.items():
         (real / link).symlink_to(target)
     os.mkfifo(real / "pipe.wav")  # would wait for ever
-    expected = sorted([*taken, "again/q.flac", "again/r/s.flac", "t.flac", "gone.flac"])
+    expected = sorted([*taken, "again/q.flac", "again/r/s.flac", "t.flac", "gone.flac", "self.flac"])
     assert find_audio([real]) == sorted(real / name for name in expected)
-    assert capsys.readouterr().err == ("passed over: 2 .m4a, 1 .raw, 2 .txt, 1 without an ending; libsndfile does not read .m4a, "
+    assert capsys.readouterr().err == ("passed over: 2 .m4a, 1 .raw, 2 .txt, 2 without an ending; libsndfile does not read .m4a, "
                                        "convert each: ffmpeg -i a.m4a a.wav\n")
     find_audio([real], quiet=True)
     assert not capsys.readouterr().err
@@ -887,6 +888,11 @@ def test_folders_are_read_whole_and_what_is_passed_over_is_counted(tmp_path, mon
     for here in ("./", "../set/.", f"../{real.name}"):
         assert sorted(os.path.relpath(file) for file in find_audio([here])) == expected
     assert sorted(map(str, find_audio(["."]))) == expected
+    assert find_audio(["a.wav", "deep/../a.wav", real / "a.wav"]) == [Path("a.wav")]
+    scan = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: open(path / "no/permission") if Path(path).name == "deep" else scan(path))
+    assert sorted(map(str, find_audio(["."]))) == [name for name in expected if not name.startswith("deep")]
+    assert "passed over: the folder deep, which cannot be read (" in capsys.readouterr().err
     (tmp_path / "film").mkdir()
     (tmp_path / "film/a.mp4").touch()
     with pytest.raises(ValueError, match=r"no audio found in .*film \(passed over: 1 .mp4; .* ffmpeg -i a.mp4 a.wav\)"):
@@ -979,9 +985,12 @@ def test_recordings_of_one_name_in_two_working_folders_are_both_taken(folders, t
     for i, name in enumerate("ab"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "1.wav", noise(9000, seed=i).clamp(-1, 1).numpy(), 16_000)
-    for folder, path in (("a", "."), ("b", "."), ("", "a"), ("b", tmp_path / "a/1.wav"), ("b", "1.wav")):
+    (tmp_path / "disk/deep/u").mkdir(parents=True)
+    (tmp_path / "u").symlink_to(tmp_path / "disk/deep/u")
+    for folder, path, out in (("a", ".", "u"), ("b", ".", "u"), ("", "a", "u"), ("b", tmp_path / "a/1.wav", "disk/deep/u"),
+                              ("b", "1.wav", "disk/deep/u"), ("a", "../a/1.wav", "u")):
         monkeypatch.chdir(tmp_path / folder)
-        hubert_units.main([str(path), f"--out={tmp_path}/u", f"--tokenizer={folders['25hz']}", "--device=cpu"])
+        hubert_units.main([str(path), f"--out={tmp_path / out}", f"--tokenizer={folders['25hz']}", "--device=cpu"])
     assert UnitShards(tmp_path / "u").names == ["1.wav", str(tmp_path / "b/1.wav")]
 
 

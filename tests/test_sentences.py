@@ -1,6 +1,7 @@
 """What an impatient newcomer tries: each mistake is one sentence and exit code 2, asks no network and leaves nothing behind."""
 import dataclasses
 import importlib
+import io
 import re
 import shlex
 import shutil
@@ -148,6 +149,20 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(line, words, here, monkeypatc
     assert "Traceback" not in printed and "Errno" not in printed
     assert all(": error: " in sentence for sentence in printed.splitlines() if "%|" not in sentence), printed
     assert everything(here) == before
+
+
+def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as a terminal's
+    monkeypatch.setattr(sys, "stdout", written)
+    config.command(lambda: print(chr(0xDCFF) + ".wav"))
+    assert written.buffer.getvalue() == b"\\udcff.wav\n"
+
+
+def test_a_reader_who_has_enough_is_no_error():
+    code = "import config; config.command(lambda: [print('x' * 1000) for _ in range(1000)])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `| head` does
+    assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
 # ---------------------------------------------------------------------------------------------- every command
