@@ -1,4 +1,5 @@
 """Which numbers a model computes with, on processors and GPUs that are not here; what half of them costs and saves."""
+import dataclasses
 import json
 import subprocess
 import sys
@@ -306,3 +307,16 @@ def test_the_guard_sees_float64():
     with pytest.raises(AssertionError, match="float64"), NoFloat64():
         torch.zeros(3).double()
     assert isinstance(make(), Transformer)
+
+
+def test_a_complete_run_of_another_comparison_is_not_taken_for_one_of_this(tmp_path):
+    options = compare_starts.CompareConfig(runs=str(tmp_path), dtype="float32")
+    folder = tmp_path / "cold_1e-3_0"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/config.json").touch()
+    (folder / "log.csv").write_text("step,val_loss\n0,5.5\n400,1.5\n")
+    (folder / "config.toml").write_text('dtype = "float32"\neval_interval = 20\nsteps = 400\n')
+    assert compare_starts.run(options, "cold", "1e-3", 0) == [(0, 5.5), (400, 1.5)]
+    for change in ({"dtype": "bfloat16"}, {"eval_interval": 10}, {"steps": 50}):
+        with pytest.raises(ValueError, match="cold_1e-3_0 is a run with --.*, not .*; delete it"):
+            compare_starts.run(dataclasses.replace(options, **change), "cold", "1e-3", 0)
