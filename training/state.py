@@ -28,10 +28,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from checkpoints.files import locked, open_safetensors, read_json, replace_folder, write_json, write_text
+from checkpoints.recognise import check_values
+from model import TransformerConfig
 from training import logs
+from twist import UnitVocab
 
 FILE_BYTES = 2**28  # of the whole tensors that go into one file of each process
 NOTHING = {"step": 0, "seconds": 0.0, "row": {}, "units": 0, "process_seconds": 0.0}  # what a run has done before its first step
+KINDS = {"step": int, "seconds": float, "units": float, "process_seconds": float,  # of the values in state.json
+         **dict.fromkeys(("row", "options", "model", "vocab", "files"), dict)}
 FIXED = ("init", "lm", "embedding", "optimizer")  # options of a run that its states are made of
 PASSING = ("out", "overwrite", "auto_resume", "dry_run")  # of a start, not of the run
 
@@ -54,6 +59,7 @@ def written(folder):
     except dcp.api.CheckpointException as error:
         shutil.rmtree(folder, ignore_errors=True)
         reason = next(iter(error.failures.values()))[0]
+        reason = getattr(reason, "strerror", None) or reason
         raise OSError(f"cannot write {folder.with_suffix('')} ({reason}); make room, and go on with --init=resume") from None
 
 
@@ -85,8 +91,16 @@ def read(out):
         raise FileNotFoundError(f"nothing to resume in {out}: it has no step_NNNNNN folder; start with --init=twist")
     try:
         found = read_json(folder / "state.json")
-        if missing := {"step", "seconds", "row", "options", "model", "vocab"} - found.keys():
+        if missing := {"step", "seconds", "row", "options", "model", "vocab"} - {key for key in found if found[key] is not None}:
             raise ValueError(f"state.json has no `{min(missing)}`")
+        check_values(found, KINDS, "state.json")
+        if found["step"] != int(folder.name[5:]):
+            raise ValueError(f"state.json is of step {found['step']}")
+        for key, kind in (("model", TransformerConfig), ("vocab", UnitVocab)):
+            try:
+                kind(**found[key])
+            except TypeError:
+                raise ValueError(f"state.json: {key} lacks settings, or has unknown ones") from None
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         for name, size in found.get("files", {}).items():  # older states do not list them
             if sizes.get(name) != size:
