@@ -349,7 +349,7 @@ DAMAGE = {"cut": cut, "gone": lambda folder: next(folder.glob("*.safetensors")).
           "state.json empty": lambda folder: os.truncate(folder / "state.json", 0),
           "state.json gone": lambda folder: (folder / "state.json").unlink(),
           "state.json without model": lambda folder: spoil_state(folder, lambda found: found.pop("model")),
-          **{f"another {key}, {value}": lambda folder, key=key, value=value: spoil_state(folder, lambda found: found.update({key: value}))
+          **{f"another {key}, {value}": lambda folder, new={key: value}: spoil_state(folder, lambda found: found.update(new))
              for key, value in (("step", "x"), ("step", 10), ("row", []), ("options", 3), ("model", {"n": 1}), ("vocab", {}),
                                 ("units", "many"), ("files", []))},
           "garbled": lambda folder: next(folder.glob("*.safetensors")).write_bytes(bytes(100))}
