@@ -371,7 +371,7 @@ def read_kmeans(path):
         state = next((state[key] for key in ("cluster_centers_", "cluster_centers", "centers") if key in state), None)
     if isinstance(state, np.ndarray) and state.dtype.kind in "fiu":
         state = torch.from_numpy(state.astype(np.float32))  # of either byte order
-    if not isinstance(state, torch.Tensor) or state.ndim != 2:
+    if not isinstance(state, torch.Tensor) or state.ndim != 2 or not len(state):
         raise ValueError(f"{path} holds no table of centres (K, C); give the joblib dump of a KMeans, or a safetensors file "
                          "with the tensor `centers`")
     return sound(state, "the table of centres", path).float(), {}

@@ -28,7 +28,7 @@ def read_settings(folder):
     """
     settings = files.read_json(Path(folder) / "config.json")
     check_values(settings, {"model_type": str, "vocab_size": int, "base_config": dict}, folder)
-    demand(settings, {"quantization_config": None}, f"{folder} holds quantised weights")
+    demand(settings, {"quantization_config": None, "quantization": None}, f"{folder} holds quantised weights")
     if settings.get("model_type") != UNIT_LM:
         return settings
     base = settings.get("base_config")
@@ -110,13 +110,26 @@ def full_name(name, family):
     return name if name.startswith(family.prefix) else family.prefix + name
 
 
+def unwrapped(names, known, where):
+    """{name: stored name}, without what wrappers put before every name: what stands there before a name that is known.
+
+    slamkit's `lm.` and the `hubert.` of models with a head are read by those who call this.
+    """
+    before = next((name.removesuffix(known) for name in names if name.endswith(f".{known}")), "")
+    if before in ("", "lm.", "hubert.") or not all(name.startswith(before) for name in names):
+        return {name: name for name in names}
+    files.note(f"{where}: {before}{known} is taken as {known}, and every other name likewise")
+    return {name.removeprefix(before): name for name in names}
+
+
 def translate(source, family, architecture, where):
     """{their name: tensor} -> {our name: tensor}: read when it is asked for, so one at a time, and perhaps a view of the file.
 
     Every tensor of theirs is consumed or dropped on purpose; the names are checked here, before anything is read.
     source: best files.open_tensors, whose dtypes stay.
     """
-    names = {full_name(name, family): name for name in source}
+    stored = unwrapped(source, family.rows[0].theirs[0], where)
+    names = {full_name(name, family): stored[name] for name in stored}
     if architecture["tie_embeddings"] and family.head in names:  # a second copy of the embedding table, or the only one
         head, table = names.pop(family.head), family.rows[0].theirs[0]
         if not torch.equal(source[names.setdefault(table, head)], source[head]):
@@ -159,7 +172,8 @@ def fit(rows, architecture, stored, where):
         missing += [name for name in names if name not in left]
         fitted[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
     if missing or left:
-        missing, left = (f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}" for names in (missing, sorted(left)))
+        left = sorted(place if isinstance(place, str) else name for name, place in left.items())  # as the file calls them
+        missing, left = (f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}" for names in (missing, left))
         raise ValueError(f"{where}: the weights do not fit their config; missing {missing}, unexpected {left}")
     return fitted
 
@@ -204,7 +218,8 @@ def hugging_face_hubert(folder):
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     # preprocessor_config.json may ask for normalised waveforms; no published pipeline does that with these models
     source = files.open_tensors(folder)
-    names = {name.removeprefix("hubert."): name for name in source}
+    stored = unwrapped(source, "feature_projection.projection.weight", folder)
+    names = {name.removeprefix("hubert."): stored[name] for name in stored}
     return {ours: settings[key] for key, ours in HUBERT_CONFIG.items()}, {
         name: source[stored] for name, stored in names.items() if not re.fullmatch(families.HUBERT_DROPPED, name)}
 

@@ -40,7 +40,17 @@ def free_memory(device, processes=1):
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     said = re.search(r"^MemAvailable: *(\d+) kB", meminfo.read_text() if meminfo.is_file() else "", re.MULTILINE)
-    return (1024 * int(said.group(1)) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2) // processes
+    free = 1024 * int(said.group(1)) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(free, container_memory(Path("/sys/fs/cgroup"))) // processes
+
+
+def container_memory(folder):
+    """Bytes that a container's limit leaves (cgroup 2, then 1), of which what files fill can be had again; inf without."""
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        if (folder / limit).is_file() and (most := (folder / limit).read_text().strip()).isdigit():
+            files = re.search(r"^inactive_file (\d+)", (folder / limit).with_name("memory.stat").read_text(), re.MULTILINE)
+            return max(0, int(most) - int((folder / used).read_text()) + int(files.group(1) if files else 0))
+    return float("inf")
 
 
 def training_dtype(name, hardware):

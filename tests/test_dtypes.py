@@ -84,6 +84,19 @@ def test_seven_billion_weights_are_float32_while_that_fits_and_bfloat16_on_gpus(
     assert ("slow" in why) == (asked == "float16")
 
 
+@pytest.mark.parametrize("written, free", [
+    ({}, float("inf")), ({"memory.max": "max\n"}, float("inf")),
+    ({"memory.max": "8000\n", "memory.current": "3000\n", "memory.stat": "anon 1\ninactive_file 500\n"}, 5500),
+    ({"memory.max": "2000\n", "memory.current": "3000\n", "memory.stat": ""}, 0),
+    ({"memory/memory.limit_in_bytes": "9000\n", "memory/memory.usage_in_bytes": "1000\n", "memory/memory.stat":
+      "inactive_file 5\ntotal_inactive_file 700\n"}, 8005)])
+def test_a_container_has_the_memory_that_its_limit_leaves(written, free, tmp_path):
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert dtypes.container_memory(tmp_path) == free
+
+
 def test_names_of_dtypes_that_do_not_exist_are_refused():
     for choose in (lambda: dtypes.training_dtype("half", ""), lambda: dtypes.weights_dtype("half", "cpu", 1),
                    lambda: dtypes.training_dtype("float16", "")):

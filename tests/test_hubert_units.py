@@ -114,6 +114,10 @@ def compiled(tensors):
     return {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
 
 
+def in_a_trainer(tensors):
+    return {f"upstream.model.{name}": tensor for name, tensor in tensors.items()}
+
+
 def with_heads(tensors):
     """What CTC, classification and pretraining put beside the network, which is then called `hubert`."""
     names = ("lm_head.weight", "lm_head.bias", "projector.weight", "classifier.bias", "final_proj.weight", "layer_weights",
@@ -122,7 +126,7 @@ def with_heads(tensors):
 
 
 @pytest.mark.parametrize("kind, change", [
-    ("50hz", compiled), ("25hz", with_heads), ("50hz", with_heads),
+    ("50hz", compiled), ("50hz", in_a_trainer), ("25hz", with_heads), ("50hz", with_heads),
     ("50hz", None), ("50hz", old_weight_norm_names), ("50hz", wrapped), ("50hz", without_spare_tensors),
     ("25hz", None), ("25hz", wrapped), ("25hz", without_spare_tensors)])
 def test_features_of_every_layer_equal_those_of_transformers(kind, change, tmp_path):
@@ -641,6 +645,7 @@ def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (99, 9), }"), "no array of numbers"),
     (lambda path: np.save(path.open("wb"), np.array([{}, None], dtype=object)), "no array of numbers"),
     (lambda path: np.save(path.open("wb"), np.ones(3)), "no table of centres"),
+    (lambda path: np.save(path.open("wb"), np.ones((0, 32))), "no table of centres"),
     (lambda path: np.save(path.open("wb"), np.full((2, 3), np.nan)), "6 values that are not finite")])
 def test_centres_in_other_files_are_a_sentence(write, words, tmp_path):
     path = tmp_path / ("km.csv" if "text" in words else "km.npy")

@@ -183,6 +183,10 @@ def compiled_by_block_and_distributed(tensors):
     return {f"module.{name.replace('.layers.1.', '.layers.1._orig_mod.')}": tensor for name, tensor in tensors.items()}
 
 
+def in_a_trainer(tensors):
+    return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+
+
 def with_the_head_alone(tensors):
     """Of two names of one matrix, save_model of safetensors keeps one."""
     tensors = with_tied_copy(tensors)
@@ -190,7 +194,8 @@ def with_the_head_alone(tensors):
 
 
 @pytest.mark.parametrize("case, change", [
-    ("llama-gqa", compiled), ("neox", compiled_by_block_and_distributed), ("opt", compiled_by_block_and_distributed),
+    ("llama-gqa", compiled), ("llama", in_a_trainer), ("gpt2", in_a_trainer), ("opt", in_a_trainer),
+    ("neox", compiled_by_block_and_distributed), ("opt", compiled_by_block_and_distributed),
     ("llama-tied", with_the_head_alone), ("opt-350m", with_the_head_alone), ("gpt2", with_the_head_alone),
     ("opt-350m", without_prefix), ("opt", without_prefix), ("llama", without_prefix), ("llama-gqa", wrapped),
     ("opt-350m", wrapped), ("llama", with_inv_freq), ("llama-tied", with_inv_freq), ("llama-tied", with_tied_copy),
@@ -254,9 +259,10 @@ def test_a_value_of_any_kind_in_any_place_is_understood_or_named_by_its_key(case
 
 def test_quantised_and_nested_models_are_named(tmp_path):
     _, settings = save("llama", tmp_path)
-    rewrite(tmp_path, settings={**settings, "quantization_config": {"quant_method": "gptq", "bits": 4}})
-    with pytest.raises(ValueError, match="holds quantised weights: quantization_config = .* not supported, expected None"):
-        load_text_lm(tmp_path)
+    for key in ("quantization_config", "quantization"):  # transformers', MLX's
+        rewrite(tmp_path, settings={**settings, key: {"quant_method": "gptq", "bits": 4}})
+        with pytest.raises(ValueError, match=f"holds quantised weights: {key} = .* not supported, expected None"):
+            load_text_lm(tmp_path)
     rewrite(tmp_path, settings={"model_type": "llava", "text_config": settings})
     with pytest.raises(ValueError, match="'llava' is not supported.* give the text model alone"):
         load_text_lm(tmp_path)

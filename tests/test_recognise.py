@@ -62,6 +62,7 @@ FILES = {  # name -> (its bytes, what the sentence must say)
     "features.jsonl": (LINES.encode(), r"python -m corpus \S*features.jsonl --out"),
     "x.km": (b"1 2 3\n", "python -m corpus X.tsv X.km"),
     "centres.csv": (b"1.0,2.0\n", "k-means centres are taken as safetensors"), "table.parquet": (b"PAR1\0\0", "data set"),
+    "centres.npz": (b"PK\5\6" + bytes(18), r"archive of NumPy arrays.*\.npy"),
     "last.ckpt": (b"PK\3\4 no archive", "Lightning"),
 }
 
@@ -125,7 +126,7 @@ def test_a_folder_of_folders_of_shards_names_them(tmp_path):
         shards(tmp_path / "units" / part)
     with pytest.raises(FileNotFoundError, match=r"folders of unit shards: name one, \S*units/train, \S*units/val"):
         UnitShards(tmp_path / "units")
-    with pytest.raises(FileNotFoundError, match="no unit shards: it is the folder of a model"):
+    with pytest.raises(FileNotFoundError, match="no unit shards: it holds the config.json of a model"):
         UnitShards(files.KINDS["lm"])
     with pytest.raises(FileNotFoundError, match="unit shards, no model: give it as --data"):
         twist.load_speech_lm(tmp_path / "units/train")
