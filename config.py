@@ -9,6 +9,7 @@ A command declares its options as a frozen dataclass with one field a line and a
     CHOICES  {"name": ("a", "b")}        of a text
     ALONE    {"name": "value"}           what --name means without a value; true/false options are switches: --name, --no-name
     RENAMED  {"old_name": "new_name"}    the old name is taken, and the new one is said
+    NEEDS    {"name": "a b=x|y"}         where it has an effect: a is set and b is x or y; elsewhere it is said to have none
 
 Keys may be written with - or _. The file, wherever it stands, is the word that ends in .toml. An option that is given twice has
 its last value. Commas divide lists, but not the name of a path that exists, and not after a backslash; in the file a list holds
@@ -34,9 +35,17 @@ LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a b
 ABOVE_0, LARGEST = sys.float_info.min, sys.float_info.max  # the least of a range that leaves 0 out; the most of any other
 MOST, MOST_SEED = 2**31 - 1, 2**32 - 1  # whole numbers
 HYPHENS = re.compile("[-\u2010-\u2015]+(?=[a-zA-Z])")  # of -o, or what a text editor makes of two
-USUAL = {"peak_lr": "lr learning_rate", "micro_batch": "batch_size", "steps": "epochs iters max_iters", "model": "checkpoint",
-         "out": "o output_dir save_dir", "dtype": "precision fp16 bf16", "device": "gpu gpus cuda", "init": "resume checkpoint",
-         "block_size": "seq_len context", "max_new_units": "max_length length"}  # ours -> what other projects call it
+USUAL = {  # ours -> what other projects call it
+    "model": "checkpoint ckpt checkpoint_dir model_path model_name_or_path", "lm": "model model_name_or_path base_model",
+    "init": "resume init_from resume_from_checkpoint checkpoint", "out": "o output output_dir output_file save_dir",
+    "data": "dataset train_file", "audio": "data input input_dir", "prompts": "input text", "task": "benchmark",
+    "steps": "epochs num_train_epochs iters max_iters max_steps", "peak_lr": "lr learning_rate", "weight_decay": "wd",
+    "schedule": "lr_scheduler_type", "warmup": "warmup_steps", "micro_batch": "batch_size per_device_train_batch_size",
+    "budget": "batch_size", "tokens_per_step": "gradient_accumulation_steps", "save_interval": "save_steps",
+    "eval_interval": "eval_steps", "log_interval": "logging_steps", "block_size": "seq_len context", "fit": "n_clusters",
+    "recompute": "gradient_checkpointing", "dtype": "precision fp16 bf16", "device": "gpu gpus cuda cpu no_cuda",
+    "clip": "max_grad_norm", "beta_2": "adam_beta2", "workers": "num_workers", "num_samples": "n num_return_sequences",
+    "max_new_units": "max_length length max_tokens max_new_tokens"}
 
 
 def load(cls, argv=None, positional=None, base=None):
@@ -58,7 +67,8 @@ def load(cls, argv=None, positional=None, base=None):
         if word.startswith("--"):
             name, value = read_option(cls, word, argv)
             if type(value) is tuple and given.get(name, value) != value:
-                print(f"--{name.replace('_', '-')} is given more than once: only {','.join(value)} counts; divide by commas")
+                print(f"--{name.replace('_', '-')} is given more than once: only {','.join(value)} counts; divide by commas",
+                      file=sys.stderr)
             given[name] = value
         elif HYPHENS.match(word) and not os.path.exists(word):
             raise ValueError(f"{word}: options begin with two hyphens" + nearest(cls, HYPHENS.sub("", word, 1)))
@@ -71,9 +81,11 @@ def load(cls, argv=None, positional=None, base=None):
         else:
             words.append(word)
     if words:
-        given[positional] = matching(words)
+        given[positional] = given.get(positional, ()) + matching(words)
     options = cls(**(file or {}) | (base or {}) | given)
     check(options)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's first process
+        say_idle(options, [*given, *(name for name, value in (file or {}).items() if value != getattr(cls, name))])
     return options
 
 
@@ -98,6 +110,18 @@ def declared(cls, table):
     return {key: value for base in reversed(cls.__mro__) for key, value in vars(base).get(table, {}).items()}
 
 
+def say_idle(options, names):
+    """Print which of these options have no effect beside the others (NEEDS)."""
+    for name in names:
+        for other, equals, wanted in (need.partition("=") for need in declared(type(options), "NEEDS").get(name, "").split()):
+            value = getattr(options, other)
+            if str(value) not in wanted.split("|") if equals else not value:
+                off, said = value is None or value is False, "" if type(value) is bool else f"={value}"
+                print(f"--{name.replace('_', '-')} has no effect {'without' if off else 'with'} --{other.replace('_', '-')}"
+                      + said * (not off), file=sys.stderr)
+                break
+
+
 def find_field(cls, key):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     name = key.replace("-", "_")
@@ -113,8 +137,10 @@ def find_field(cls, key):
 def nearest(cls, key):
     """The end of a sentence about an unknown key: the option that is meant, if one is like it."""
     names, key = [field.name for field in dataclasses.fields(cls)], key.partition("=")[0].lower().replace("-", "_")
+    if key in ("c", "cfg", "config", "config_file"):
+        return "; an options file is named alone: my.toml"
     parts = set(key.split("_"))
-    near = ([name for name in names if key in USUAL.get(name, "").split()][:1] or difflib.get_close_matches(key, names, 1, 0.75)
+    near = ([name for name in names if key in USUAL.get(name, "").split()][:2] or difflib.get_close_matches(key, names, 1, 0.75)
             or [name for name in names if parts <= (its := set(name.split("_"))) or its <= parts][:3]
             or difflib.get_close_matches(key, names, 1, 0.65))
     meant = " or ".join(f"--{name.replace('_', '-')}" for name in near)
@@ -150,7 +176,7 @@ def divide(text):
         count = next((n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]))), 1)
         items.append(",".join(parts[:count]).replace("\\,", ","))
         parts = parts[count:]
-    return [item for item in items if item]
+    return [item if os.path.exists(item) else item.strip() for item in items if item.strip()]  # after a comma may stand a space
 
 
 def matching(words):
@@ -164,16 +190,23 @@ def read_toml(cls, path):
         raise FileNotFoundError(f"no options file at {path}; check the path")
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8; save it as such") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not a TOML file: {error}; write `key = value`, each key once, texts in quotes, "
+                         "true and false in small letters") from None
     values = {}
     for key, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) or isinstance(value, list) and dict in map(type, value):
             raise ValueError(f"{path} has a section [{key}]; write its keys without sections, one `key = value` a line")
         try:
             field = find_field(cls, key)
+            if field.name in values:
+                raise ValueError(f"{key} is given twice, in two spellings")
             if isinstance(value, list) and getattr(field.type, "__origin__", None) is not tuple:
                 raise ValueError(f"{key} is a list; expected one value")
+            if {bool, list} & set(map(type, value if isinstance(value, list) else [value])) and field.type is not bool:
+                raise ValueError(f"{key} = {json.dumps(value, default=str)}: expected a number, or text in quotes")
             values[field.name] = tuple(map(str, value)) if isinstance(value, list) else parse(field, str(value))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -185,6 +218,9 @@ def check(options):
     ranges, choices = declared(type(options), "RANGES"), declared(type(options), "CHOICES")
     for field in dataclasses.fields(options):
         value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}={getattr(options, field.name)}"
+        if type(value) is tuple and ("" in value or not value and field.default):
+            raise ValueError(f"--{field.name.replace('_', '-')}={','.join(value)}: a name in it is empty, perhaps by "
+                             "a variable that is not set; name something, or leave it out")
         if field.name in choices and value is not None and value not in choices[field.name]:
             raise ValueError(f"{option}: expected one of {', '.join(choices[field.name])}")
         if type(value) not in (int, float):

@@ -75,6 +75,10 @@ class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     text_lm: str = "pocket"  # generation: text LM over bytes that scores transcripts without log-probabilities of their own
     CHOICES = {"task": TASKS, "split": ("dev", "test"), "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"),
                "score": ("whole", "ending"), "long": ("truncate", "slide")}
+    NEEDS = {"split": "task=all|swuggy|sblimp", "text_lm": "transcripts"} | dict.fromkeys(
+        ("voices", "norm", "ties", "score", "long"), "task=" + "|".join(("all", *sets.TASKS))) | dict.fromkeys(
+        ("prompts", "prompt_seconds", "max_new_units", "temperature", "transcripts"), "task=all|generation") | dict.fromkeys(
+        ("top_k", "top_p"), "task=all|generation temperature")
     RANGES = {"ties": (0, 1), "resamples": (100, 1_000_000), "workers": (1, 1000), "prompts": (1, config.MOST),
               "prompt_seconds": (config.ABOVE_0, 1e6), "max_new_units": (1, config.MOST), "top_k": (1, config.MOST),
               "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}

@@ -50,6 +50,9 @@ class SampleConfig(TokenizerOptions, twist.SpeechLMOptions):
     continuation_only: bool = False  # also write the continuation without the prompt
     RANGES = {"prompt_seconds": (0, 1e6), "max_new_units": (1, config.MOST), "num_samples": (1, 1000), "top_k": (1, config.MOST),
               "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
+    NEEDS = dict.fromkeys(("model", "dtype", "prompt_seconds", "max_new_units", "temperature", "num_samples",
+                           "continuation_only"), "resynth=False") | dict.fromkeys(("top_k", "top_p", "seed"),
+                                                                                  "resynth=False temperature")
 
 
 SAMPLING, VOICE = ("model", "dtype", "seed", "temperature", "top_k", "top_p"), ("vocoder", "speaker", "style")  # told in the wavs

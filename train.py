@@ -44,6 +44,10 @@ RANGES = {name: (1, config.MOST) for name in (
     "steps", "tokens_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep")} | {
     "data_fraction": (config.ABOVE_0, 1), "min_lr_share": (0, 1), "cooldown": (0, 1), "beta_2": (0, 0.999999),
     "clip": (config.ABOVE_0, config.LARGEST), "threads": (0, 1024)}
+NEEDS = dict.fromkeys(("tokenizer", "kmeans", "k", "layer", "frame_rate", "pad", "chunking", "vocoder", "prompts"),
+                      "sample_interval") | {
+    "lm": "init=twist|cold|shuffled|resume", "embedding": "init=twist|shuffled|resume", "shard_size": "parallel=hsdp",
+    "cooldown": "schedule=cooldown", "min_lr_share": "schedule=cosine|linear|cooldown"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class TrainConfig(TokenizerOptions):
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
     RENAMED = {"units_per_step": "tokens_per_step", "min_lr": "min_lr_share"}
     ALONE = {"compile": "blocks"}
-    CHOICES, RANGES = CHOICES, RANGES
+    CHOICES, RANGES, NEEDS = CHOICES, RANGES, NEEDS
 
 
 def lr_at(step, options):
@@ -121,7 +125,8 @@ def load_options(argv):
     --init=resume takes the options of the interrupted run, and what is given beside it; a job that was restarted and
     --auto-resume repeat the whole command, so its options hold.
     """
-    options = config.load(TrainConfig, argv)
+    with contextlib.redirect_stderr(None):  # what has no effect depends on what is resumed, and is said below
+        options = config.load(TrainConfig, argv)
     out, saved = Path(options.out), Path(options.out) / "config.toml"
     if options.init == "resume":
         if not saved.is_file():
@@ -129,6 +134,7 @@ def load_options(argv):
         before = config.read_toml(TrainConfig, saved)
         given = config.load(TrainConfig, argv, base=before)
         return dataclasses.replace(given, init=before.get("init", TrainConfig.init), out=options.out), True
+    options = config.load(TrainConfig, argv)
     if options.auto_resume or distributed.attempt() > 0:
         found = state.latest(out) is not None
         new = not found and not (out / "model").exists()  # a job that was killed before its first state starts over

@@ -319,7 +319,7 @@ class TwistConfig:
     seed: int = 0  # of the new table
     out: str | None = None  # folder for the warm-started model; nothing is written without it
     overwrite: bool = False  # replace the model that --out holds
-    RANGES = {"units": (1, 2**16)}
+    RANGES, NEEDS = {"units": (1, 2**16)}, {"seed": "out", "overwrite": "out"}
     CHOICES = {"embedding": EMBEDDINGS}
 
 

@@ -35,6 +35,8 @@ class CorpusConfig:
     dedup: bool = False  # import: collapse runs of equal units (their run lengths are added up)
     ALONE = {"jsonl": "-"}
     CHOICES = {"chunking": tuple(CHUNKINGS)}
+    NEEDS = dict.fromkeys(("overwrite", "like", "num_units", "frame_rate", "model", "layer", "centers", "pad", "chunking",
+                           "dedup"), "out")
     RANGES = {"num_units": (1, 2**16), "frame_rate": (config.ABOVE_0, 1000), "layer": (1, 1000), "pad": (0, 16_000)}
 
 

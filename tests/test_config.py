@@ -165,7 +165,7 @@ def test_what_cannot_be_taken_so_is_refused(line, words, tmp_path, monkeypatch):
 
 def test_a_list_that_is_given_twice_says_what_counts(capsys):
     assert config.load(Forms, ["--data=a", "--data=b"]).data == ("b",)
-    assert "--data is given more than once: only b counts" in capsys.readouterr().out
+    assert "--data is given more than once: only b counts" in capsys.readouterr().err
 
 
 def test_a_comma_in_the_name_of_a_path_that_exists_divides_nothing(tmp_path, monkeypatch):
@@ -205,3 +205,77 @@ def test_a_quoted_pattern_gives_the_files_that_it_matches(tmp_path, monkeypatch)
 def test_the_home_folder_is_meant_by_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
     assert config.load(Forms, ["--out=~/x", "--data=~/a,b"]) == Forms(out="/somebody/x", data=("/somebody/a", "b"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("peak_lr = 1e-3\npeak-lr = 2e-3\n", "peak-lr is given twice"), ("steps = 1\nsteps = 2\n", "each key once"),
+    ("fast = True\n", "true and false in small letters"), ("name = true\n", "name = true: expected a number, or text in quotes"),
+    ('files = ["a", true]\n', "expected a number, or text"), ('files = [["a"]]\n', "expected a number, or text"),
+    ("[[train]]\nsteps = 1\n", r"has a section \[train\]")])
+def test_a_mistake_in_a_file_is_said_with_its_remedy(text, words, tmp_path):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ValueError, match=f"a.toml.*{words}"):
+        config.load(Example, [str(tmp_path / "a.toml")])
+
+
+def test_a_file_in_another_encoding_is_said(tmp_path):
+    (tmp_path / "a.toml").write_text("steps = 7\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="a.toml is not text in UTF-8; save it as such"):
+        config.load(Example, [str(tmp_path / "a.toml")])
+
+
+@pytest.mark.parametrize("arguments", [["", "a.wav"], [""], ["--data=,"], ["empty.toml"], ["holed.toml"]])
+def test_an_empty_name_in_a_list_is_refused(arguments, tmp_path, monkeypatch):
+    """What a shell makes of a variable that is not set would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.toml").write_text("data = []\n")
+    (tmp_path / "holed.toml").write_text('data = ["a", ""]\n')
+    with pytest.raises(ValueError, match="^--data=.* is empty, perhaps by a variable"):
+        config.load(Forms, arguments, positional="data")
+
+
+def test_words_and_the_option_that_takes_them_add_up():
+    assert config.load(Example, ["--files=a", "b", "c"], positional="files").files == ("a", "b", "c")
+
+
+def test_a_space_after_a_comma_is_no_part_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / " c").mkdir()
+    assert config.load(Forms, ["--data=a, b, c"]).data == ("a", "b", " c")
+
+
+def test_an_options_file_needs_no_option():
+    for arguments in (["--config=a.toml"], ["--config", "a.toml"], ["-c", "a.toml"]):
+        with pytest.raises(ValueError, match="an options file is named alone"):
+            config.load(Example, arguments)
+
+
+@dataclass(frozen=True)
+class Needy:
+    kind: str = "plain"  # plain | warm | hot
+    heat: float = 1.0  # of warm and hot ones
+    limit: float = 0.0  # of heat
+    loud: bool = False  # quiet ones have no volume
+    volume: int = 3  # of loud ones
+    mark: str | None = None  # on it
+    ink: str = "blue"  # of the mark
+    NEEDS = {"heat": "kind=warm|hot", "volume": "loud", "ink": "mark kind=plain", "limit": "heat loud=False"}
+
+
+@pytest.mark.parametrize("line, said", [
+    ("--heat=2", "--heat has no effect with --kind=plain"), ("--heat=2 --kind=hot", None), ("--heat=1.0", "--heat"),
+    ("--volume=4", "--volume has no effect without --loud"), ("--volume=4 --loud", None), ("--loud", None),
+    ("--ink=red", "--ink has no effect without --mark"), ("--ink=red --mark=x --kind=hot", "--ink has no effect with --kind=hot"),
+    ("--ink=red --mark=x", None), ("--limit=3 --heat=0 --kind=hot", "--limit has no effect with --heat=0.0"),
+    ("--limit=3 --loud", "--limit has no effect with --loud"), ("plain.toml", None),
+    ("changed.toml", "--heat has no effect with --kind=plain"), ("changed.toml --kind=warm", None)])
+def test_an_option_without_effect_is_said(line, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.toml").write_text(config.to_toml(Needy()))  # as a run keeps its options, all of them
+    (tmp_path / "changed.toml").write_text("heat = 3.0\n")
+    config.load(Needy, line.split())
+    printed = capsys.readouterr().err
+    assert printed.startswith(said) and printed.count("\n") == 1 if said else not printed
+    monkeypatch.setenv("RANK", "1")  # one of the processes of torchrun says it
+    config.load(Needy, line.split())
+    assert not capsys.readouterr().err

@@ -165,6 +165,52 @@ def test_a_reader_who_has_enough_is_no_error():
     assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
+@pytest.mark.parametrize("line, words", [(line, words) for line, words in re.findall(r"^(.+?)  +# (.+)$", """
+train --resume                          # --init
+train --checkpoint=x                    # --init
+train --model_name_or_path=x            # --lm
+train --per_device_train_batch_size=8   # --micro-batch
+train --gradient_accumulation_steps=8   # --tokens-per-step
+train --max_steps=8                     # --steps
+train --save_steps=8                    # --save-interval
+train --lr_scheduler_type=cosine        # --schedule
+train --max_grad_norm=1                 # --clip
+train --cpu                             # --device
+train --no-cuda                         # --device
+sample --ckpt=x                         # --model
+sample --max_new_tokens=8               # --max-new-units
+sample --input=a.wav                    # --prompts
+eval --batch_size=8                     # --budget
+hubert_units --input_dir=x              # --audio
+hubert_units --n-clusters=8             # --fit
+twist --model=x                         # --lm
+""", re.MULTILINE)])
+def test_names_of_other_projects_lead_to_ours(line, words, monkeypatch, capsys):
+    module, *arguments = line.split()
+    code, printed = said(module, arguments, monkeypatch, capsys)
+    assert code == 2 and re.search(f"did you mean (--[a-z-]+ or )?{words}( or|[?])", printed), printed
+
+
+@pytest.mark.parametrize("line, words", [(line, words) for line, words in re.findall(r"^(.+?)  +# (.+)$", """
+sample.SampleConfig --resynth --temperature=1       # --temperature has no effect with --resynth
+sample.SampleConfig --temperature=0 --top-k=5       # --top-k has no effect with --temperature=0.0
+hubert_units.UnitsConfig --fit-frames=9             # --fit-frames has no effect without --fit
+hubert_units.UnitsConfig --fit=9 --no-dedup         # --dedup has no effect with --fit=9
+eval.EvalConfig --task=ppl --ties=0                 # --ties has no effect with --task=ppl
+eval.EvalConfig --text-lm=x                         # --text-lm has no effect without --transcripts
+twist.TwistConfig --seed=3                          # --seed has no effect without --out
+train.TrainConfig --vocoder=x                       # --vocoder has no effect with --sample-interval=0
+train.TrainConfig --cooldown=0.5                    # --cooldown has no effect with --schedule=cosine
+train.TrainConfig --init=cold --embedding=matched   # --embedding has no effect with --init=cold
+corpus.__main__.CorpusConfig --num-units=9          # --num-units has no effect without --out
+""", re.MULTILINE)])
+def test_what_a_command_does_not_use_is_said(line, words, capsys):
+    place, *arguments = line.split()
+    module, _, name = place.rpartition(".")
+    config.load(getattr(importlib.import_module(module), name), arguments)
+    assert capsys.readouterr().err == words.strip() + "\n"
+
+
 # ---------------------------------------------------------------------------------------------- every command
 
 @pytest.mark.parametrize("module, name", OPTIONS, ids=[module for module, _ in OPTIONS])
@@ -172,8 +218,11 @@ def test_every_number_has_a_range(module, name):
     """NaN, infinity, what is negative and what no computer counts to are refused by every option, in its own name."""
     options = getattr(importlib.import_module(module), name)
     fields = {field.name: field for field in dataclasses.fields(options)}
-    for table in ("RANGES", "CHOICES", "ALONE"):
+    for table in ("RANGES", "CHOICES", "ALONE", "NEEDS"):
         assert set(config.declared(options, table)) <= set(fields), table
+    needed = [need.partition("=")[::2] for needs in config.declared(options, "NEEDS").values() for need in needs.split()]
+    for other, values in needed:  # and what is needed can be given
+        assert other in fields and set(values.split("|")) <= {*config.declared(options, "CHOICES").get(other, values.split("|"))}
     for field in fields.values():
         if {int, float} & {field.type, *getattr(field.type, "__args__", ())}:
             shown = f"--{field.name.replace('_', '-')}"

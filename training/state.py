@@ -126,6 +126,8 @@ def claim(options, resuming, stack):
         stack.enter_context(locked(options.out, "run"))
         if (Path(options.out) / "log.csv").exists() and not (resuming or options.overwrite):
             raise ValueError(f"{options.out} already holds a run; go on with --init=resume, give another --out, or --overwrite")
+    if resuming and options.overwrite:
+        print(f"--overwrite has no effect: {options.out} holds a state, from which this goes on")
     return read(options.out) if resuming else NOTHING
 
 
