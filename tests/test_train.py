@@ -21,6 +21,7 @@ from checkpoints import files
 from conftest import TINY
 from corpus.loader import UnitLoader
 from corpus.shards import UnitShards
+from training import state
 from training.distributed import Dist
 from training.learner import Learner
 
@@ -540,3 +541,11 @@ def test_a_job_killed_before_its_first_state_starts_over_when_it_is_restarted(tr
     (tmp_path / "run/log.csv").write_text("step\n0\n")
     train.main(["--init=cold", *train_arguments, "--auto-resume"])
     assert len(rows(tmp_path / "run")) == 13
+
+
+def test_overwriting_what_is_resumed_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(state, "read", lambda out: "found")
+    options = train.TrainConfig(out="runs/x", overwrite=True, dry_run=True)
+    assert state.claim(options, True, None) == "found"
+    assert capsys.readouterr().out == "--overwrite has no effect: runs/x holds a state, from which this goes on\n"
+    assert state.claim(dataclasses.replace(options, overwrite=False), True, None) == "found" and not capsys.readouterr().out
