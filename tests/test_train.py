@@ -21,6 +21,7 @@ from checkpoints import files
 from conftest import TINY
 from corpus.loader import UnitLoader
 from corpus.shards import UnitShards
+from training import state
 from training.distributed import Dist
 from training.learner import Learner
 
