@@ -9,6 +9,7 @@ A command declares its options as a frozen dataclass with one field a line and a
     CHOICES  {"name": ("a", "b")}        of a text
     ALONE    {"name": "value"}           what --name means without a value; true/false options are switches: --name, --no-name
     RENAMED  {"old_name": "new_name"}    the old name is taken, and the new one is said
+    FILES    {"out": "..."}              --out may be a file; else, before any work, a folder must be possible there
     NEEDS    {"name": "a b=x|y"}         where it has an effect: a is set and b is x or y; elsewhere it is said to have none
 
 Keys may be written with - or _. The file, wherever it stands, is the word that ends in .toml. An option that is given twice has
@@ -215,12 +216,16 @@ def read_toml(cls, path):
 
 def check(options):
     """Raise ValueError for a number out of its range, or a text that is none of its choices (RANGES and CHOICES, see above)."""
-    ranges, choices = declared(type(options), "RANGES"), declared(type(options), "CHOICES")
+    ranges, choices, files = (declared(type(options), table) for table in ("RANGES", "CHOICES", "FILES"))
     for field in dataclasses.fields(options):
         value, option = getattr(options, field.name), f"--{field.name.replace('_', '-')}={getattr(options, field.name)}"
         if type(value) is tuple and ("" in value or not value and field.default):
             raise ValueError(f"--{field.name.replace('_', '-')}={','.join(value)}: a name in it is empty, perhaps by "
                              "a variable that is not set; name something, or leave it out")
+        if field.name == "out" and value and not Path(field.default or "").suffix:
+            there = next(place for place in (Path(value), *Path(value).absolute().parents) if place.exists())
+            if not (there.is_dir() or there == Path(value) and "out" in files) or not os.access(there, os.W_OK):
+                raise NotADirectoryError(f"{option}: {there} is no folder that can be written to; give another")
         if field.name in choices and value is not None and value not in choices[field.name]:
             raise ValueError(f"{option}: expected one of {', '.join(choices[field.name])}")
         if type(value) not in (int, float):

@@ -169,6 +169,7 @@ class UnitsConfig(TokenizerOptions):
     fit_frames: int = 200_000  # frames that k-means is fitted to, a random sample of all
     seed: int = 0  # of that sample and of the fit
     RANGES = {"workers": (1, 1000), "fit": (1, config.MOST), "fit_frames": (1, config.MOST)}
+    FILES = {"out": "the k-means of --fit"}
     NEEDS = {"audio": "inspect=None", "out": "inspect=None", "fit_frames": "fit", "seed": "fit",
              **dict.fromkeys(("dedup", "kmeans", "k", "budget"), "fit=None")}
 

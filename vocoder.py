@@ -251,7 +251,7 @@ def parse_config(table):
     recognise.check_values(table, KINDS, "vocoder config")
     missing = [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if table.get(key) is None]
     if missing:
-        raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}")
+        raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}{recognise.meant(table)}")
     known = {field.name: freeze(table[field.name]) for field in fields(VocoderConfig) if table.get(field.name) is not None}
     known.setdefault("code_hop_size", math.prod(known["upsample_rates"]))
     known["resblock"] = str(known.get("resblock", "1"))  # some files hold the number 1

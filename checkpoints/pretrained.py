@@ -14,7 +14,7 @@ import torch
 
 from checkpoints import families, files
 from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_FIXED, HUBERT_ROWS, POS_CONV
-from checkpoints.recognise import check_values, sound
+from checkpoints.recognise import check_values, meant, sound
 
 SIZES = tuple("vocab_size block_size n_layer n_head n_kv_head n_embd head_dim n_inner pos_kernel pos_groups".split())
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
@@ -48,6 +48,7 @@ def lm_architecture(settings, where="config.json"):
     family = settings.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}"
+                         + meant(settings, "lm")
                          + "; of several models in one, give the text model alone" * ("text_config" in settings))
     table = FAMILIES[family]
     keys = {**table.keys, **{other: table.keys[key] for other, key in table.aliases.items()}}
@@ -209,7 +210,7 @@ def hugging_face_hubert(folder):
     settings = files.read_json(folder / "config.json")
     check_values(settings, families.HUBERT_KINDS, f"{folder}/config.json")
     if settings.get("model_type") != "hubert":
-        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'")
+        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, expected 'hubert'{meant(settings)}")
     demand(settings, HUBERT_FIXED, f"{folder} is no HuBERT base")
     settings.setdefault("conv_pos_batch_norm", False)  # a key newer than the first releases
     lacking = [key for key in HUBERT_CONFIG if settings.get(key) is None]

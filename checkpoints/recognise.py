@@ -55,6 +55,20 @@ def refuse_stranger(path):
         raise ValueError(f"{path} {said}")
 
 
+def meant(settings, given=None):
+    """The end of a sentence about a config.json that is of another kind of model than `given`, where that is known."""
+    kind, option = settings.get("model_type"), None
+    if "upsample_rates" in settings:
+        option = "vocoder"
+    elif kind == "hubert":
+        option = "tokenizer"
+    elif "offset" in settings or kind == "speech_language_model":
+        option = "model"
+    elif "vocab_size" in settings and "conv_dim" not in settings:
+        option = "lm"
+    return f"; this is the config.json of what is given as --{option}" if option not in (None, given) else ""
+
+
 def check_values(settings, kinds, where):
     """Raises ValueError that names the key of a value of the wrong kind. kinds: {key: kind, of VALUES}; null passes."""
     for key, kind in kinds.items():

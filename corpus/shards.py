@@ -243,5 +243,6 @@ def check_recipe(recipe, expected, where):
     for key in ("kind", "num_units", "layer", "centers", "frame_rate", "pad", "chunking", "dedup"):
         found, wanted = recipe.get(key, absent.get(key)), expected.get(key, absent.get(key))
         if found != wanted:
-            raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); "
-                             "encode the audio with the matching --tokenizer and its options")
+            raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); " + (
+                "a text LM is given as --lm" if key == "kind" and "bytes" in (found, wanted) else
+                "encode the audio with the matching --tokenizer and its options"))

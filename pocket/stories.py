@@ -639,7 +639,7 @@ class StoriesConfig:
     pairs: str | None = None  # print pairs of right and wrong instead: agreement | pronoun | word_order | ending | topic
     out: str | None = None  # write stories to this file instead, one a line
     megabytes: float = 1.0  # size of that file in 10^6 bytes
-    NEEDS = {"megabytes": "out"}
+    FILES, NEEDS = {"out": "the stories"}, {"megabytes": "out"}
     RANGES = {"count": (1, config.MOST), "megabytes": (config.ABOVE_0, 1e6)}
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import eval as evaluation
 import hubert_units
+import sample
 import train
 import twist
 import vocoder
@@ -107,6 +108,20 @@ def test_what_is_no_model_or_data_is_called_by_its_name(kind, option, tmp_path):
     if kind == "other" and "data" in option:
         words = "no unit shards"
     assert re.search(words, said), said
+
+
+@pytest.mark.parametrize("option, kind, words", [
+    ("model", "vocoder", "vocoder"), ("lm", "vocoder", "vocoder"), ("lm", "tokenizer", "tokenizer"),
+    ("vocoder", "lm", "model"), ("vocoder", "tokenizer", "tokenizer"), ("tokenizer", "model", "model"),
+    ("tokenizer", "vocoder", "vocoder")])
+def test_a_model_of_another_kind_is_said_with_its_option(option, kind, words):
+    with pytest.raises(ValueError, match=f"given as --{words}"):
+        OPTIONS[option](str(files.KINDS[kind]))
+
+
+def test_a_text_lm_in_place_of_a_speech_lm_is_said(tmp_path):
+    with pytest.raises(ValueError, match="kind is hubert, expected bytes.*; a text LM is given as --lm"):
+        sample.main([str(files.POCKET / "prompt.wav"), f"--model={files.KINDS['lm']}", f"--out={tmp_path}"])
 
 
 def test_what_is_plainly_meant_is_taken_with_a_line(tmp_path, capsys):

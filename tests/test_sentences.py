@@ -83,7 +83,10 @@ sample a.wav --seed                             # --seed needs a value
 sample a.wav --seed --resynth                   # --seed needs a value
 sample a.wav -o out                             # -o: options begin with two hyphens; did you mean --out?
 sample a.wav \u2013seed=3                       # options begin with two hyphens; did you mean --seed?
-sample a.wav --out=text.txt --max-new-units=2   # cannot write text.txt/a_0.wav (File exists)
+sample a.wav --out=text.txt --max-new-units=2   # text.txt is no folder that can be written to
+eval --task=swuggy --out=text.txt/x             # text.txt is no folder that can be written to
+vocoder pocket/units/val --out=text.txt         # text.txt is no folder that can be written to
+bench.__main__ attention --out=text.txt         # text.txt is no folder that can be written to
 sample a.wav my.toml                            # no options file at my.toml
 eval swuggy                                     # stray argument 'swuggy'
 eval --task=swugy                               # expected one of all, ppl, swuggy
@@ -124,7 +127,7 @@ train --data-weights=a,b                        # --data-weights=a,b: expected n
 train --data-weights=1,2                        # --data-weights=1,2 for 1 corpora
 train --prompts=                                # --prompts= is empty
 train --init=runs/none                          # --init=runs/none: no such file or folder
-train --out=text.txt                            # a folder is needed there
+train --out=text.txt                            # text.txt is no folder that can be written to
 train --compile=yes                             # expected one of auto, none, blocks
 train --lm=runs/none                            # --lm=runs/none: no such file or folder
 train --threads=99999999                        # --threads=99999999: expected a whole number
