@@ -275,7 +275,8 @@ def alone(tmp_path_factory):
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("name", [pytest.param("many_nodes_static.sh", marks=pytest.mark.slow), "many_nodes_c10d.sh"])
+@pytest.mark.parametrize("name", ["many_nodes_static.sh", "many_nodes_c10d.sh"])
+@pytest.mark.slow
 def test_two_nodes_give_the_losses_of_one_process(name, alone, tmp_path):
     port = str(free_port())
     variables = dict(NNODES="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RDZV_ENDPOINT=f"127.0.0.1:{port}", NPROC="1",

@@ -77,8 +77,8 @@ def test_twenty_steps_give_the_losses_and_weights_of_one_process(way, arguments,
     assert_same_run(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("first, then", [("alone", "4 x hsdp"), pytest.param("2 x fsdp", "alone", marks=pytest.mark.slow),
-                                         pytest.param("4 x hsdp", "2 x ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, then", [("alone", "4 x hsdp"), ("2 x fsdp", "alone"), ("4 x hsdp", "2 x ddp")])
+@pytest.mark.slow
 def test_a_state_goes_on_under_any_other_number_of_processes(first, then, arguments, alone, tmp_path):
     ways = {"alone": (1,), **WAYS}
     processes, *options = ways[first]

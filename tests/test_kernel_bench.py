@@ -37,6 +37,7 @@ def parts(case):
     return inputs, slopes, starts, mask, ways["reference"](*inputs)
 
 
+@pytest.mark.slow
 def test_attention_on_the_cpu_gives_full_tables(quick):
     found = timing.tables(list(kernel_bench.bench_attention(OPTIONS, TINY)), "cpu")
     assert list(found) == ["versions", "rows", "summary", "losing"]
