@@ -5,6 +5,7 @@
 """
 import os
 import re
+import resource
 from pathlib import Path
 
 import torch
@@ -13,14 +14,14 @@ from kernels.packed import MOST_BYTES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # of processors with products of bfloat16: x86's two, Arm's
-LIMITS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")  # of oneDNN's instructions that leave it those; others do not
+LIMITS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")  # of oneDNN that exclude those
 HEADROOM = 1.1  # of float32 weights, for the cache and what else comes and goes
 
 
 def processor_bfloat16(cpuinfo, limit=""):
-    """The flag by which a processor says that it multiplies bfloat16, "" without. limit: the value of ONEDNN_MAX_CPU_ISA."""
+    """The flag by which a processor says that it multiplies bfloat16, "" without. limit: what oneDNN is kept to, see hardware_bfloat16."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
-    flags = found.group(1).split() if found and (not limit or any(word in limit.upper() for word in LIMITS)) else ()
+    flags = found.group(1).split() if found and limit.upper() not in LIMITS else ()
     return next((flag for flag in FLAGS if flag in flags), "")
 
 
@@ -30,27 +31,45 @@ def hardware_bfloat16(device):
     if kind == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor}" if major >= 8 else ""
-    known = kind == "cpu" and cpuinfo.is_file()
-    return processor_bfloat16(cpuinfo.read_text(errors="replace"), os.environ.get("ONEDNN_MAX_CPU_ISA", "")) if known else ""
+    if kind != "cpu" or not cpuinfo.is_file():
+        return ""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")  # oneDNN still reads its older name
+    return processor_bfloat16(cpuinfo.read_text(errors="replace"), limit)
 
 
 def free_memory(device, processes=1):
     """Bytes that are left there, half of all where the system does not say; processes: that share it, if it is not a GPU's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    said = re.search(r"^MemAvailable: *(\d+) kB", meminfo.read_text() if meminfo.is_file() else "", re.MULTILINE)
+    meminfo, groups = (path.read_text() if path.is_file() else "" for path in map(Path, ("/proc/meminfo", "/proc/self/cgroup")))
+    said = re.search(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)
     free = 1024 * int(said.group(1)) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min(free, container_memory(Path("/sys/fs/cgroup"))) // processes
+    return min(min(free, group_memory(Path("/sys/fs/cgroup"), groups)) // processes, address_space(Path("/proc/self/statm")))
 
 
-def container_memory(folder):
-    """Bytes that a container's limit leaves (cgroup 2, then 1), of which what files fill can be had again; inf without."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        if (folder / limit).is_file() and (most := (folder / limit).read_text().strip()).isdigit():
-            files = re.search(r"^inactive_file (\d+)", (folder / limit).with_name("memory.stat").read_text(), re.MULTILINE)
-            return max(0, int(most) - int((folder / used).read_text()) + int(files.group(1) if files else 0))
-    return float("inf")
+def group_memory(folder, groups):
+    """Bytes that the limits of a container, a batch system or a service leave; inf without. What files fill can be had again.
+
+    folder: where groups of processes are seen; groups: this process's, as /proc/self/cgroup lists them. A limit holds for all
+    groups below its own; in a container the list may give names from outside, and its own group is the topmost that is seen.
+    """
+    own = {kinds: path.strip("/") for kinds, path in re.findall(r"^\d+:([^:]*):(.*)$", groups, re.MULTILINE)}
+    left = [float("inf")]
+    for top, kind, limit, used in ((folder, "", "memory.max", "memory.current"),  # of version 2, then 1
+                                   (folder / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for group in ((lowest := top / own.get(kind, "")), *lowest.parents):
+            if (group / limit).is_file() and (most := (group / limit).read_text().strip()).isdigit():
+                files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+                left.append(max(0, int(most) - int((group / used).read_text()) + int(files.group(1) if files else 0)))
+    return min(left)
+
+
+def address_space(statm):
+    """Bytes that `ulimit -v`, as some batch systems set it, leaves this process; inf without. statm: what it has, in pages."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY or not statm.is_file():
+        return float("inf")
+    return max(0, most - int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
 
 
 def training_dtype(name, hardware):

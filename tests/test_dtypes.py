@@ -58,9 +58,24 @@ def make(dtype=torch.float32, **changes):
     (ARM.format(""), "", ""), ("", "", ""), (X86.format("AuthenticAMD", "avx512_bf16"), "AVX2", ""),
     (X86.format("AuthenticAMD", "avx512_bf16"), "avx512_core_vnni", ""),
     (X86.format("AuthenticAMD", "avx512_bf16"), "AVX512_CORE_BF16", "avx512_bf16"),
-    (X86.format("AuthenticAMD", "avx512_bf16"), "DEFAULT", "avx512_bf16")])
+    (X86.format("AuthenticAMD", "avx512_bf16"), "DEFAULT", "avx512_bf16"),
+    (X86.format("AuthenticAMD", "avx512_bf16"), "no such instructions", "avx512_bf16")])  # which oneDNN overlooks
 def test_a_processor_says_by_its_flags_whether_it_multiplies_bfloat16(cpuinfo, limit, flag):
     assert dtypes.processor_bfloat16(cpuinfo, limit) == flag
+
+
+@pytest.mark.parametrize("set_to, words", [
+    ({"DNNL_MAX_CPU_ISA": "AVX2"}, False), ({"ONEDNN_MAX_CPU_ISA": "", "DNNL_MAX_CPU_ISA": "AVX2"}, False),
+    ({"ONEDNN_MAX_CPU_ISA": "ALL", "DNNL_MAX_CPU_ISA": "AVX2"}, True), ({}, True)])
+def test_what_onednn_is_kept_to_counts_under_its_older_name_too(set_to, words, monkeypatch):
+    monkeypatch.setattr(dtypes, "processor_bfloat16", lambda cpuinfo, limit: "amx_bf16" * (limit in ("", "ALL")))
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_to.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: "")
+    assert bool(dtypes.hardware_bfloat16("cpu")) == words
 
 
 @pytest.mark.parametrize("asked, hardware, name, words", [
@@ -84,17 +99,40 @@ def test_seven_billion_weights_are_float32_while_that_fits_and_bfloat16_on_gpus(
     assert ("slow" in why) == (asked == "float16")
 
 
-@pytest.mark.parametrize("written, free", [
-    ({}, float("inf")), ({"memory.max": "max\n"}, float("inf")),
-    ({"memory.max": "8000\n", "memory.current": "3000\n", "memory.stat": "anon 1\ninactive_file 500\n"}, 5500),
-    ({"memory.max": "2000\n", "memory.current": "3000\n", "memory.stat": ""}, 0),
-    ({"memory/memory.limit_in_bytes": "9000\n", "memory/memory.usage_in_bytes": "1000\n", "memory/memory.stat":
-      "inactive_file 5\ntotal_inactive_file 700\n"}, 8005)])
-def test_a_container_has_the_memory_that_its_limit_leaves(written, free, tmp_path):
+STAT = "anon 1\ninactive_file 500\n"
+
+
+@pytest.mark.parametrize("groups, written, free", [
+    ("", {}, float("inf")), ("0::/", {"memory.max": "max\n"}, float("inf")),
+    ("0::/", {"memory.max": "8000\n", "memory.current": "3000\n", "memory.stat": STAT}, 5500),
+    ("0::/", {"memory.max": "2000\n", "memory.current": "3000\n", "memory.stat": ""}, 0),
+    ("4:memory:/outside/the/container", {"memory/memory.limit_in_bytes": "9000\n", "memory/memory.usage_in_bytes": "1000\n",
+                                         "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 700\n"}, 8005),
+    # a job of a batch system: the limit is on the job, above the step whose process this is
+    ("0::/slurm/job_7/step_0", {"slurm/job_7/step_0/memory.max": "max", "slurm/job_7/memory.max": "8000",
+                                "slurm/job_7/memory.current": "1000", "slurm/job_7/memory.stat": ""}, 7000),
+    ("9:cpu:/\n4:memory:/slurm/job_7\n0::/", {"memory/memory.limit_in_bytes": str(2**63 - 4096),
+                                              "memory/memory.usage_in_bytes": "1", "memory/memory.stat": "",
+                                              "memory/slurm/job_7/memory.limit_in_bytes": "5000",
+                                              "memory/slurm/job_7/memory.usage_in_bytes": "1000",
+                                              "memory/slurm/job_7/memory.stat": "inactive_file 9"}, 4009)])
+def test_a_process_has_the_memory_that_the_limits_of_its_groups_leave(groups, written, free, tmp_path):
     for name, text in written.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert dtypes.container_memory(tmp_path) == free
+    assert dtypes.group_memory(tmp_path, groups + "\n") == free
+
+
+def test_a_process_has_the_address_space_that_ulimit_leaves(tmp_path, monkeypatch):
+    (tmp_path / "statm").write_text("1000 200 30 4 0 5 0\n")
+    monkeypatch.setattr(dtypes.resource, "getrlimit", lambda kind: (2**30, 2**30))
+    page = dtypes.os.sysconf("SC_PAGE_SIZE")
+    assert dtypes.address_space(tmp_path / "statm") == 2**30 - 1000 * page
+    assert dtypes.address_space(tmp_path / "none") == float("inf")
+    monkeypatch.setattr(dtypes, "group_memory", lambda *_: float("inf"))
+    assert dtypes.free_memory("cpu") <= 2**30
+    monkeypatch.setattr(dtypes.resource, "getrlimit", lambda kind: (dtypes.resource.RLIM_INFINITY,) * 2)
+    assert dtypes.address_space(tmp_path / "statm") == float("inf")
 
 
 def test_names_of_dtypes_that_do_not_exist_are_refused():
