@@ -2,28 +2,33 @@
 # What runs on this GPU, what is wrong there, and how fast it is: some five minutes on one card, what finds most first.
 #
 #   scripts/gpu_acceptance.sh                            all stages on the GPU; results under results/acceptance
-#   scripts/gpu_acceptance.sh --only=group,kernels       stages whose name holds one of these words
+#   scripts/gpu_acceptance.sh --only=group,kernels       stages whose name holds one of these words; other results stay
 #   scripts/gpu_acceptance.sh --device=cpu --out=DIR     small, on a CPU: rehearses the stages, says nothing about a GPU
 #
 # Each stage has its own time limit and leaves NAME.stage.json and NAME.log as soon as it ends; one that fails stops no other.
 # Stages that are not timed run side by side, JOBS of them (half the cores). The table at the end: scripts/gpu_check.py table DIR.
+# Ctrl-C or SIGTERM ends what runs, and leaves the results so far.
 
 set -uo pipefail
+from=$PWD
 cd "$(dirname "$0")/.."
 device=cuda out=results/acceptance only=
 for argument in "$@"; do
     case $argument in
         --device=cuda | --device=cpu) device=${argument#*=} ;;
-        --out=?*) out=${argument#*=} ;;
-        --only=*) only=${argument#*=} ;;
+        --out=/*) out=${argument#*=} ;;
+        --out=?*) out=$from/${argument#*=} ;;
+        --only=?*) only=${argument#*=} ;;
         -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "gpu_acceptance.sh: error: $argument: expected --device=cuda or cpu, --out=DIR, --only=WORD,WORD" >&2; exit 2 ;;
     esac
 done
-mkdir -p "$out"
-rm -rf "$out"/*.stage.json "$out/work"
-work=$out/work
-mkdir -p "$work"
+refuse() { echo "gpu_acceptance.sh: error: $1" >&2; exit 2; }
+jobs=${JOBS:-$(($(nproc) / 2 > 1 ? $(nproc) / 2 : 1))}
+[[ $jobs =~ ^[1-9][0-9]{0,3}$ ]] || refuse "JOBS=$jobs: expected a whole number of at least 1"
+[[ $out != *[[:space:]\'\"]* ]] || refuse "--out=$out: give a folder without spaces and quotes in its name"
+said=$(python -c "import config; config.choose_device('$device')" 2>&1) || refuse "${said##*ValueError: }"  # old results stay
+
 check="python scripts/gpu_check.py"
 export TORCHINDUCTOR_COMPILE_THREADS=2  # of each of the processes that run side by side
 here="--device=$device"
@@ -36,7 +41,7 @@ write() {
 import json, os, sys
 out, name, limit, code, seconds = sys.argv[1:]
 said = [line for line in open(f"{out}/{name}.log", errors="replace").read().splitlines() if line.strip()]
-result = {"0": "good", "124": "too slow", "137": "too slow"}.get(code, "failed")
+result = {"0": "good", "124": "too slow", "137": "too slow", "143": "stopped"}.get(code, "failed")
 row = {"stage": name, "result": result, "seconds": round(float(seconds), 1), "limit": int(limit), "exit": int(code),
        "said": said[-1] if said else ""}
 with open(f"{out}/{name}.stage.tmp", "w") as file:
@@ -45,26 +50,59 @@ os.replace(f"{out}/{name}.stage.tmp", f"{out}/{name}.stage.json")
 END
 }
 
+# wanted NAME: whether --only names it
+wanted() {
+    local word
+    for word in ${only//,/ }; do [[ $1 == *$word* ]] && return 0; done
+    [[ -z $only ]]
+}
+
 # stage NAME LIMIT COMMANDS: a shell's commands, which stop at the first that fails
 stage() {
-    local name=$1 limit=$2 begin code word wanted=$([[ -z $only ]] && echo yes)
-    for word in ${only//,/ }; do [[ $name == *$word* ]] && wanted=yes; done
-    [[ -n $wanted ]] || return 0
+    local name=$1 limit=$2 begin code
+    wanted "$name" || return 0
+    ran=yes
+    rm -f "$out/$name.stage.json"
     begin=$(date +%s.%N)
-    timeout -k 10 "$limit" bash -ec "$3" > "$out/$name.log" 2>&1
+    timeout -k 10 "$limit" bash -ec "$3" > "$out/$name.log" 2>&1 &
+    echo $! > "$work/$name.pid"
+    wait $!
     code=$?
+    rm -f "$work/$name.pid"
     write "$name" "$limit" "$code" "$(python -c "import time; print(time.time() - $begin)")"
     echo "$name: exit $code"
 }
 
 # beside NAME LIMIT COMMANDS: a stage that need not be alone
 beside() {
+    wanted "$1" || return 0
+    ran=yes
     while (($(jobs -rp | wc -l) >= jobs)); do wait -n; done
     stage "$@" &
 }
 
+# stop: of what runs nothing stays behind
+stop() {
+    trap '' INT TERM
+    kill $(cat "$work"/*.pid 2> /dev/null) 2> /dev/null
+    wait
+    echo "gpu_acceptance.sh: stopped; what has ended: scripts/gpu_check.py table $out" >&2
+    exit 130
+}
+
+# what the runs of these are compared with is left by the stage `train`
+for name in recompute-full recompute-some split async-save speaking fsdp-alone; do
+    [[ -n $only ]] && wanted $name && only=$only,train
+done
+work=$out/work ran=
+mkdir -p "$out"
+rm -rf "$work"
+[[ -n $only ]] || rm -f "$out"/*.stage.json
+mkdir -p "$work"
+trap stop INT TERM
+
 if [[ $device == cuda ]]; then
-    jobs=${JOBS:-$(($(nproc) / 2 > 1 ? $(nproc) / 2 : 1))} parts=8 slow=(-m "") last=20
+    parts=8 slow=(-m "") last=20
     tests="tests/test_attention.py tests/test_cross_entropy.py tests/test_kernels.py"
     sizes="--steps=20 --tokens-per-step=8192 --block-size=256 --eval-interval=10 --save-interval=10 --eval-rows=20"
 else
@@ -130,5 +168,6 @@ else
     stage bench-train 120 "TWIST_KERNELS=torch $bench train $here --repeats=1 --cases=pocket --ways=ours --out=$out"
 fi
 
+[[ -n $ran ]] || refuse "--only=$only: no stage has a name that holds one of these words"
 echo
 $check table "$out"

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,23 +36,73 @@ def test_every_stage_is_good_on_a_cpu(tmp_path):
     assert "passed" not in stages["kernels-aa"]["said"] and "[100%]" in (tmp_path / "kernels-aa.log").read_text()
 
 
+def copy_with(stages, folder):
+    """A copy of the script with other stages."""
+    for name in ("gpu_acceptance.sh", "gpu_check.py"):
+        shutil.copy(ROOT / "scripts" / name, folder)
+    text = (folder / "gpu_acceptance.sh").read_text()
+    begin, end = text.index("stage environment"), text.index("[[ -n $ran ]]")
+    script = text[:begin] + stages + text[end:]
+    (folder / "gpu_acceptance.sh").write_text(script.replace('cd "$(dirname "$0")/.."', f'cd "{ROOT}"'))
+    return folder / "gpu_acceptance.sh"
+
+
+def results(out):
+    found = [json.loads(path.read_text()) for path in out.glob("*.stage.json")]
+    return {row["stage"]: (row["result"], row["said"]) for row in found}
+
+
 @pytest.mark.slow
 def test_a_stage_that_fails_or_takes_too_long_stops_no_other(tmp_path):
-    """A copy of the script with a broken stage and a slow one."""
-    for name in ("gpu_acceptance.sh", "gpu_check.py"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path)
-    text = (tmp_path / "gpu_acceptance.sh").read_text()
-    begin, end = text.index("stage environment"), text.index("echo\n$check table")
-    stages = ('stage broken 60 "echo before; false; echo after"\nbeside slow 1 "echo going; sleep 60"\n'
-              'beside quick 60 "echo done"\nwait\n')
-    script = text[:begin] + stages + text[end:]
-    (tmp_path / "gpu_acceptance.sh").write_text(script.replace('cd "$(dirname "$0")/.."', f'cd "{ROOT}"'))
-    command = [tmp_path / "gpu_acceptance.sh", "--device=cpu", f"--out={tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.stage.json")}
-    assert {row["stage"]: (row["result"], row["said"]) for row in found.values()} == {
+    script = copy_with('stage broken 60 "echo before; false; echo after"\nbeside slow 1 "echo going; sleep 60"\n'
+                       'beside quick 60 "echo done"\nwait\n', tmp_path)
+    done = subprocess.run([script, "--device=cpu", f"--out={tmp_path}/out"], capture_output=True, text=True, timeout=120)
+    assert results(tmp_path / "out") == {
         "broken": ("failed", "before"), "slow": ("too slow", "going"), "quick": ("good", "done")}
     assert done.returncode == 1 and "1 of 3 stages are good; not: " in done.stdout
+
+
+@pytest.mark.slow
+def test_some_stages_alone_bring_what_they_need_and_leave_the_other_results(tmp_path):
+    script = copy_with('stage group 60 "echo new"\nbeside train 60 "mkdir -p $work/whole"\nwait\n'
+                       'beside split 60 "test -d $work/whole; echo compared"\nwait\n', tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/group.stage.json").write_text(json.dumps(
+        {"stage": "group", "result": "good", "said": "old", "seconds": 1.0, "limit": 2}))
+    command = [script, "--device=cpu", "--out=out"]  # in the folder from which it is called
+    done = subprocess.run([*command, "--only=split"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert results(tmp_path / "out") == {"group": ("good", "old"), "train": ("good", ""), "split": ("good", "compared")}
+    assert done.returncode == 0 and "3 of 3 stages are good" in done.stdout
+    wrong = subprocess.run([*command, "--only=nothing"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and "--only=nothing: no stage" in wrong.stderr and len(results(tmp_path / "out")) == 3
+
+
+@pytest.mark.slow
+def test_an_interrupted_call_leaves_nothing_running_and_keeps_what_has_ended(tmp_path):
+    script = copy_with('stage quick 60 "echo done"\nbeside long 60 "echo going; touch $work/a; sleep 51"\n'
+                       'stage alone 60 "touch $work/b; sleep 52"\n', tmp_path)
+    process = subprocess.Popen([script, "--device=cpu", f"--out={tmp_path}/out"], stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)
+    while not all((tmp_path / "out/work" / name).exists() for name in "ab"):
+        assert process.poll() is None
+        time.sleep(0.1)
+    pids = [int(path.read_text()) for path in (tmp_path / "out/work").glob("*.pid")]
+    process.terminate()
+    assert "stopped" in process.communicate(timeout=20)[1] and process.returncode == 130
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert {"quick": ("good", "done"), "long": ("stopped", "going")}.items() <= results(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize("environment, arguments, words", [
+    ({"JOBS": "0"}, ["--device=cpu"], "JOBS=0: expected"), ({"JOBS": "all"}, [], "JOBS=all: expected"),
+    ({}, ["--out=a b"], "without spaces"), ({}, ["--only="], "--only=: expected"), ({}, ["--device", "cpu"], "--device: expected"),
+    pytest.param({}, ["--device=cuda"], "PyTorch sees no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"))])
+def test_what_cannot_be_done_is_said_before_any_result_goes(environment, arguments, words, tmp_path):
+    (tmp_path / "old.stage.json").write_text("{}")
+    command = [ROOT / "scripts/gpu_acceptance.sh", f"--out={tmp_path}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["old.stage.json"]
 
 
 def test_the_script_explains_itself_and_refuses_what_it_does_not_know():
