@@ -16,6 +16,7 @@ Keys may be written with - or _. The file, wherever it stands, is the word that 
 its last value. Commas divide lists, but not the name of a path that exists, and not after a backslash; in the file a list holds
 exactly its items. Patterns that the shell left alone (quoted) give the files that they match.
 """
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -315,6 +316,19 @@ def sentence(error):
     return f"{error.filename2 or error.filename}: {error.strerror.lower()}{remedy}"
 
 
+@contextlib.contextmanager
+def memory_in_words():
+    """Inside, or in a function that it decorates, a want of memory is a ValueError, whose allocator ever says so."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = re.search("out of memory|allocate memory|bad_alloc|ALLOC_FAILED", str(error))  # CPUs, CUDA, C++, cuBLAS
+        if said is None and not isinstance(error, MemoryError):
+            raise
+        raise ValueError("out of memory: less at once takes less (train.py: --micro-batch, --recompute; sample.py: --num-samples; "
+                         "others: --budget), and so do weights of --dtype=bfloat16, or a smaller model") from error
+
+
 def command(main):
     """Run a command's main(); what the user can mend becomes one sentence and exit code 2, not a traceback.
 
@@ -323,7 +337,8 @@ def command(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal, or UTF-8, has not
     try:
-        main()
+        with memory_in_words():
+            main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 from checkpoints import download, files
@@ -152,6 +153,34 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(line, words, here, monkeypatc
     assert "Traceback" not in printed and "Errno" not in printed
     assert all(": error: " in sentence for sentence in printed.splitlines() if "%|" not in sentence), printed
     assert everything(here) == before
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB.\nGPU 0 has ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), RuntimeError("std::bad_alloc"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], ids=str)
+def test_a_want_of_memory_is_one_sentence_whose_allocator_ever_says_so(error, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stopped:
+        config.command(main)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.startswith("train.py: error: out of memory: ") and printed.count("\n") == 1
+    monkeypatch.setenv("TWIST_TRACEBACK", "1")
+    with pytest.raises(ValueError) as told:
+        config.command(main)
+    assert told.value.__cause__ is error
+
+
+def test_an_error_of_ours_is_not_taken_for_a_want_of_memory():
+    def main():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        config.command(main)
 
 
 def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch):

@@ -514,6 +514,17 @@ def test_what_goes_wrong_with_speaking_later_is_a_line_and_training_goes_on(tmp_
     assert len(rows(tmp_path / "run")) == 3 and train.state.latest(tmp_path / "run").name == "step_000002"
 
 
+def test_a_gpu_that_is_too_full_to_speak_still_trains(tmp_path, monkeypatch, capsys):
+    def generate(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train.sample, "generate", generate)
+    train.main(["--init=twist", "--steps=2", "--tokens-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
+                "--threads=1", f"--out={tmp_path}/run"])
+    assert capsys.readouterr().out.count("is not continued: out of memory: ") == 2
+    assert train.state.latest(tmp_path / "run").name == "step_000002"
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["its room is known", "a quota"])
 def test_a_full_disk_costs_no_training_until_the_end(train_arguments, tmp_path, monkeypatch, capsys, known):
     if known:
