@@ -129,6 +129,8 @@ train --data-weights=1,2                        # --data-weights=1,2 for 1 corpo
 train --prompts=                                # --prompts= is empty
 train --init=runs/none                          # --init=runs/none: no such file or folder
 train --out=text.txt                            # text.txt is no folder that can be written to
+train --out=text.txt                            # a folder is needed there
+train --optimizer=split --dtype=float32         # --optimizer=split multiplies in bfloat16
 train --compile=yes                             # expected one of auto, none, blocks
 train --lm=runs/none                            # --lm=runs/none: no such file or folder
 train --threads=99999999                        # --threads=99999999: expected a whole number
