@@ -37,6 +37,11 @@ LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a b
 ABOVE_0, LARGEST = sys.float_info.min, sys.float_info.max  # the least of a range that leaves 0 out; the most of any other
 MOST, MOST_SEED = 2**31 - 1, 2**32 - 1  # whole numbers
 HYPHENS = re.compile("[-\u2010-\u2015]+(?=[a-zA-Z])")  # of -o, or what a text editor makes of two
+MACHINES = {  # what PyTorch, Triton and C++ say of a machine -> what we say
+    "MemoryError|out of memory|allocate memory|bad_alloc|ALLOC_FAILED": "out of memory: less at once takes less (train.py: "
+    "--micro-batch, --recompute; sample.py: --num-samples; others: --budget), and so do weights of --dtype=bfloat16",
+    "InvalidCxxCompiler|Failed to find C compiler": "no C compiler is here, which compiled blocks and Triton's kernels need: "
+    "install gcc or clang, or do without (--compile=none; TWIST_KERNELS=torch before the command)"}
 USUAL = {  # ours -> what other projects call it
     "model": "checkpoint ckpt checkpoint_dir model_path model_name_or_path", "lm": "model model_name_or_path base_model",
     "init": "resume init_from resume_from_checkpoint checkpoint", "out": "o output output_dir output_file save_dir",
@@ -317,16 +322,15 @@ def sentence(error):
 
 
 @contextlib.contextmanager
-def memory_in_words():
-    """Inside, or in a function that it decorates, a want of memory is a ValueError, whose allocator ever says so."""
+def in_words():
+    """Inside, or in a function that it decorates, what a machine lacks (MACHINES) is a ValueError, whoever says so."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = re.search("out of memory|allocate memory|bad_alloc|ALLOC_FAILED", str(error))  # CPUs, CUDA, C++, cuBLAS
-        if said is None and not isinstance(error, MemoryError):
+        words = [words for said, words in MACHINES.items() if re.search(said, repr(error))]
+        if not words:
             raise
-        raise ValueError("out of memory: less at once takes less (train.py: --micro-batch, --recompute; sample.py: --num-samples; "
-                         "others: --budget), and so do weights of --dtype=bfloat16, or a smaller model") from error
+        raise ValueError(words[0]) from error
 
 
 def command(main):
@@ -337,7 +341,7 @@ def command(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal, or UTF-8, has not
     try:
-        with memory_in_words():
+        with in_words():
             main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough, as in `| head`

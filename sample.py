@@ -78,7 +78,7 @@ def fit_window(path, units, runs, options, slm, vocab, vocoder, notes):
     return units, runs, room
 
 
-@config.memory_in_words()
+@config.in_words()
 def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None, autocast=nullcontext, notes=None):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
@@ -139,7 +139,7 @@ def load_voice(options, vocab=None, device="cpu"):
     return encoder.to(config.beside(device)), vocoder.to(config.beside(device))
 
 
-@config.memory_in_words()
+@config.in_words()
 def resynthesize(path, options, encoder, vocoder):
     units, _ = speech_to_units(path, encoder)
     wav = vocoder(units, None, options.speaker, options.style).cpu()

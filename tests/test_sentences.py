@@ -177,6 +177,19 @@ def test_a_want_of_memory_is_one_sentence_whose_allocator_ever_says_so(error, mo
     assert told.value.__cause__ is error
 
 
+@pytest.mark.parametrize("said", [
+    "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+    "Failed to find C compiler. Please specify via CC environment variable."])
+def test_a_machine_without_a_compiler_is_told_what_to_do_without(said, monkeypatch, capsys):
+    def main():
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        config.command(main)
+    assert "no C compiler is here" in (printed := capsys.readouterr().err) and "--compile=none" in printed
+
+
 def test_an_error_of_ours_is_not_taken_for_a_want_of_memory():
     def main():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
