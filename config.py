@@ -16,7 +16,6 @@ Keys may be written with - or _. The file, wherever it stands, is the word that 
 its last value. Commas divide lists, but not the name of a path that exists, and not after a backslash; in the file a list holds
 exactly its items. Patterns that the shell left alone (quoted) give the files that they match.
 """
-import contextlib
 import dataclasses
 import difflib
 import glob
@@ -314,23 +313,13 @@ def progress(rows=None, shown=True, **options):
 
 
 def sentence(error):
-    """An error as text; of the system's own, such as [Errno 17], the file and what is wrong with it."""
+    """An error as text; of the system's own, such as [Errno 17], the file and what is wrong with it; "" for a fault of ours."""
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return next((words for said, words in MACHINES.items() if re.search(said, repr(error))), "")
     if not isinstance(error, OSError) or not error.filename:
         return str(error)
     remedy = "; a folder is needed there" if isinstance(error, (FileExistsError, NotADirectoryError)) else ""
     return f"{error.filename2 or error.filename}: {error.strerror.lower()}{remedy}"
-
-
-@contextlib.contextmanager
-def in_words():
-    """Inside, or in a function that it decorates, what a machine lacks (MACHINES) is a ValueError, whoever says so."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        words = [words for said, words in MACHINES.items() if re.search(said, repr(error))]
-        if not words:
-            raise
-        raise ValueError(words[0]) from error
 
 
 def command(main):
@@ -341,14 +330,13 @@ def command(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal, or UTF-8, has not
     try:
-        with in_words():
-            main()
+        main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
-        if os.environ.get("TWIST_TRACEBACK") == "1":
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("TWIST_TRACEBACK") == "1" or isinstance(error, RuntimeError) and not sentence(error):
             raise
         program = Path(sys.argv[0])
         name = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name

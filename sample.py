@@ -78,7 +78,6 @@ def fit_window(path, units, runs, options, slm, vocab, vocoder, notes):
     return units, runs, room
 
 
-@config.in_words()
 def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None, autocast=nullcontext, notes=None):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
@@ -139,7 +138,6 @@ def load_voice(options, vocab=None, device="cpu"):
     return encoder.to(config.beside(device)), vocoder.to(config.beside(device))
 
 
-@config.in_words()
 def resynthesize(path, options, encoder, vocoder):
     units, _ = speech_to_units(path, encoder)
     wav = vocoder(units, None, options.speaker, options.style).cpu()
@@ -172,7 +170,7 @@ def main(argv=None):
             try:
                 written, count = (resynthesize(path, options, encoder, vocoder) if options.resynth else
                                   continue_prompt(path, options, encoder, vocoder, slm, vocab, notes=notes))
-            except (ValueError, OSError) as error:  # the other prompts still get their continuations
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:  # the other prompts still get their continuations
                 print(f"sample.py: error: {config.sentence(error)}", file=sys.stderr)
                 failed += 1
                 continue

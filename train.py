@@ -187,7 +187,7 @@ def speak(voice, learner, step, options, vocab, say):
         try:
             sample.continue_prompt(prompt, spoken, None, voice[0], learner.model, vocab, learner.dist.is_main, heard,
                                    learner.autocast)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
             say(f"step {step}: {prompt} is not continued: {config.sentence(error)}")
     learner.model.train()
 

@@ -5,7 +5,6 @@
 """
 import os
 import re
-import resource
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ HEADROOM = 1.1  # of float32 weights, for the cache and what else comes and goes
 
 
 def processor_bfloat16(cpuinfo, limit=""):
-    """The flag by which a processor says that it multiplies bfloat16, "" without. limit: what oneDNN is kept to, see hardware_bfloat16."""
+    """The flag by which a processor says that it multiplies bfloat16, "" without. limit: what oneDNN is kept to."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     flags = found.group(1).split() if found and limit.upper() not in LIMITS else ()
     return next((flag for flag in FLAGS if flag in flags), "")
@@ -33,7 +32,7 @@ def hardware_bfloat16(device):
         return f"compute capability {major}.{minor}" if major >= 8 else ""
     if kind != "cpu" or not cpuinfo.is_file():
         return ""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")  # oneDNN still reads its older name
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")  # its older name, which counts
     return processor_bfloat16(cpuinfo.read_text(errors="replace"), limit)
 
 
@@ -41,7 +40,8 @@ def free_memory(device, processes=1):
     """Bytes that are left there, half of all where the system does not say; processes: that share it, if it is not a GPU's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo, groups = (path.read_text() if path.is_file() else "" for path in map(Path, ("/proc/meminfo", "/proc/self/cgroup")))
+    told = Path("/proc/meminfo"), Path("/proc/self/cgroup")
+    meminfo, groups = (path.read_text(errors="replace") if path.is_file() else "" for path in told)
     said = re.search(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)
     free = 1024 * int(said.group(1)) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return min(min(free, group_memory(Path("/sys/fs/cgroup"), groups)) // processes, address_space(Path("/proc/self/statm")))
@@ -66,10 +66,12 @@ def group_memory(folder, groups):
 
 def address_space(statm):
     """Bytes that `ulimit -v`, as some batch systems set it, leaves this process; inf without. statm: what it has, in pages."""
-    most = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if most == resource.RLIM_INFINITY or not statm.is_file():
+    if not statm.is_file():
         return float("inf")
-    return max(0, most - int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+    import resource  # Windows has none
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    used = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return float("inf") if most == resource.RLIM_INFINITY else max(0, most - used)
 
 
 def training_dtype(name, hardware):

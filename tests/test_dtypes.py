@@ -1,6 +1,7 @@
 """Which numbers a model computes with, on processors and GPUs that are not here; what half of them costs and saves."""
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 import types
@@ -125,13 +126,13 @@ def test_a_process_has_the_memory_that_the_limits_of_its_groups_leave(groups, wr
 
 def test_a_process_has_the_address_space_that_ulimit_leaves(tmp_path, monkeypatch):
     (tmp_path / "statm").write_text("1000 200 30 4 0 5 0\n")
-    monkeypatch.setattr(dtypes.resource, "getrlimit", lambda kind: (2**30, 2**30))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2**30, 2**30))
     page = dtypes.os.sysconf("SC_PAGE_SIZE")
     assert dtypes.address_space(tmp_path / "statm") == 2**30 - 1000 * page
     assert dtypes.address_space(tmp_path / "none") == float("inf")
     monkeypatch.setattr(dtypes, "group_memory", lambda *_: float("inf"))
     assert dtypes.free_memory("cpu") <= 2**30
-    monkeypatch.setattr(dtypes.resource, "getrlimit", lambda kind: (dtypes.resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
     assert dtypes.address_space(tmp_path / "statm") == float("inf")
 
 

@@ -129,7 +129,6 @@ train --data-weights=1,2                        # --data-weights=1,2 for 1 corpo
 train --prompts=                                # --prompts= is empty
 train --init=runs/none                          # --init=runs/none: no such file or folder
 train --out=text.txt                            # text.txt is no folder that can be written to
-train --out=text.txt                            # a folder is needed there
 train --optimizer=split --dtype=float32         # --optimizer=split multiplies in bfloat16
 train --compile=yes                             # expected one of auto, none, blocks
 train --lm=runs/none                            # --lm=runs/none: no such file or folder
@@ -172,9 +171,8 @@ def test_a_want_of_memory_is_one_sentence_whose_allocator_ever_says_so(error, mo
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and printed.startswith("train.py: error: out of memory: ") and printed.count("\n") == 1
     monkeypatch.setenv("TWIST_TRACEBACK", "1")
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(type(error)):
         config.command(main)
-    assert told.value.__cause__ is error
 
 
 @pytest.mark.parametrize("said", [

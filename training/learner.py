@@ -30,8 +30,7 @@ class Learner:
         self.config, self.options, self.dist = model_config, options, dist
         on_gpu = dist.device.type == "cuda"
         if options.optimizer == "split" and options.dtype == "float32":
-            raise ValueError("--optimizer=split multiplies in bfloat16, which its weights are, not in --dtype=float32; leave that "
-                             "out, or take --optimizer=adamw")
+            raise ValueError("--optimizer=split multiplies in bfloat16, as its weights are, not in float32; leave --dtype out")
         asked = "bfloat16" if options.dtype == "auto" and options.optimizer == "split" else options.dtype  # as its weights are
         hardware = hardware_bfloat16(dist.device)
         name, self.why = training_dtype(asked, "" if dist.any(not hardware) else hardware)  # on all, or on none
