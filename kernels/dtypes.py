@@ -40,11 +40,18 @@ def free_memory(device, processes=1):
     """Bytes that are left there, half of all where the system does not say; processes: that share it, if it is not a GPU's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    told = Path("/proc/meminfo"), Path("/proc/self/cgroup")
-    meminfo, groups = (path.read_text(errors="replace") if path.is_file() else "" for path in told)
-    said = re.search(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)
-    free = 1024 * int(said.group(1)) if said else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    meminfo, groups = (said(Path(name)) for name in ("/proc/meminfo", "/proc/self/cgroup"))
+    available = re.search(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)
+    free = 1024 * int(available.group(1)) if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return min(min(free, group_memory(Path("/sys/fs/cgroup"), groups)) // processes, address_space(Path("/proc/self/statm")))
+
+
+def said(path):
+    """What a file of the system holds; "" where there is none, or none that may be read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def group_memory(folder, groups):
@@ -53,14 +60,17 @@ def group_memory(folder, groups):
     folder: where groups of processes are seen; groups: this process's, as /proc/self/cgroup lists them. A limit holds for all
     groups below its own; in a container the list may give names from outside, and its own group is the topmost that is seen.
     """
-    own = {kinds: path.strip("/") for kinds, path in re.findall(r"^\d+:([^:]*):(.*)$", groups, re.MULTILINE)}
+    listed = re.findall(r"^\d+:([^:]*):(.*)$", groups, re.MULTILINE)
+    own = {kind: path.strip("/") for kinds, path in listed for kind in kinds.split(",")}
     left = [float("inf")]
     for top, kind, limit, used in ((folder, "", "memory.max", "memory.current"),  # of version 2, then 1
+                                   (folder, "", "memory.high", "memory.current"),  # beyond it a process is slowed to a halt
                                    (folder / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
         for group in ((lowest := top / own.get(kind, "")), *lowest.parents):
-            if (group / limit).is_file() and (most := (group / limit).read_text().strip()).isdigit():
-                files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-                left.append(max(0, int(most) - int((group / used).read_text()) + int(files.group(1) if files else 0)))
+            most, taken, files = (said(group / name) for name in (limit, used, "memory.stat"))
+            if most.isdigit():  # a sandbox may show a limit without the rest
+                files = re.search(r"^inactive_file (\d+)", files, re.MULTILINE)
+                left.append(max(0, int(most) - int(taken or 0) + int(files.group(1) if files else 0)))
     return min(left)
 
 

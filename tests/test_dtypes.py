@@ -109,6 +109,10 @@ STAT = "anon 1\ninactive_file 500\n"
     ("0::/", {"memory.max": "2000\n", "memory.current": "3000\n", "memory.stat": ""}, 0),
     ("4:memory:/outside/the/container", {"memory/memory.limit_in_bytes": "9000\n", "memory/memory.usage_in_bytes": "1000\n",
                                          "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 700\n"}, 8005),
+    # a sandbox that shows a limit, and not all of what is used; controllers that share a tree
+    ("0::/", {"memory.max": "8000\n", "memory.current": "3000\n"}, 5000), ("0::/", {"memory.max": "8000\n"}, 8000),
+    ("4:cpuset,memory:/job", {"memory/job/memory.limit_in_bytes": "9000", "memory/job/memory.usage_in_bytes": "1000"}, 8000),
+    ("0::/", {"memory.max": "max\n", "memory.high": "8000\n", "memory.current": "3000\n", "memory.stat": ""}, 5000),
     # a job of a batch system: the limit is on the job, above the step whose process this is
     ("0::/slurm/job_7/step_0", {"slurm/job_7/step_0/memory.max": "max", "slurm/job_7/memory.max": "8000",
                                 "slurm/job_7/memory.current": "1000", "slurm/job_7/memory.stat": ""}, 7000),
