@@ -54,13 +54,14 @@ USUAL = {  # ours -> what other projects call it
     "max_new_units": "max_length length max_tokens max_new_tokens"}
 
 
-def load(cls, argv=None, positional=None, base=None):
+def load(cls, argv=None, positional=None, base=None, quiet=False):
     """Parse the command line into an instance of the frozen dataclass `cls`.
 
     Args:
         argv: list of arguments, default sys.argv[1:].
         positional: name of the tuple[str, ...] field that takes the arguments without `--`; None allows none.
         base: {field: value} that the command line overrides, and that overrides the options file.
+        quiet: nothing is said of what has no effect.
     Raises: ValueError for an unknown key, an ill-typed value, one out of range or a stray argument. `--help` prints and exits 0.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -72,7 +73,7 @@ def load(cls, argv=None, positional=None, base=None):
         word = argv.pop(0)
         if word.startswith("--"):
             name, value = read_option(cls, word, argv)
-            if type(value) is tuple and given.get(name, value) != value:
+            if not quiet and type(value) is tuple and given.get(name, value) != value:
                 print(f"--{name.replace('_', '-')} is given more than once: only {','.join(value)} counts; divide by commas",
                       file=sys.stderr)
             given[name] = value
@@ -90,7 +91,7 @@ def load(cls, argv=None, positional=None, base=None):
         given[positional] = given.get(positional, ()) + matching(words)
     options = cls(**(file or {}) | (base or {}) | given)
     check(options)
-    if os.environ.get("RANK", "0") == "0":  # torchrun's first process
+    if not quiet and os.environ.get("RANK", "0") == "0":  # torchrun's first process
         say_idle(options, [*given, *(name for name, value in (file or {}).items() if value != getattr(cls, name))])
     return options
 

@@ -125,8 +125,7 @@ def load_options(argv):
     --init=resume takes the options of the interrupted run, and what is given beside it; a job that was restarted and
     --auto-resume repeat the whole command, so its options hold.
     """
-    with contextlib.redirect_stderr(None):  # what has no effect depends on what is resumed, and is said below
-        options = config.load(TrainConfig, argv)
+    options = config.load(TrainConfig, argv, quiet=True)  # what has no effect depends on what is resumed, and is said below
     out, saved = Path(options.out), Path(options.out) / "config.toml"
     if options.init == "resume":
         if not saved.is_file():

@@ -554,6 +554,18 @@ def test_a_job_killed_before_its_first_state_starts_over_when_it_is_restarted(tr
     assert len(rows(tmp_path / "run")) == 13
 
 
+def test_what_has_no_effect_is_said_once(tmp_path, capsys):
+    argv = ["--vocoder=x", "--data=a", "--data=b", f"--out={tmp_path}/run"]
+    train.load_options(argv)
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("--vocoder has no effect") == said.err.count("--data is given more than once") == 1
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text("sample_interval = 2\n")
+    train.load_options([*argv, "--init=resume"])  # there it has one
+    said = capsys.readouterr()
+    assert not said.out and "no effect" not in said.err
+
+
 def test_overwriting_what_is_resumed_is_said(monkeypatch, capsys):
     monkeypatch.setattr(state, "read", lambda out: "found")
     options = train.TrainConfig(out="runs/x", overwrite=True, dry_run=True)
