@@ -164,7 +164,8 @@ def test_our_kernels_train_as_pytorchs_do(tmp_path, tiny_world, monkeypatch):
         monkeypatch.setenv("TWIST_KERNELS", backend)
         train.main(["--init=twist", f"--lm={tmp_path}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val",
                     f"--out={tmp_path}/{backend}", "--steps=25", "--tokens-per-step=64", "--block-size=32", "--warmup=2",
-                    "--packing=documents", "--eval-interval=25", "--eval-rows=2", "--peak-lr=1e-2", "--threads=1"])
+                    "--packing=documents", "--eval-interval=25", "--eval-rows=2", "--peak-lr=1e-2", "--threads=1",
+                    "--dtype=float32"])  # the interpreter computes bfloat16 wrongly
         curves[backend] = [float(row["loss"]) for row in rows(tmp_path / backend)[1:]]
     assert curves["torch"][-1] < curves["torch"][0] - 0.5
     assert curves["triton"] == pytest.approx(curves["torch"], abs=2e-4)
@@ -192,7 +193,8 @@ def test_the_learning_rate_warms_up_to_its_peak_and_then_never_rises(schedule):
 def test_a_mistake_is_one_sentence_exit_code_2_and_no_run_folder(arguments, words, train_arguments, tmp_path):
     result = launch([*train_arguments, *arguments])
     assert result.returncode == 2 and words in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    *notes, error = result.stderr.strip().splitlines()
+    assert error.startswith("train.py: error: ") and not any("rror" in note for note in notes)
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/log.csv").exists()
 
 
