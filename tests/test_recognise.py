@@ -243,7 +243,8 @@ def test_copies_of_a_model_in_one_file_are_said(kind, tmp_path):
     for online in ("", "online_model."):
         with pytest.raises(ValueError, match=r"under \['.*ema\.'.*copies of a model; save the one"):
             OPTIONS[kind](changed(kind, tmp_path, lambda tensors: {
-                **{online + name: x for name, x in tensors.items()}, **{"z_ema." + name: x.clone() for name, x in tensors.items()}}))
+                **{online + name: x for name, x in tensors.items()},
+                **{"z_ema." + name: x.clone() for name, x in tensors.items()}}))
 
 
 @pytest.mark.parametrize("added", ["qweight", "weight.absmax", "SCB", "scales", "weight_scale_inv", "weight_packed"])
