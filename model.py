@@ -66,7 +66,7 @@ class TransformerConfig:
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction = {self.rope_fraction} is not supported, expected more than 0 and at most 1")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly")
+            raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads evenly; check config.json")
 
     def initial(self, name, tensor, generator):
         """Fills and returns a tensor of a fresh model: matrices and tables ~ N(0, init_std), biases 0, norms 1."""

@@ -262,8 +262,9 @@ def read_vocab(settings, where):
         return token if type(token) is int and 0 <= token < limit else None
 
     if "wrapper" in settings:
-        if rows > LARGEST_UNIT_VOCAB:
-            raise ValueError(f"{where} has {rows} rows, a vocabulary of text and units together; only models of units alone open")
+        if not 2 < rows <= LARGEST_UNIT_VOCAB:
+            raise ValueError(f"{where} has {rows} rows: " + ("no unit is among them" if rows < 3 else "a vocabulary of text and "
+                             "units together; only models of units alone open"))
         return UnitVocab(rows - 2, 2, bos=1, eos=1, pad=0, recipe={"pad": SLAMKIT_PAD})
     if "offset" not in settings:
         raise ValueError(f"{where} is no speech LM: its config.json has no `offset`; "

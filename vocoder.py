@@ -251,7 +251,7 @@ def parse_config(table):
     recognise.check_values(table, KINDS, "vocoder config")
     missing = [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if table.get(key) is None]
     if missing:
-        raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}{recognise.meant(table)}")
+        raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}{recognise.meant(table, 'vocoder')}")
     known = {field.name: freeze(table[field.name]) for field in fields(VocoderConfig) if table.get(field.name) is not None}
     known.setdefault("code_hop_size", math.prod(known["upsample_rates"]))
     known["resblock"] = str(known.get("resblock", "1"))  # some files hold the number 1
@@ -292,7 +292,7 @@ def load_vocoder(folder_or_file_or_name="pocket"):
     fill(vocoder.to_empty(device="cpu"), fold_weight_norm(files.read_generator(path)).items(), path)
     vocoder.recipe = table.get("tokenizer")
     vocoder.speakers, vocoder.styles = (  # names of voices, one a line
-        [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        [line.strip() for line in file.read_text("utf-8", "surrogateescape").splitlines()] if file.is_file() else []
         for file in (beside(path, "speakers.txt"), beside(path, "styles.txt")))
     return vocoder.eval().requires_grad_(False)
 

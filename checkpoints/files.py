@@ -39,9 +39,10 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network disks 
 MOST_NAME = 255  # bytes of a file's name, on all common disks
 OURS = ("runs", "units", "build", "results", "pocket")  # folders that this project writes to
 SHARD_BYTES = 5 * 1024**3  # above this a model is written as several files with an index
+CENTRES = ("cluster_centers_", "cluster_centers", "centers", "centroids", "kmeans")  # or their estimator
 # what torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP put into the names of tensors
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|^module)\.")
-NESTED = ("generator", "state_dict", "model", "module")  # where trainers keep the tensors in a dictionary of other things
+NESTED = ("generator", "state_dict", "model_state_dict", "model", "module", "net", "params")  # where trainers keep the tensors
 
 
 @functools.cache
@@ -81,7 +82,8 @@ def looks_local(name):
 def find_model(name, kind):
     """As find, for a model: the folder that holds config.json, which may stand in the one that was named, or around the file."""
     path = find(str(name), kind)
-    inside = path.name in ("config.json", *download.WEIGHTS) and (path.parent / "config.json").is_file()
+    shard = re.fullmatch(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)", path.name)
+    inside = (shard or path.name in ("config.json", *download.WEIGHTS)) and (path.parent / "config.json").is_file()
     if (folder := path.parent if inside else model_folder(path)) != path:
         note(f"--{kind}={name}: the model is in {folder}")
     if not (folder / "config.json").exists():
@@ -294,7 +296,7 @@ def read_pickle(path):
     if isinstance(tensors, dict):
         tensors = next((tensors[key] for key in NESTED if isinstance(tensors.get(key), dict)), tensors)
     if not isinstance(tensors, dict) or not tensors:
-        raise ValueError(f"{path} holds a {type(tensors).__name__} of no tensors, expected a dictionary of tensors")
+        raise ValueError(f"{path} holds no dictionary of tensors; save the state_dict() of the model")
     foreign = [name for name, value in tensors.items() if isinstance(value, pickles.Inert) or not isinstance(name, str)]
     if foreign:
         raise ValueError(f"{path} holds things that are no tensors ({str(foreign[0]):.60}); convert it to safetensors")
@@ -353,8 +355,7 @@ def read_fairseq(path):
 def read_kmeans(path):
     """A k-means file -> centres (K, C) float32, and what the file says of them, as text by name: layer, frame_rate, model.
 
-    Either our safetensors (`centers`, the rest in its header), or a pickle or joblib dump of a scikit-learn KMeans or
-    MiniBatchKMeans, of a dictionary with the centres, or of the array alone, also as .npy, which say nothing.
+    Our safetensors (`centers`, the rest in its header); a pickle of an estimator, a dictionary or the array; .npy.
     """
     path = Path(path)
     refuse_stranger(path)
@@ -365,15 +366,15 @@ def read_kmeans(path):
             return sound(file.get_tensor("centers"), "centers", path).float(), file.metadata() or {}
     with open(path, "rb") as file:
         array = file.read(6) == b"\x93NUMPY"
-    value = read_npy(path) if array else pickles.load(path)
-    state = value.state if isinstance(value, pickles.Inert) else value
-    if isinstance(state, dict):
-        state = next((state[key] for key in ("cluster_centers_", "cluster_centers", "centers") if key in state), None)
+    state = read_npy(path) if array else pickles.load(path)
+    for _ in range(3):  # an estimator's attributes, perhaps in a dictionary of other things
+        state = state.state if isinstance(state, pickles.Inert) else state
+        if isinstance(state, dict):
+            state = next((state[key] for key in CENTRES if key in state), *state.values() if len(state) == 1 else [None])
     if isinstance(state, np.ndarray) and state.dtype.kind in "fiu":
         state = torch.from_numpy(state.astype(np.float32))  # of either byte order
-    if not isinstance(state, torch.Tensor) or state.ndim != 2 or not len(state):
-        raise ValueError(f"{path} holds no table of centres (K, C); give the joblib dump of a KMeans, or a safetensors file "
-                         "with the tensor `centers`")
+    if not isinstance(state, torch.Tensor) or state.ndim != 2 or not state.numel():
+        raise ValueError(f"{path} holds no table of centres (K, C); give one KMeans's joblib dump, or safetensors with `centers`")
     return sound(state, "the table of centres", path).float(), {}
 
 

@@ -403,7 +403,7 @@ def load(path):
             return read(file)
         except DAMAGED as error:
             reason = str(error).partition("\n")[0][:300]
-            said = isinstance(error, (ValueError, EOFError)) and reason
+            said = isinstance(error, (ValueError, EOFError)) and re.match(r"(its?|an?|the|bytes|storage) ", reason)  # ours
             reason = reason if said else f"it is damaged, or no pickle: {type(error).__name__}"
     raise ValueError(f"{path} cannot be opened as plain data ({reason}); download it again, or convert it to safetensors where "
                      "you trust it")

@@ -14,10 +14,11 @@ import torch
 
 from checkpoints import families, files
 from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_FIXED, HUBERT_ROWS, POS_CONV
-from checkpoints.recognise import check_values, meant, sound
+from checkpoints.recognise import UNQUANTISED, WANTED, check_values, meant, sound
 
 SIZES = tuple("vocab_size block_size n_layer n_head n_kv_head n_embd head_dim n_inner pos_kernel pos_groups".split())
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
+QUANTISED = re.compile(r".*[._](qweight|qzeros|g_idx|absmax|SCB|scales|weight_scale(_inv)?|weight_packed|quant_state\..*)")
 UNIT_LM = "speech_language_model"  # model_type of slamkit's wrapper around a text LM's network
 
 
@@ -28,7 +29,8 @@ def read_settings(folder):
     """
     settings = files.read_json(Path(folder) / "config.json")
     check_values(settings, {"model_type": str, "vocab_size": int, "base_config": dict}, folder)
-    demand(settings, {"quantization_config": None, "quantization": None}, f"{folder} holds quantised weights")
+    if any(settings.get(key) for key in ("quantization_config", "quantization", "compression_config")):
+        raise ValueError(f"{folder} holds quantised weights, as its config.json says; {UNQUANTISED}")
     if settings.get("model_type") != UNIT_LM:
         return settings
     base = settings.get("base_config")
@@ -116,7 +118,10 @@ def unwrapped(names, known, where):
 
     slamkit's `lm.` and the `hubert.` of models with a head are read by those who call this.
     """
-    before = next((name.removesuffix(known) for name in names if name.endswith(f".{known}")), "")
+    copies = [name.removesuffix(known) for name in names if name == known or name.endswith(f".{known}")]
+    if len(copies) > 1:
+        raise ValueError(f"{where} holds {known} under {copies}, so copies of a model; save the one that is meant alone")
+    before = "".join(copies)
     if before in ("", "lm.", "hubert.") or not all(name.startswith(before) for name in names):
         return {name: name for name in names}
     files.note(f"{where}: {before}{known} is taken as {known}, and every other name likewise")
@@ -144,8 +149,8 @@ def translate(source, family, architecture, where):
         try:
             return row.layout.read(parts, architecture)
         except RuntimeError:
-            raise ValueError(f"{where}: {stored[0]} of shape {tuple(parts[0].shape)} does not fit config.json; "
-                             "they belong to different models") from None
+            shapes = " and ".join(f"{name} {tuple(part.shape)}" for name, part in zip(stored, parts))
+            raise ValueError(f"{where}: {shapes} do not fit config.json; they belong to different models") from None
 
     return files.Lazy(fit(family.rows, architecture, names, where), read)
 
@@ -172,6 +177,8 @@ def fit(rows, architecture, stored, where):
         names = [template.format(layer) for template in row.theirs]
         missing += [name for name in names if name not in left]
         fitted[row.ours.format(layer)] = row, [left.pop(name) for name in names if name in left]
+    if quantised := next(filter(QUANTISED.fullmatch, left), None):
+        raise ValueError(f"{where} holds quantised weights ({quantised}); {UNQUANTISED}")
     if missing or left:
         left = sorted(place if isinstance(place, str) else name for name, place in left.items())  # as the file calls them
         missing, left = (f"{names[:3] or 'none'}{' ...' if len(names) > 3 else ''}" for names in (missing, left))
@@ -196,6 +203,9 @@ def read_hubert(path):
     check_sizes(architecture, {ours: key for key, ours in HUBERT_CONFIG.items()}, path)
     if any(architecture["n_embd"] % architecture[part] for part in ("n_head", "pos_groups")):
         raise ValueError(f"{path}: its width cannot be divided by its number of heads or of groups in the positional convolution")
+    convs = [architecture[f"conv_{part}"] for part in ("dim", "kernel", "stride")]
+    if len(set(map(len, convs))) > 1 or not all(map(all, convs)):
+        raise ValueError(f"{path}: conv_dim, conv_kernel and conv_stride are {convs}, expected as many of each, from 1 up")
     tensors = fold_weight_norm({name: sound(tensor, name, path) for name, tensor in tensors.items()})
     if "masked_spec_embed" not in tensors:  # encoding never masks, and stripped files lack it
         tensors["masked_spec_embed"] = torch.zeros(architecture["n_embd"])
@@ -237,6 +247,10 @@ def fairseq_hubert(path):
         if not re.fullmatch(families.HUBERT_DROPPED, name):
             new = next((re.sub(f"^{old}", new, name) for old, new in table if re.match(old, name)), name)
             left[new] = tensor
+    kind = str(settings.get("_name") or settings.get("arch"))
+    if re.match(r"(wav2vec|wavlm|data2vec|unispeech)|\w+_(ctc|seq2seq)$", kind):
+        raise ValueError(f"{path} is fairseq's {kind}, expected a HuBERT as it was pretrained; give its .pt file, or a {WANTED}")
+    check_values(settings, {"normalize": bool, "encoder_attention_heads": int}, path)
     demand(settings, families.FAIRSEQ_FIXED, f"{path} is no HuBERT base")
     try:
         convs = [left[f"feature_extractor.conv_layers.{i}.conv.weight"]
@@ -251,8 +265,9 @@ def fairseq_hubert(path):
             pos_groups=width // pos.shape[1], pos_batch_norm=table is not FAIRSEQ_NAMES, norm_eps=1e-5,
             normalize=bool(settings.get("normalize") or False))
     except (KeyError, IndexError, StopIteration, ValueError) as error:
-        raise ValueError(f"{path} is no HuBERT: a tensor is missing or of another shape ({error}); give a fairseq HuBERT "
-                         "checkpoint or a Hugging Face folder") from None
+        named = f" ({error})" * isinstance(error, KeyError)
+        raise ValueError(f"{path} is no HuBERT: a tensor is missing or of another shape{named}; give a fairseq HuBERT checkpoint "
+                         "or a Hugging Face folder") from None
     if not architecture["n_head"]:
         architecture["n_head"] = heads = families.HEADS_OF_WIDTH.get(width)
         if not heads:

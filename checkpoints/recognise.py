@@ -11,9 +11,11 @@ import torch
 
 WANTED = "Hugging Face folder: config.json with model.safetensors or pytorch_model.bin"
 HEAD = 512  # bytes of a file that are looked at
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of a model's tensors
+UNQUANTISED = "give the model in float32, float16 or bfloat16"
 VALUES = {  # kind of a value in JSON -> (how it is called, whether a value is one)
     int: ("a whole number from 0 to 2**31", lambda value: type(value) is int and 0 <= value < 2**31),
-    float: ("a number", lambda value: type(value) in (int, float) and -1e300 < value < 1e300),  # NaN and Infinity parse, too
+    float: ("a number from 0 up", lambda value: type(value) in (int, float) and 0 <= value < 1e300),  # NaN and Infinity parse
     list: ("a list of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[int][1], value))),
     tuple: ("a list of lists of whole numbers", lambda value: type(value) in (list, tuple) and all(map(VALUES[list][1], value))),
     **{kind: (called, lambda value, kind=kind: type(value) is kind)
@@ -64,7 +66,7 @@ def meant(settings, given=None):
         option = "tokenizer"
     elif "offset" in settings or kind == "speech_language_model":
         option = "model"
-    elif "vocab_size" in settings and "conv_dim" not in settings:
+    elif re.search("ForCausalLM|LMHeadModel", str(settings.get("architectures"))):
         option = "lm"
     return f"; this is the config.json of what is given as --{option}" if option not in (None, given) else ""
 
@@ -79,8 +81,9 @@ def check_values(settings, kinds, where):
 
 def sound(tensor, name, where):
     """The tensor as it is, if it can be a weight. Raises ValueError for quantised ones, and for values that are no numbers."""
-    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
-        raise ValueError(f"{where}: {name} is quantised ({tensor.dtype}); give the model in float32, float16 or bfloat16")
+    kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+    if kind not in WEIGHTS and not name.endswith("num_batches_tracked"):
+        raise ValueError(f"{where}: {name} is quantised, or no weight ({kind}); {UNQUANTISED}")
     # a sum takes a tenth of the time of isfinite; it may overflow where all values are finite
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
         bad = tensor.numel() - int(tensor.isfinite().sum())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import config
 from checkpoints.files import locked, replacing
+from checkpoints.recognise import recognise
 from corpus import foreign, inspector
 from corpus.shards import UnitShards, read_meta, refuse_other_recipe, write_shards
 from speech.encoder import CHUNKINGS
@@ -56,9 +57,6 @@ def imported_recipe(options):
 
 def import_units(options):
     """The files in options.paths -> shards in options.out, after what it holds; returns the meta, and how many are new."""
-    for path in options.paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file at {path}; check the path")
     recipe = imported_recipe(options)
 
     def documents():
@@ -68,6 +66,8 @@ def import_units(options):
 
     # The recipe tells the truth about the units, whatever the file's format suggests; all lines are checked before any is written
     seen = [(bool((units[1:] == units[:-1]).any()), bool((runs == 1).all())) for _, units, runs, _ in documents()]
+    if not seen:
+        raise ValueError(f"{options.paths[0]} holds no units; copy it again")
     with locked(options.out, "units"):
         before = not options.overwrite and read_meta(options.out) or {"recipe": {}, "files": 0, "units": 0}
         frames = not before["recipe"].get("dedup", True) and not options.dedup and all(ones for _, ones in seen)
@@ -93,6 +93,9 @@ def not_in(folder, documents):
 
 def main(argv=None):
     options = config.load(CorpusConfig, argv, positional="paths")
+    for path in options.paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no file at {path}; check the path")
     suffixes = sorted(Path(path).suffix for path in options.paths if not Path(path).is_dir())
     if suffixes in ([".jsonl"], [".km", ".tsv"]) and len(options.paths) == len(suffixes):
         if not options.out or options.jsonl:
@@ -103,7 +106,8 @@ def main(argv=None):
     elif len(options.paths) != 1:
         raise ValueError("give one shard folder to look into, or one .jsonl file or a .tsv and its .km to import (--help)")
     elif options.out:
-        raise ValueError(f"--out is for an import of .jsonl, or .tsv and .km; {options.paths[0]} is neither")
+        raise ValueError(f"--out is for an import of .jsonl, or .tsv and .km; {options.paths[0]} "
+                         + (recognise(options.paths[0]) or "is neither"))
     elif options.jsonl == "-":
         foreign.write_jsonl(UnitShards(options.paths[0]), sys.stdout)
     elif options.jsonl:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoints.recognise import recognise
 from speech.audio import SAMPLE_RATE
 from speech.encoder import deduplicate
 
@@ -33,7 +34,7 @@ def read(paths, num_units, frame_rate):
 
 def open_text(path):
     """Paths in these files need not be UTF-8; surrogate escapes carry any byte through."""
-    return open(path, encoding="utf-8", errors="surrogateescape", newline="\n")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
 def checked(units, num_units, where):
@@ -61,6 +62,8 @@ def read_jsonl(path, num_units):
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict) or "units" not in row:
+                if number == 1 and '"units"' not in line and (said := recognise(path)):
+                    raise ValueError(f"{path} {said}")
                 raise ValueError(f'{where}: expected {{"units": [...], "duration": [...], "file_name": "..."}}')
             units, name, runs = checked(row["units"], num_units, where), row.get("file_name"), row.get("duration")
             if name is not None and not isinstance(name, str):

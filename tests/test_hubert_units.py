@@ -641,7 +641,7 @@ def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
 
 
 @pytest.mark.parametrize("write, words", [
-    (lambda path: path.write_text("0.5,1.5\n2.5,3.5\n"), "table of text: k-means centres are taken as safetensors"),
+    (lambda path: path.write_text("0.5,1.5\n2.5,3.5\n"), "table of text.*k-means centres are taken as safetensors"),
     (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (99, 9), }"), "no array of numbers"),
     (lambda path: np.save(path.open("wb"), np.array([{}, None], dtype=object)), "no array of numbers"),
     (lambda path: np.save(path.open("wb"), np.ones(3)), "no table of centres"),

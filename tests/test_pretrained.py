@@ -259,9 +259,9 @@ def test_a_value_of_any_kind_in_any_place_is_understood_or_named_by_its_key(case
 
 def test_quantised_and_nested_models_are_named(tmp_path):
     _, settings = save("llama", tmp_path)
-    for key in ("quantization_config", "quantization"):  # transformers', MLX's
+    for key in ("quantization_config", "quantization", "compression_config"):  # transformers', MLX's, compressed-tensors'
         rewrite(tmp_path, settings={**settings, key: {"quant_method": "gptq", "bits": 4}})
-        with pytest.raises(ValueError, match=f"holds quantised weights: {key} = .* not supported, expected None"):
+        with pytest.raises(ValueError, match="holds quantised weights, as its config.json says; give"):
             load_text_lm(tmp_path)
     rewrite(tmp_path, settings={"model_type": "llava", "text_config": settings})
     with pytest.raises(ValueError, match="'llava' is not supported.* give the text model alone"):
@@ -389,7 +389,9 @@ def test_old_opt_configs_without_the_newer_keys_are_understood(tmp_path):
     ("gpt2", {"n_layer": 0}, "n_layer is 0, expected a whole number from 1 to 1000"),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     ("opt", {"vocab_size": 10**12}, "vocab_size is 1000000000000"),
-    ("neox", {"rope_parameters": rope(1e4, partial_rotary_factor=-1)}, "rope_fraction"),
+    ("neox", {"rope_parameters": rope(1e4, partial_rotary_factor=-1)}, "partial_rotary_factor is -1"),
+    ("neox", {"rope_parameters": rope(1e4, partial_rotary_factor=2.0)}, "rope_fraction"),
+    ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, expected a number from 0 up"),
     ("llama", {"num_attention_heads": None, "head_dim": None}, "lacks 'num_attention_heads'"),
     ("llama", {"num_key_value_heads": 3}, "3 key heads"),
     ("opt", {"activation_function": "silu"}, "'silu' is not supported, expected one of relu, gelu"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import corpus.__main__ as corpus
 import eval as evaluation
 import hubert_units
 import sample
@@ -53,6 +54,13 @@ FOLDERS = {  # what it is -> (how it is made, what the sentence must say); names
     "several": (several, "several models.*checkpoint-5, .*checkpoint-9"),
     "features": (["features.jsonl"], r"python -m corpus .*features.jsonl --out"),
     "other": (["a.txt", "b.py"], "holds a.txt, b.py"),
+    "trainer": (["optimizer.bin", "rng_state.pth", "trainer_state.json"], "trainer's state without weights"),
+    "megatron": (["latest_checkpointed_iteration.txt", "iter_0000500/mp_rank_00/model_optim_rng.pt"], "Megatron"),
+    "distributed": (["step-100/__0_0.distcp"], "in parts.*join"), "zero": (["mp_rank_00_model_states.pt"], "DeepSpeed in parts"),
+    "split": (["data-00000-of-00001.arrow", "state.json"], "data set"), "splits": (["train/a-0-of-1.arrow"], "data set"),
+    "words": (["vocab.json", "merges.txt"], "tokenizer of text"), "lists": (["x.tsv", "x.km"], "python -m corpus X.tsv X.km"),
+    "speechbrain": (["hyperparams.yaml", "generator.ckpt"], "SpeechBrain"), "half": (["do_00500000"], r"do_.*file g_"),
+    "nemo": (["a.nemo"], "NeMo"), "arrays": (["a.npy", "b.npy"], "NumPy arrays"),
     "run": (["config.toml", "step_000100/state.json"], "run of train.py.*--init=resume"),
 }
 FILES = {  # name -> (its bytes, what the sentence must say)
@@ -64,6 +72,8 @@ FILES = {  # name -> (its bytes, what the sentence must say)
     "x.km": (b"1 2 3\n", "python -m corpus X.tsv X.km"),
     "centres.csv": (b"1.0,2.0\n", "k-means centres are taken as safetensors"), "table.parquet": (b"PAR1\0\0", "data set"),
     "centres.npz": (b"PK\5\6" + bytes(18), r"archive of NumPy arrays.*\.npy"),
+    "quantised.txt": (b"a|1 2 3\n", r"list of units.*jsonl"), "quantised.tsv": (b"a.wav\t1 2\n", "list of units"),
+    "manifest.txt": (b"{'audio': 'a.wav', 'hubert': '1 2', 'duration': 1.2}\n", "list of units"),
     "last.ckpt": (b"PK\3\4 no archive", "Lightning"),
 }
 
@@ -205,3 +215,126 @@ def test_weights_that_are_not_finite_are_refused_by_name(kind, value, tmp_path):
         save_file({**tensors, name: wrong}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=f"{re.escape(name)} (holds .* not finite|is quantised)"):
             OPTIONS[kind](tmp_path)
+
+
+def changed(kind, folder, change, settings=None, name="model.safetensors"):
+    """The pocket's model of that kind with other tensors (change: {name: tensor} -> the same) and settings, in a folder."""
+    folder.mkdir(exist_ok=True)
+    files.write_json(folder / "config.json", {**files.read_json(files.KINDS[kind] / "config.json"), **(settings or {})})
+    content = change(files.read_tensors(files.KINDS[kind]))
+    torch.save(content, folder / name) if name.endswith(".bin") else save_file(content, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "bool", "complex64", "float8_e4m3fn", "uint8"])
+@pytest.mark.parametrize("kind", ["lm", "tokenizer", "vocoder"])
+def test_tensors_that_are_no_weights_are_refused(kind, dtype, tmp_path):
+    with pytest.raises(ValueError, match=f"quantised, or no weight .torch.{dtype}.; give the model in float32"):
+        OPTIONS[kind](changed(kind, tmp_path, lambda tensors: {name: x.to(getattr(torch, dtype)) for name, x in tensors.items()}))
+    if dtype == "int64":
+        with pytest.raises(ValueError, match="ndarray|not the tensors of a generator"):
+            (tmp_path / "model.safetensors").unlink()
+            OPTIONS[kind](changed(kind, tmp_path, lambda tensors: {name: x.numpy() for name, x in tensors.items()},
+                                  name="pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("kind", ["lm", "tokenizer"])
+def test_copies_of_a_model_in_one_file_are_said(kind, tmp_path):
+    for online in ("", "online_model."):
+        with pytest.raises(ValueError, match=r"under \['.*ema\.'.*copies of a model; save the one"):
+            OPTIONS[kind](changed(kind, tmp_path, lambda tensors: {
+                **{online + name: x for name, x in tensors.items()},
+                **{"z_ema." + name: x.clone() for name, x in tensors.items()}}))
+
+
+@pytest.mark.parametrize("added", ["qweight", "weight.absmax", "SCB", "scales", "weight_scale_inv", "weight_packed"])
+def test_quantised_weights_are_known_by_their_names(added, tmp_path):
+    with pytest.raises(ValueError, match=f"holds quantised weights .*{added}.; give the model in float32"):
+        OPTIONS["lm"](changed("lm", tmp_path, lambda tensors: {**tensors, f"model.layers.0.mlp.up_proj.{added}": torch.ones(2)}))
+
+
+def test_what_trainers_put_around_tensors_is_taken_off(tmp_path):
+    expected = OPTIONS["lm"](files.KINDS["lm"]).wte.weight
+    for key in ("model_state_dict", "net", "params"):
+        folder = changed("lm", tmp_path, lambda tensors: {"epoch": 3, key: tensors, "optimizer": {}}, name="pytorch_model.bin")
+        assert torch.equal(OPTIONS["lm"](folder).wte.weight, expected)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no dictionary of tensors; save the state_dict\(\) of the model"):
+        OPTIONS["lm"](tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(FileNotFoundError, match="shards of weights without their .index.json"):
+        OPTIONS["lm"](tmp_path / "pytorch_model-00001-of-00002.bin")
+
+
+@pytest.mark.parametrize("key, value", [("conv_stride", [0] * 7), ("conv_stride", [5, 2]), ("conv_kernel", [10])])
+def test_convolutions_that_cannot_be_are_said(key, value, tmp_path):
+    with pytest.raises(ValueError, match="conv_dim, conv_kernel and conv_stride are .* expected as many of each"):
+        OPTIONS["tokenizer"](changed("tokenizer", tmp_path, dict, {key: value}))
+
+
+def test_a_header_of_centres_that_is_no_number_is_said(tmp_path):
+    path = tmp_path / "kmeans.safetensors"
+    for said in ({"layer": "six"}, {"layer": "3.5"}, {"layer": "3", "frame_rate": "fast"}):
+        save_file({"centers": torch.ones(3, 192)}, path, metadata=said)
+        with pytest.raises(ValueError, match="in its header is '(six|3.5|fast)', expected a number"):
+            hubert_units.load_unit_encoder("pocket", kmeans=path)
+
+
+def test_centres_in_a_dictionary_of_other_things_are_found(tmp_path):
+    table = torch.randn(3, 8)
+    for content in ({"kmeans": table.numpy(), "layer": 6}, {"centroids": table, "inertia": 1.0},
+                    {"spk0": {"cluster_centers_": table}}, {"kmeans": {"cluster_centers_": table}}):
+        torch.save(content, tmp_path / "km.pt")
+        assert torch.equal(files.read_kmeans(tmp_path / "km.pt")[0], table)
+    torch.save({name: {"cluster_centers_": table} for name in ("spk0", "spk1")}, tmp_path / "km.pt")
+    with pytest.raises(ValueError, match="no table of centres"):
+        files.read_kmeans(tmp_path / "km.pt")
+
+
+def test_no_words_of_a_library_are_said_of_a_file_that_is_no_pickle(tmp_path):
+    (tmp_path / "x.mat").write_bytes(b"IxF2" + bytes(99))
+    with pytest.raises(ValueError, match="it is damaged, or no pickle: ValueError"):
+        files.read_kmeans(tmp_path / "x.mat")
+
+
+def test_voices_whose_names_are_not_utf8_open(tmp_path):
+    changed("vocoder", tmp_path, dict)
+    (tmp_path / "speakers.txt").write_bytes(b"Jos\xe9\n")
+    assert vocoder.load_vocoder(tmp_path).speakers == ["Jos\udce9"]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.jsonl", b"", "holds no units"), ("x.jsonl", LFS, "Git LFS pointer"), ("x.txt", b"a|1 2\n", "list of units"),
+    ("x.km", b"1 2\n", "half of a fairseq list"), ("x.zip", b"PK", "is neither")])
+def test_an_import_says_what_it_was_given(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    options = [f"--out={tmp_path}/u", "--num-units=9", "--frame-rate=50"]
+    with pytest.raises(ValueError, match=words):
+        corpus.main([str(tmp_path / name), *options])
+    assert not (tmp_path / "u").exists()
+    with pytest.raises(FileNotFoundError, match="no file at .*none.txt"):
+        corpus.main([f"{tmp_path}/none.txt", *options])
+
+
+def test_a_byte_order_mark_before_units_is_passed_over(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\ufeff" + LINES)
+    corpus.main([f"{tmp_path}/x.jsonl", f"--out={tmp_path}/u", "--num-units=9", "--frame-rate=50"])
+    assert [name for name, _, _ in UnitShards(tmp_path / "u")] == ["a.wav"]
+
+
+@pytest.mark.parametrize("settings, words", [
+    *(({"cfg": {"model": {"_name": name}}}, f"fairseq's {name}, expected a HuBERT")
+      for name in ("wav2vec2", "data2vec_audio", "hubert_ctc")), ({"args": {"arch": "wavlm"}}, "fairseq's wavlm"),
+    ({"cfg": {"task": {"normalize": "false"}}}, "normalize is 'false', expected true or false"),
+    ({"cfg": {"model": {"_name": "contentvec"}}}, "is no HuBERT: a tensor is missing")])
+def test_fairseq_files_of_other_networks_are_said(settings, words, tmp_path):
+    torch.save({**settings, "model": {"encoder.layers.0.fc1.bias": torch.ones(2)}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=words):
+        OPTIONS["tokenizer"](tmp_path / "x.pt")
+
+
+def test_a_wrapper_without_units_is_refused(tmp_path):
+    base = files.read_json(files.KINDS["lm"] / "config.json")
+    files.write_json(tmp_path / "config.json", {"model_type": "speech_language_model", "vocab_size": 2, "base_config": base})
+    with pytest.raises(ValueError, match="has 2 rows: no unit is among them"):
+        OPTIONS["model"](tmp_path)

@@ -134,7 +134,7 @@ train --compile=yes                             # expected one of auto, none, bl
 train --lm=runs/none                            # --lm=runs/none: no such file or folder
 train --threads=99999999                        # --threads=99999999: expected a whole number
 corpus.__main__                                 # give one shard folder
-corpus.__main__ nope                            # no meta.json in nope
+corpus.__main__ nope                            # no file at nope; check the path
 corpus.__main__ units --jsonl=empty             # cannot write empty (Is a directory)
 bench.__main__ nope                             # expected one of attention
 bench.__main__ loader --repeats=0               # --repeats=0: expected a whole number of at least 1
