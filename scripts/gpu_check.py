@@ -216,6 +216,8 @@ def table(options, rows):
     """What every stage did: its result, its time, the last line that it said."""
     found = [json.loads(path.read_text()) for path in sorted(Path(options.what[1]).glob("*.stage.json"),
                                                              key=lambda path: path.stat().st_mtime)]
+    if not found:
+        raise ValueError(f"{options.what[1]} holds no results of stages; scripts/gpu_acceptance.sh leaves them")
     for stage in found:
         took = f"{stage['seconds']:>6.1f} of {stage['limit']:>3} s"
         print(f"{stage['stage']:<18}  {stage['result']:<8}  {took}  {stage['said'][:90]}")

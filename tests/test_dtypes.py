@@ -181,6 +181,15 @@ def test_one_device_is_not_for_several_processes(monkeypatch):
             distributed.setup(name)
 
 
+@pytest.mark.parametrize("rank, world", [("1", None), ("2", "2"), ("-1", "1")])
+def test_a_process_whose_number_does_not_exist_is_told_so(rank, world, monkeypatch):
+    from training import distributed
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world) if world else monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match=f"RANK={rank} of WORLD_SIZE={world or 1}.*torchrun"):
+        distributed.setup("cpu")
+
+
 # ---------------------------------------------------------------------------------------------- who asks
 
 @pytest.mark.parametrize("hardware, dtype", [("amx_bf16", torch.bfloat16), ("", torch.float32)])

@@ -145,3 +145,10 @@ def test_runs_and_units_are_compared_as_they_are(tmp_path, monkeypatch):
 def test_without_a_gpu_the_check_says_so_in_a_sentence(tmp_path):
     done = check("environment", f"--out={tmp_path}")
     assert done.returncode == 2 and "PyTorch sees no GPU" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_table_of_nothing_is_no_good_result(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_check
+    with pytest.raises(ValueError, match="holds no results of stages"):
+        gpu_check.main(["table", str(tmp_path)])

@@ -99,6 +99,8 @@ def setup(device="auto", timeout=None):
     timeout: timedelta that processes wait for each other before they give up; None: PyTorch's choice, minutes.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK={rank} of WORLD_SIZE={world}, as the environment says: start with torchrun, or unset RANK")
     device = config.choose_device(device)
     if world > 1 and device not in ("cpu", "cuda"):
         raise ValueError(f"--device={device} is one device for {world} processes; with --device=cuda each has its own GPU")
