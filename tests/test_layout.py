@@ -44,7 +44,7 @@ MOST_ROOMS, MOST_ARROWS = 22, 80
 # Lines at most. A chapter gets an option and one call; the work stands in a room. Tests and pocket/stories.py are exempt.
 # Chapters and core had 9,000 until they read audio to its real end (speech/containers.py), recognised what is no model, added to
 # folders instead of replacing them, checked what is resumed, and gave every option its range.
-LINES = {"each chapter": 350, "each core file": 450, "chapters and core": 10_600, "bench": 1_700, "pocket": 2_800,
+LINES = {"each chapter": 350, "each core file": 450, "chapters and core": 10_700, "bench": 1_700, "pocket": 2_800,
          "experiments": 1_200, "pages": 1_500}
 MOST_WORDS_AT_THE_DOOR = 1_250  # of README.md's prose: commands, output, tables and the picture are not counted
 CORE = ("speech", "corpus", "checkpoints", "training", "evaluation", "kernels")

@@ -242,7 +242,7 @@ def test_tensors_that_are_no_weights_are_refused(kind, dtype, tmp_path):
 def test_copies_of_a_model_in_one_file_are_said(kind, tmp_path):
     for online in ("", "online_model."):
         with pytest.raises(ValueError, match=r"under \['.*ema\.'.*copies of a model; save the one"):
-            OPTIONS[kind](changed(kind, tmp_path, lambda tensors: {
+            OPTIONS[kind](changed(kind, tmp_path, lambda tensors, online=online: {
                 **{online + name: x for name, x in tensors.items()},
                 **{"z_ema." + name: x.clone() for name, x in tensors.items()}}))
 
@@ -256,7 +256,8 @@ def test_quantised_weights_are_known_by_their_names(added, tmp_path):
 def test_what_trainers_put_around_tensors_is_taken_off(tmp_path):
     expected = OPTIONS["lm"](files.KINDS["lm"]).wte.weight
     for key in ("model_state_dict", "net", "params"):
-        folder = changed("lm", tmp_path, lambda tensors: {"epoch": 3, key: tensors, "optimizer": {}}, name="pytorch_model.bin")
+        folder = changed("lm", tmp_path, lambda tensors, key=key: {"epoch": 3, key: tensors, "optimizer": {}},
+                         name="pytorch_model.bin")
         assert torch.equal(OPTIONS["lm"](folder).wte.weight, expected)
     torch.save(torch.nn.Linear(2, 2), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no dictionary of tensors; save the state_dict\(\) of the model"):
