@@ -56,7 +56,10 @@ class Shape:
 
     def options(self, compiled, device):
         return train.TrainConfig(optimizer=self.optimizer, recompute=self.recompute, compile="blocks" if compiled else "none",
-                                 peak_lr=1e-4, device=device, dtype="bfloat16" if device == "cuda" else "float32")
+                                 peak_lr=1e-4, device=device, dtype=self.dtype(device))
+
+    def dtype(self, device):
+        return "bfloat16" if device == "cuda" or self.optimizer == "split" else "float32"
 
 
 def shapes(device):
@@ -219,10 +222,10 @@ def take_times(steps, found, options):
         found[way].seconds, found[way].note = seconds[way], stopped.get(way, "")
 
 
-def disagreement(found, device):
+def disagreement(found, dtype):
     """What is wrong with the losses of the first steps, in words; empty if they agree."""
     losses = [one.loss for one in found.values() if one.loss is not None]
-    if not losses or max(losses) - min(losses) < AGREE["bfloat16" if device == "cuda" else "float32"]:
+    if not losses or max(losses) - min(losses) < AGREE[dtype]:
         return ""
     return f"the first losses are {', '.join(f'{loss:.5f}' for loss in losses)}: not of the same weights"
 
@@ -262,7 +265,7 @@ def bench_train(options, among=None):
                 for builder in wanted(options, BUILDERS):
                     found[builder].peak = peak_on_cpu(builder, shape, folder)
         peers = {"over_peer": found.get("transformers", Found()), "over_fused": found.get("transformers, fused AdamW", Found())}
-        if disagreed := disagreement(found, options.device):
+        if disagreed := disagreement(found, shape.dtype(options.device)):
             wrong = f"{name}: {disagreed}"
         for way, one in found.items():
             one.note = "; ".join(filter(None, (one.note, disagreed)))
