@@ -29,7 +29,7 @@ import torch
 
 import config
 from checkpoints import download
-from checkpoints.files import find, note, read_kmeans, refuse_existing, write_tensors
+from checkpoints.files import find, find_model, note, read_kmeans, refuse_existing, write_tensors
 from corpus import inspector
 from corpus.extract import as_named, encode_files, find_audio, sample_features
 from kernels.packed import packed
@@ -96,11 +96,11 @@ def find_kmeans(path):
     if len(beside) > 1:
         raise ValueError(f"{path} has {len(beside)} k-means beside it ({', '.join(file.name for file in beside)}); "
                          "name one with --kmeans")
-    for file in (*(folder / f"kmeans.{ending}" for ending in ("safetensors", "bin", "pt", "npy")), *beside):
+    for file in (*(folder / f"kmeans.{ending}" for ending in ("safetensors", "bin", "pt", "npy")), folder / "km.bin", *beside):
         if file.is_file():
             return file
     raise FileNotFoundError(f"no k-means centres at {folder / 'kmeans.safetensors'}; name a file with --kmeans, or one of "
-                            + ", ".join(download.KNOWN["kmeans"]))
+                             + ", ".join(download.KNOWN["kmeans"]))
 
 
 def known_kmeans(tokenizer, k):
@@ -129,7 +129,7 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
         pad, chunking: see UnitEncoder.
     """
     name = str(folder_or_file_or_name)
-    path = find(name, "tokenizer")
+    path = find_model(name, "tokenizer")
     hubert = load_hubert(path)
     if kmeans is None and name in download.KNOWN["tokenizer"]:
         kmeans = known_kmeans(name, k)
@@ -184,7 +184,7 @@ def fit(files, options, dist):
     out = Path(options.out)
     out = out if out.suffix == ".safetensors" else out / "kmeans.safetensors"
     refuse_existing(out, options.overwrite)
-    path = find(options.tokenizer, "tokenizer")
+    path = find_model(options.tokenizer, "tokenizer")
     hubert = load_hubert(path).to(dist.device)
     no_centers, layer = torch.zeros(1, hubert.config.n_embd, device=dist.device), options.layer or hubert.config.n_layer
     encoder = UnitEncoder(hubert, no_centers, layer, name_of(options.tokenizer, path), options.frame_rate, options.pad or 0,

@@ -120,7 +120,7 @@ def unzip(archive, folder):
             raise ValueError(f"{archive} holds {held}: expected config.json there or in exactly one folder below; check it")
         os.replace(temporary, folder)
     except DAMAGED as error:
-        raise ValueError(f"{archive} is damaged or no zip archive ({error}); delete it and get it again") from None
+        raise ValueError(f"{archive} {recognise(archive) or f'is damaged or no zip archive ({error}); get it again'}") from None
     except OSError as error:
         if error.errno is None:
             raise

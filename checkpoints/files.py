@@ -10,14 +10,13 @@ a temporary name first, so a file that exists is whole.
 import contextlib
 import difflib
 import errno
-import functools
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
-import sys
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 
 from checkpoints import download, pickles
 from checkpoints.archive import model_folder
-from checkpoints.recognise import WANTED, recognise, refuse_stranger, sound
+from checkpoints.recognise import WANTED, is_safetensors, note, recognise, refuse_stranger, sound
 
 POCKET = Path(__file__).parent.parent / "pocket"
 KINDS = {  # what an option asks for -> where the pocket world keeps it
@@ -45,12 +44,6 @@ WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modu
 NESTED = ("generator", "state_dict", "model_state_dict", "model", "module", "net", "params")  # where trainers keep the tensors
 
 
-@functools.cache
-def note(text):
-    """What was understood in a way that its user may not expect, on screen: once a process."""
-    print(text, file=sys.stderr)
-
-
 def find(name, kind):
     """A local folder or file, `pocket`, or a known name (downloaded once, see download.py) -> Path.
 
@@ -59,8 +52,10 @@ def find(name, kind):
     """
     path = KINDS[kind] if name == "pocket" else Path(name).expanduser()
     if path.exists():
-        return download.find_zip(path) if path.suffix == ".zip" and path.is_file() else path
+        return download.find_zip(path) if path.suffix.lower() == ".zip" and path.is_file() else path
     missing = f"{path}: no such file or folder" if kind == "units" else f"--{kind}={name}: no such file or folder ({path})"
+    if "://" in name or name.startswith("huggingface.co/"):
+        raise FileNotFoundError(f"--{kind}={name} is an address: give org/name as it stands there, or a downloaded folder")
     if kind == "units" or looks_local(name):
         beside = path.parent.iterdir() if path.parent.is_dir() and path.name else ()
         near = difflib.get_close_matches(path.name, [other.name for other in beside], n=1)
@@ -86,7 +81,7 @@ def find_model(name, kind):
     inside = (shard or path.name in ("config.json", *download.WEIGHTS)) and (path.parent / "config.json").is_file()
     if (folder := path.parent if inside else model_folder(path)) != path:
         note(f"--{kind}={name}: the model is in {folder}")
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").exists() and (kind != "tokenizer" or path.is_dir()):  # fairseq's HuBERTs are one file
         raise FileNotFoundError(f"--{kind}={name}: {misfit(path)}")
     return folder
 
@@ -240,7 +235,7 @@ def open_tensors(path):
     refuse_stranger(path)
     if path.name.endswith(".index.json"):
         return open_sharded(path)
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return read_pickle(path)
 
     def read(_, name):
@@ -306,6 +301,9 @@ def read_pickle(path):
 def find_generator(path):
     """The weight file in a vocoder's folder, if a trainer named it: the latest g_00400000, or the one .pt file; else `path`."""
     refuse_stranger(path)
+    if path.name == "config.json" and path.is_file():
+        path = path.parent
+        note(f"the vocoder is in {path}")
     if path.is_dir() and not any((path / name).is_file() for name in download.WEIGHTS):
         found = sorted(path.glob("g_[0-9]*"), key=lambda file: (len(file.name), file.name))[-1:] or sorted(path.glob("*.pt"))
         if len(found) > 1:
@@ -359,7 +357,7 @@ def read_kmeans(path):
     """
     path = Path(path)
     refuse_stranger(path)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         with open_safetensors(path) as file:
             if "centers" not in file.keys():
                 raise ValueError(f"{path} has no tensor `centers`, only {sorted(file.keys())[:3]}")
@@ -381,8 +379,8 @@ def read_kmeans(path):
 def read_npy(path):
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no more than the file has, whatever it promises
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no array of numbers, or damaged ({error}); copy it again") from None
+    except (ValueError, EOFError, TypeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError):  # of a header
+        raise ValueError(f"{path} is no array of numbers, or damaged; copy it again") from None
 
 
 def write_tensors(path, tensors, metadata=None):

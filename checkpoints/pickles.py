@@ -128,7 +128,7 @@ def as_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, me
     """A view of a storage. Views with more elements than their storage are refused: stride 0 could make them any size."""
     size, stride, (offset,) = sizes(size), sizes(stride), sizes([offset])
     if not isinstance(storage, torch.Tensor) or metadata:  # metadata: lazily conjugated or negated
-        raise ValueError("a tensor is no plain view of a storage")
+        raise ValueError("a tensor is no plain view of a storage, as torch.save writes it")
     count, span = math.prod(size), sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
     if max(count, offset + (span if count else 0)) > storage.numel():
         raise ValueError(f"a tensor of shape {size}, strides {stride}, offset {offset} leaves its storage of {storage.numel()}")
@@ -375,6 +375,10 @@ def read(file):
     if data[:4] == b"PK\3\4":
         value, source = read_zip(data, file)
     else:
+        if data[8:9] == b"{":
+            raise ValueError("it is a safetensors file: a model in it is given as the folder that holds its config.json")
+        if data[-1:] != b"." and re.fullmatch(rb"[\t\n\r -~]+", data[:512]):  # every pickle ends in a full stop
+            raise ValueError("it is a text")
         source, size = decompress(data)
         machine = Unpickler(source, size)
         value = machine.load()

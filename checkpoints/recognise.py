@@ -3,8 +3,10 @@
     path --first bytes of a file, names in a folder: strangers.txt--> "is a Git LFS pointer ...: run `git lfs pull`", or None
     settings --check_values--> "rms_norm_eps is '1e-5', expected a number"      tensor --sound--> quantised, or not finite
 """
+import functools
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +24,22 @@ VALUES = {  # kind of a value in JSON -> (how it is called, whether a value is o
        for kind, called in ((bool, "true or false"), (str, "a text"), (dict, "a dictionary"))}}
 
 
+@functools.cache
+def note(text):
+    """What was understood in a way that its user may not expect, on screen: once a process."""
+    print(text, file=sys.stderr)
+
+
+def is_safetensors(path):
+    """By its first bytes, the length of a header and the header in JSON; where they tell nothing, by its name."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    is_one = head[8:] == b"{" or path.suffix == ".safetensors" and not head.startswith((b"PK\3\4", b"\x80"))
+    if is_one != (path.suffix == ".safetensors"):
+        note(f"{path} is read as {'safetensors' if is_one else 'a file of torch.save'}, which it is in spite of its name")
+    return is_one
+
+
 def recognise(path):
     """The end of a sentence about a file or folder, "is ...: do ..." or "holds ...: do ..."; None: nothing is known of it."""
     path = Path(path)
@@ -34,6 +52,8 @@ def recognise(path):
         base = re.search(r'"base_model_name_or_path": *(".*?")', adapter.read_text(errors="replace"))
         return f"holds a LoRA adapter of {json.loads(base[1]) if base else 'another model'}: merge it into that model " \
                f"(merge_and_unload of peft), save it, and give the {WANTED}"
+    elif gone := [each.name for each in sorted(path.iterdir()) if each.is_symlink() and not each.exists()]:
+        return f"holds links to files that are not there ({', '.join(gone[:3])}): copy the files themselves, as cp -rL does"
     elif not any(path.iterdir()):
         return "is empty: copy or download it again"
     for line in Path(__file__).with_name("strangers.txt").read_text().splitlines():

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints.files import read_json, write_bytes
-from checkpoints.recognise import recognise
+from checkpoints.recognise import check_values, recognise
 
+RECIPE = {"kind": str, "num_units": int, "layer": int, "frame_rate": float, "pad": int, "chunking": str, "dedup": bool}
 FORMAT = 1  # version of the layout above
 MAX_UNIT = 2**16 - 1
 SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 3,400 hours at the pocket's 22 a second
@@ -36,7 +37,8 @@ def read_if_there(path):
     except FileNotFoundError:
         return None
     except ValueError:
-        raise ValueError(f"{path} is damaged: it holds no JSON dictionary; delete it and start the same command again") from None
+        said = recognise(path) if path.stat().st_size else None
+        raise ValueError(f"{path} {said or 'is damaged: it holds no JSON object; delete it and repeat the command'}") from None
 
 
 def read_meta(folder):
@@ -44,6 +46,9 @@ def read_meta(folder):
     meta = read_if_there(Path(folder) / "meta.json")
     if meta and meta.get("format") != FORMAT:
         raise ValueError(f"{folder} is written in format {meta.get('format')}, this code reads {FORMAT}; encode the audio again")
+    if meta and not (isinstance(meta.get("recipe"), dict) and type(meta.get("files")) is int):
+        raise ValueError(f"{folder}/meta.json has no dictionary `recipe`, or no number of `files`; copy the file again")
+    check_values(meta["recipe"] if meta else {}, RECIPE, f"{folder}/meta.json")
     return meta
 
 
@@ -195,9 +200,12 @@ class UnitShards:
         self.recipe, self.parts = self.meta["recipe"], []
         for prefix in prefixes_of(folder, self.meta):
             offsets = np.fromfile(prefix + "offsets.bin", dtype="<i8")
-            size = os.path.getsize(prefix + "units.bin") // 2
-            if offsets[-1] != size:
-                raise ValueError(f"{prefix}units.bin holds {size} units, its offsets promise {offsets[-1]}; copy it again")
+            if missing := [name for name in ("units.bin", "runs.bin", "files.jsonl") if not os.path.isfile(prefix + name)]:
+                raise FileNotFoundError(f"{prefix}{missing[0]} is not there, though its offsets.bin is; copy it, too")
+            for file in (prefix + "units.bin", prefix + "runs.bin"):
+                if (size := os.path.getsize(file) // 2) != offsets[-1]:
+                    said = recognise(file) or f"holds {size} units, its offsets promise {offsets[-1]}; copy it again"
+                    raise ValueError(f"{file} {said}")
             units, runs = (np.memmap(prefix + f"{name}.bin", dtype="<u2", mode="r") if size else np.zeros(0, "<u2")
                            for name in ("units", "runs"))
             self.parts.append((units, runs, offsets, prefix + "files.jsonl"))

@@ -132,7 +132,7 @@ def _opened(path, source, part):
         sound = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
         said = recognise(path)  # a pointer of Git LFS, a web page, ...
-        raise ValueError(f"cannot read {path} as audio" + (f": it {said}" if said else (
+        raise ValueError(f"cannot read {path} as audio" + (f": it {said}" if said and not said.startswith("is a recording") else (
             f" ({getattr(error, 'error_string', error)}); give a wav, flac, ogg, mp3 or aiff file"))) from None
     if not 1000 <= sound.samplerate <= 1_000_000:  # Hz; beyond, a filter could fill the memory
         raise ValueError(f"{path} is damaged: its header claims {sound.samplerate} samples a second; {AGAIN}")

@@ -691,7 +691,7 @@ def test_an_archive_that_lies_about_a_size_is_refused(claim, tmp_path):
 def test_an_archive_cut_short_anywhere_is_refused(tmp_path):
     data = zipped({"config.json": b"{}", "model.safetensors": os.urandom(300)})
     for length in range(0, len(data), 7):
-        with pytest.raises(ValueError, match="mine.zip is damaged or no zip"):
+        with pytest.raises(ValueError, match="mine.zip is (damaged or no zip|empty)"):
             archive.unzip(local(data[:length], tmp_path), tmp_path / "out")
     assert names_in(tmp_path) == {"mine.zip"}
 

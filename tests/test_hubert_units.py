@@ -644,6 +644,9 @@ def test_centres_that_are_no_estimator_open_too(value, save, tmp_path):
     (lambda path: path.write_text("0.5,1.5\n2.5,3.5\n"), "table of text.*k-means centres are taken as safetensors"),
     (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (99, 9), }"), "no array of numbers"),
     (lambda path: np.save(path.open("wb"), np.array([{}, None], dtype=object)), "no array of numbers"),
+    *((lambda path, shape=shape: path.write_bytes(b"\x93NUMPY\x01\x00F\x00" + (
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + b", }").ljust(69) + b"\n"), "no array of numbers")
+      for shape in (b"(9**9, 1", b"(1e9, 2)", b"(99999999999999999999, 2)", b"(9, 9)")),
     (lambda path: np.save(path.open("wb"), np.ones(3)), "no table of centres"),
     (lambda path: np.save(path.open("wb"), np.ones((0, 32))), "no table of centres"),
     (lambda path: np.save(path.open("wb"), np.full((2, 3), np.nan)), "6 values that are not finite")])
@@ -763,8 +766,10 @@ def test_mistakes_in_the_k_means_file_are_named(folders, tmp_path):
 def test_a_folder_that_holds_no_hubert_is_named(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="--tokenizer="):
         load_unit_encoder(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="model.safetensors"):  # weights without their config
-        load_unit_encoder(folders["50hz"] / "model.safetensors", kmeans=folders["50hz"] / "kmeans.safetensors")
+    write_folder(tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    with pytest.raises(ValueError, match="safetensors file: .*config.json"):  # weights without their config
+        load_unit_encoder(tmp_path / "bare" / "model.safetensors", kmeans=folders["50hz"] / "kmeans.safetensors")
     write_folder(tmp_path / "a")
     (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no config.json"):

@@ -1,6 +1,8 @@
 """recognise.py: whatever is given to an option gets one sentence that says what it is and what to give instead."""
 import json
+import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -61,6 +63,8 @@ FOLDERS = {  # what it is -> (how it is made, what the sentence must say); names
     "words": (["vocab.json", "merges.txt"], "tokenizer of text"), "lists": (["x.tsv", "x.km"], "python -m corpus X.tsv X.km"),
     "speechbrain": (["hyperparams.yaml", "generator.ckpt"], "SpeechBrain"), "half": (["do_00500000"], r"do_.*file g_"),
     "nemo": (["a.nemo"], "NeMo"), "arrays": (["a.npy", "b.npy"], "NumPy arrays"),
+    "links": (lambda folder:
+              (folder / "config.json").symlink_to("../blobs/0a"), r"links to files that are not there \(config.json"),
     "run": (["config.toml", "step_000100/state.json"], "run of train.py.*--init=resume"),
 }
 FILES = {  # name -> (its bytes, what the sentence must say)
@@ -75,6 +79,8 @@ FILES = {  # name -> (its bytes, what the sentence must say)
     "quantised.txt": (b"a|1 2 3\n", r"list of units.*jsonl"), "quantised.tsv": (b"a.wav\t1 2\n", "list of units"),
     "manifest.txt": (b"{'audio': 'a.wav', 'hubert': '1 2', 'duration': 1.2}\n", "list of units"),
     "last.ckpt": (b"PK\3\4 no archive", "Lightning"),
+    "said.wav": (b"RIFF\x24\0\0\0WAVEfmt ", "is a recording.*sample.py"), "said.bin": (b"fLaC\0\0\0\x22", "is a recording"),
+    "pointer.zip": (LFS, "Git LFS pointer"), "page.ZIP": (b"<html>", "web page"),
 }
 
 
@@ -127,6 +133,76 @@ def test_what_is_no_model_or_data_is_called_by_its_name(kind, option, tmp_path):
 def test_a_model_of_another_kind_is_said_with_its_option(option, kind, words):
     with pytest.raises(ValueError, match=f"given as --{words}"):
         OPTIONS[option](str(files.KINDS[kind]))
+
+
+@pytest.mark.parametrize("name", [
+    "https://huggingface.co/facebook/opt-125m", "hf://org/name", "huggingface.co/org/name/tree/main", "s3://bucket/model"])
+@pytest.mark.parametrize("option", ["lm", "model", "tokenizer", "kmeans", "vocoder"])
+def test_an_address_is_no_path(option, name):
+    with pytest.raises(FileNotFoundError, match=f"--{option}={name} is an address: give org/name"):
+        OPTIONS[option](name)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("model.fp16.safetensors", "fp16.*name the file model.safetensors"), ("weights.pth", "weights.pth.*pytorch_model.bin"),
+    ("pytorch_model_fsdp.bin", "FSDP in one piece.*pytorch_model.bin"), ("model.pt", "model.pt.*pytorch_model.bin")])
+def test_weights_under_another_name_are_said(name, words, tmp_path):
+    (tmp_path / "config.json").write_bytes((files.KINDS["lm"] / "config.json").read_bytes())
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=f"which holds .*{words}"):
+        twist.load_text_lm(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_weights_are_read_by_their_content_and_not_by_their_name(name, tmp_path, capsys):
+    tensors = files.read_tensors(files.KINDS["lm"])
+    (save_file if name.endswith("bin") else torch.save)(tensors, tmp_path / name)
+    (tmp_path / "config.json").write_bytes((files.KINDS["lm"] / "config.json").read_bytes())
+    assert torch.equal(twist.load_text_lm(tmp_path).wte.weight, twist.load_text_lm("pocket").wte.weight)
+    assert f"{tmp_path / name} is read as" in capsys.readouterr().err
+
+
+def test_centres_are_read_by_their_content_and_not_by_their_name(tmp_path):
+    centers = torch.arange(6.0).view(3, 2)
+    save_file({"centers": centers}, tmp_path / "km.bin")
+    torch.save(centers, tmp_path / "km.safetensors")
+    assert all(torch.equal(files.read_kmeans(tmp_path / name)[0], centers) for name in ("km.bin", "km.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_hubert_is_taken_as_its_folder(name, tmp_path):
+    folder = tmp_path / "hubert"
+    folder.symlink_to(files.KINDS["tokenizer"])
+    encoder = hubert_units.load_unit_encoder(folder / name)
+    assert encoder.recipe == hubert_units.load_unit_encoder(folder).recipe
+
+
+@pytest.mark.parametrize("kind, name, content, words", [
+    ("tokenizer", "a.pt", b"layers = 12\nwidth = 768\n", "it is a text"), ("kmeans", "a.pt", b"Not found\n", "it is a text"),
+    ("tokenizer", "hubert.pt", b"\x10\0\0\0\0\0\0\0{}" + bytes(99), "it is a safetensors file.*config.json"),
+    ("kmeans", "a.pkl", pickle.dumps(torch.ones(3, 2)), "as torch.save writes it")])
+def test_what_a_file_holds_in_place_of_weights_is_said(kind, name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        OPTIONS[kind](tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and not RAW.search(str(caught.value))
+
+
+def test_a_config_of_a_vocoder_is_taken_as_its_folder(capsys):
+    assert vocoder.load_vocoder(files.KINDS["vocoder"] / "config.json").recipe == vocoder.load_vocoder("pocket").recipe
+    assert f"the vocoder is in {files.KINDS['vocoder']}" in capsys.readouterr().err
+
+
+def test_a_zip_is_one_by_any_case_of_its_ending(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOTWIST_HOME", str(tmp_path / "home"))
+    with zipfile.ZipFile(tmp_path / "m.ZIP", "w") as archive:
+        archive.write(files.KINDS["lm"] / "config.json", "m/config.json")
+    assert twist.load_lm_config(tmp_path / "m.ZIP") == twist.load_lm_config("pocket")
+
+
+def test_centres_under_their_name_in_the_released_folders_are_found(tmp_path):
+    torch.save(torch.ones(3, 192), tmp_path / "km.bin")
+    assert OPTIONS["kmeans"](tmp_path).recipe["num_units"] == 3
 
 
 def test_a_text_lm_in_place_of_a_speech_lm_is_said(tmp_path):

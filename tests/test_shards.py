@@ -783,3 +783,26 @@ def test_an_import_adds_what_is_new_and_takes_no_document_for_another(tmp_path, 
     assert contents(out) == after
     run(two, f"--out={out}", "--num-units=11", "--frame-rate=25", "--overwrite")
     assert UnitShards(out).names == ["b", "c"] and UnitShards(out).recipe["num_units"] == 11
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 99\n"
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("meta.json", LFS, "meta.json is a Git LFS pointer"), ("00000.units.bin", LFS, "units.bin is a Git LFS pointer"),
+    ("00000.runs.bin", b"\1\0", "runs.bin holds 1 units, its offsets promise"),
+    *((f"00000.{name}", None, f"{name} is not there") for name in ("units.bin", "runs.bin", "files.jsonl")),
+    ("meta.json", {"recipe": "hubert"}, "no dictionary `recipe`"),
+    ("meta.json", {"recipe": None}, "no dictionary `recipe`"), ("meta.json", {"files": None}, "no number of `files`"),
+    ("meta.json", {"recipe": {**RECIPE, "num_units": "9"}}, "num_units is '9', expected a whole number"),
+    ("meta.json", {"recipe": {**RECIPE, "frame_rate": "fast"}}, "frame_rate is 'fast', expected a number")])
+def test_a_folder_that_was_copied_in_part_or_edited_is_a_sentence(name, content, words, tmp_path):
+    write_shards(tmp_path, RECIPE, [("a.wav", np.arange(9), np.ones(9, int), 1.0)])
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        edited = isinstance(content, dict) and json.dumps({**json.loads((tmp_path / name).read_text()), **content}).encode()
+        (tmp_path / name).write_bytes(edited or content)
+    with pytest.raises((ValueError, OSError), match=words) as caught:
+        UnitShards(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "Errno" not in str(caught.value)
