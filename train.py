@@ -186,7 +186,7 @@ def speak(voice, learner, step, options, vocab, say):
         try:
             sample.continue_prompt(prompt, spoken, None, voice[0], learner.model, vocab, learner.dist.is_main, heard,
                                    learner.autocast)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, *[torch.OutOfMemoryError] * (learner.dist.world == 1)) as error:  # others would wait for us
             say(f"step {step}: {prompt} is not continued: {config.sentence(error)}")
     learner.model.train()
 
