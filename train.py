@@ -181,12 +181,13 @@ def speak(voice, learner, step, options, vocab, say):
     """Spoken continuations of --prompts into --out/samples; all processes call it, because under FSDP all have a part."""
     out = str(Path(options.out) / "samples" / f"step_{step:06d}")
     spoken = sample.SampleConfig(out=out, seed=options.seed, model=out, dtype=str(learner.dtype).removeprefix("torch."))
+    survived = (ValueError, OSError) + (torch.OutOfMemoryError,) * (learner.dist.world == 1)  # in a group the others would wait
     learner.model.eval()
     for prompt, heard in voice[1].items():
         try:
             sample.continue_prompt(prompt, spoken, None, voice[0], learner.model, vocab, learner.dist.is_main, heard,
                                    learner.autocast)
-        except (ValueError, OSError, *[torch.OutOfMemoryError] * (learner.dist.world == 1)) as error:  # others would wait for us
+        except survived as error:
             say(f"step {step}: {prompt} is not continued: {config.sentence(error)}")
     learner.model.train()
 
