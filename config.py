@@ -212,7 +212,8 @@ def read_toml(cls, path):
                 raise ValueError(f"{key} is given twice, in two spellings")
             if isinstance(value, list) and getattr(field.type, "__origin__", None) is not tuple:
                 raise ValueError(f"{key} is a list; expected one value")
-            if {bool, list} & set(map(type, value if isinstance(value, list) else [value])) and field.type is not bool:
+            kinds = set(map(type, value if isinstance(value, list) else [value]))
+            if {bool, list} & kinds and field.type not in (bool, bool | None):
                 raise ValueError(f"{key} = {json.dumps(value, default=str)}: expected a number, or text in quotes")
             values[field.name] = tuple(map(str, value)) if isinstance(value, list) else parse(field, str(value))
         except ValueError as error:

@@ -138,16 +138,17 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
     centers, said = read_kmeans(file)
     if k is not None and len(centers) != k:
         raise ValueError(f"{file} has {len(centers)} centres, not {k}; name another with --kmeans, or make one with --fit={k}")
-    for key in ("layer", "frame_rate"):
-        if not re.fullmatch(r"-?\d+" + r"(\.\d+)?" * (key == "frame_rate"), said.get(key, "1")):
+    for key in ("layer", "frame_rate", "certainty"):
+        if not re.fullmatch(r"-?\d+" + r"(\.\d+)?" * (key != "layer"), said.get(key, "1")):
             raise ValueError(f"{file}: the {key} in its header is {said[key]!r}, expected a number; write the file again")
     known, named = download.KNOWN["kmeans"].get(kmeans), re.search(r"_L(\d+)_km", file.name)  # ..._L11_km500.bin, as published
     if layer is None:
         layer = said.get("layer") or known and known.layer or named and named.group(1)
     if layer is None:
         raise ValueError(f"{file} does not say which layer it belongs to; give --layer")
-    return UnitEncoder(hubert, centers, int(layer), name_of(name, path), frame_rate or said.get("frame_rate"), pad,
-                       chunking).eval()
+    encoder = UnitEncoder(hubert, centers, int(layer), name_of(name, path), frame_rate or said.get("frame_rate"), pad, chunking)
+    encoder.least_certainty = float(said.get("certainty", 0))
+    return encoder.eval()
 
 
 def name_of(name, path):

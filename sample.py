@@ -6,8 +6,9 @@
     python sample.py a.wav b.flac --model=runs/pocket/model --num-samples=4 --seed=1 --out=samples
     python sample.py prompt.wav --resynth                        # encode and decode, no language model: what the vocoder can do
 
-Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice. It is
-replaced only by the same sampling; any other (model, seed, prompt of the same name, ...) is written beside it: prompt_0-2.wav.
+Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice, faded
+out. It is replaced only by the same sampling; any other (model, seed, prompt of the same name, ...) is written beside it:
+prompt_0-2.wav.
 Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn among the 50 likeliest units).
 """
 import sys
@@ -26,9 +27,9 @@ from hubert_units import TokenizerOptions, load_tokenizer, speech_to_units
 from kernels.dtypes import DTYPES, weights_dtype
 from kernels.packed import packed
 from model import generate
-from speech.audio import SAMPLE_RATE
+from speech.audio import SAMPLE_RATE, read_wav
 from speech.encoder import deduplicate
-from speech.spoken import record_of, write_spoken
+from speech.spoken import faded, record_of, write_spoken
 from vocoder import load_vocoder
 
 
@@ -40,7 +41,7 @@ class SampleConfig(TokenizerOptions, twist.SpeechLMOptions):
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "samples"  # folder for the wav files, named after the prompt
     prompt_seconds: float = 3.0  # how much of the prompt the model hears; 0: all of it, or the end that its window has room for
-    max_new_units: int = 150  # longest continuation, in units (the pocket voices speak 22 a second)
+    max_new_units: int = 150  # longest continuation, in units (the pocket voices speak 15 a second)
     temperature: float = 0.8  # 0 takes the likeliest unit each time
     top_k: int | None = 50  # draw among the k likeliest units only; none: among all
     top_p: float | None = None  # draw among the likeliest units that together reach this probability
@@ -55,7 +56,21 @@ class SampleConfig(TokenizerOptions, twist.SpeechLMOptions):
                                                                                   "resynth=False temperature")
 
 
+HEARD = 30  # seconds of a prompt that is spoken again whole, from which the tokenizer's doubts are told
+SILENT = 0.95  # share of a prompt's frames that sound like silence, from which nothing is said in it
 SAMPLING, VOICE = ("model", "dtype", "seed", "temperature", "top_k", "top_p"), ("vocoder", "speaker", "style")  # told in the wavs
+
+
+def listen(path, encoder, seconds, dedup, notes):
+    """Units (T,), runs (T,) of a prompt; notes: gets a sentence if nearly all are silence's, or the tokenizer doubts them."""
+    units, runs = speech_to_units(path, encoder, seconds, dedup)
+    noise, begin = torch.randn(SAMPLE_RATE, generator=torch.Generator().manual_seed(0)), round((seconds or HEARD) * SAMPLE_RATE)
+    silence = torch.cat([encoder.encode(level * noise) for level in (0, 1e-3)])  # as a file can hold it, and as a room has it
+    if runs[torch.isin(units, silence.cpu())].sum() > SILENT * runs.sum():
+        notes[path] = f"{path}: the tokenizer hears silence in it, or noise, and nothing that could be continued"
+    elif encoder.certainty(encoder.features(read_wav(path)[:begin])) < encoder.least_certainty:
+        notes[path] = f"{path}: music, perhaps, or another language: the tokenizer cannot follow it, expect babble"
+    return units, runs
 
 
 def fit_window(path, units, runs, options, slm, vocab, vocoder, notes):
@@ -85,8 +100,9 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     encoded before. autocast: what the model, and it alone, runs in. The networks may lie on different devices. notes: see
     fit_window.
     """
-    units, runs = heard or speech_to_units(path, encoder, options.prompt_seconds, vocab.dedup)
-    units, runs, room = fit_window(path, units, runs, options, slm, vocab, vocoder, {} if notes is None else notes)
+    notes = {} if notes is None else notes
+    units, runs = heard or listen(path, encoder, options.prompt_seconds, vocab.dedup, notes)
+    units, runs, room = fit_window(path, units, runs, options, slm, vocab, vocoder, notes)
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -105,7 +121,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
             spoken, timing = deduplicate(spoken)
         said += spoken, timing
         name = f"{Path(path).stem}_{i}"
-        wavs[name] = vocoder(spoken, timing, options.speaker, options.style).cpu()
+        wavs[name] = faded(vocoder(spoken, timing, options.speaker, options.style).cpu())
         if options.continuation_only:
             wavs[f"{name}_continuation"] = wavs[name][int(runs.sum()) * vocoder.config.code_hop_size:]
     record = record_of(path, options, (*SAMPLING, *VOICE), said)
@@ -138,8 +154,8 @@ def load_voice(options, vocab=None, device="cpu"):
     return encoder.to(config.beside(device)), vocoder.to(config.beside(device))
 
 
-def resynthesize(path, options, encoder, vocoder):
-    units, _ = speech_to_units(path, encoder)
+def resynthesize(path, options, encoder, vocoder, notes):
+    units, _ = listen(path, encoder, 0.0, True, notes)
     wav = vocoder(units, None, options.speaker, options.style).cpu()
     record = record_of(path, options, VOICE, (units, len(wav)))
     return write_spoken(options.out, {f"{Path(path).stem}_resynth": wav}, record), len(units)
@@ -168,7 +184,7 @@ def main(argv=None):
     with packed(encoder):
         for path in config.progress(prompts, desc="speaking", unit="prompt"):
             try:
-                written, count = (resynthesize(path, options, encoder, vocoder) if options.resynth else
+                written, count = (resynthesize(path, options, encoder, vocoder, notes) if options.resynth else
                                   continue_prompt(path, options, encoder, vocoder, slm, vocab, notes=notes))
             except (ValueError, OSError, torch.OutOfMemoryError) as error:  # the other prompts still get their continuations
                 print(f"sample.py: error: {config.sentence(error)}", file=sys.stderr)

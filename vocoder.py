@@ -205,7 +205,7 @@ class Vocoder(nn.Module):
             if not 0 <= row < max(count, 1):
                 near = difflib.get_close_matches(str(wanted), names, n=1, cutoff=0.0)
                 raise ValueError(f"{kind} {wanted!r}: this vocoder has " + (
-                    f"{kind}s 0 to {count - 1}" + (f"; did you mean {near[0]!r}?" if near else "") if count
+                    f"{kind}s 0 to {count - 1}" + (f"; did you mean {near[0]!r}?" if near and row < 0 else "") if count
                     else f"no choice of {kind}; leave it out"))
             rows.append(row)
         return rows

@@ -102,7 +102,7 @@ def check_values(settings, kinds, where):
 def sound(tensor, name, where):
     """The tensor as it is, if it can be a weight. Raises ValueError for quantised ones, and for values that are no numbers."""
     kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-    if kind not in WEIGHTS and not name.endswith("num_batches_tracked"):
+    if kind not in WEIGHTS and not (name.endswith("num_batches_tracked") and isinstance(tensor, torch.Tensor)):
         raise ValueError(f"{where}: {name} is quantised, or no weight ({kind}); {UNQUANTISED}")
     # a sum takes a tenth of the time of isfinite; it may overflow where all values are finite
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():

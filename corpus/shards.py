@@ -27,7 +27,8 @@ from checkpoints.recognise import check_values, recognise
 RECIPE = {"kind": str, "num_units": int, "layer": int, "frame_rate": float, "pad": int, "chunking": str, "dedup": bool}
 FORMAT = 1  # version of the layout above
 MAX_UNIT = 2**16 - 1
-SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 3,400 hours at the pocket's 22 a second
+REPLACED = {"fa1da69ec2a8638b": "d78477e"}  # centres of a pocket tokenizer that is no more: the last commit that has it
+SHARD_UNITS = 2**28  # most units of one shard (one document may exceed it): 512 MB, some 5,000 hours at the pocket's 15 a second
 
 
 def read_if_there(path):
@@ -251,6 +252,9 @@ def check_recipe(recipe, expected, where):
     for key in ("kind", "num_units", "layer", "centers", "frame_rate", "pad", "chunking", "dedup"):
         found, wanted = recipe.get(key, absent.get(key)), expected.get(key, absent.get(key))
         if found != wanted:
+            old = next((REPLACED[of["centers"]] for of in (recipe, expected) if of.get("centers") in REPLACED), None)
             raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); " + (
                 "a text LM is given as --lm" if key == "kind" and "bytes" in (found, wanted) else
+                f"one of them is the pocket tokenizer that was replaced: `git worktree add ../before {old}` brings it back, "
+                "with all that belongs to it" if old else
                 "encode the audio with the matching --tokenizer and its options"))

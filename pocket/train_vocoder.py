@@ -7,9 +7,12 @@
 
 The first stage asks for the right spectrum only, which settles what is said and how loud; the phase that comes out is
 buzzy. The second adds discriminators, for which a wave must look right period by period and at several scales.
+Several voices, each with its own shards, have a table of speakers. How long a unit lasts is learnt from the first, whose
+rhythm the others share.
 The result is a folder (config.json + model.safetensors) that vocoder.py opens like any published unit HiFi-GAN.
 
     python -m pocket.train_vocoder --units=build/units/vocoder --out=pocket/vocoder --minutes=45
+    python -m pocket.train_vocoder --units=units/anna,units/ben --speakers=anna,ben --out=voices
 
 Stopped or killed, the same command goes on from the last state in --run; batches, dropout and weights are those of an
 unbroken run when --steps fixes the schedule. Shapes: B batch, T units, F frames, S samples, C width.
@@ -32,8 +35,9 @@ from torch.nn import functional
 
 import config
 from checkpoints import files
-from corpus.shards import UnitShards
+from corpus.shards import UnitShards, check_recipe
 from kernels.dtypes import hardware_bfloat16, training_dtype
+from pocket.recordings import integers
 from pocket.train_hubert import mel_filters
 from speech.audio import SAMPLE_RATE, read_wav
 from vocoder import SLOPE, DurationConfig, Vocoder, VocoderConfig
@@ -46,13 +50,16 @@ SPECTRA = ((256, 64, 20), (512, 128, 40), (1024, 256, 80))  # (window, hop, mel 
 FLOOR = 1e-2  # magnitude below which spectra count as silent, 88 dB under a full-scale tone; about 16-bit noise
 PERIODS = (2, 3, 5, 7, 11)  # samples per row of the folded wave, one discriminator each; primes overlap least
 SCALES = (1, 2)  # averaged down by this factor, one discriminator each
+LONGEST_RUN = 25  # frames: how long silence lasts cannot be told from its unit, and must not lengthen the others
+TALKING = 8  # units of a recording in which something is said: durations are learnt from these, of the first voice
 SEGMENT = 16  # units of each crop that the discriminators hear; a wave repeats itself sooner than words do
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1 / 45, 2 / 45  # against 1 for the spectral loss: HiFi-GAN's proportions
 
 
 @dataclass(frozen=True)
 class TrainVocoderConfig:
-    units: str = "build/units/vocoder"  # shard folder; the names in it are paths of the recordings
+    units: tuple[str, ...] = ("build/units/vocoder",)  # shard folder of each voice; the names in it are paths of the recordings
+    speakers: tuple[str, ...] = ()  # names of the voices, where --units are several; the first is the default
     audio: str = ""  # folder that those paths are relative to; empty = as they are
     out: str = "pocket/vocoder"  # finished vocoder: config.json and model.safetensors
     run: str = "build/vocoder"  # log.csv and the resumable state
@@ -74,7 +81,7 @@ class TrainVocoderConfig:
     half: bool = True  # store the finished weights in float16
     threads: int = 1  # CPU threads
     seed: int = 0  # of weights, batches and dropout
-    held_out: int = 8  # last documents, kept for validation
+    held_out: int = 8  # documents of each voice, kept for validation
     save_minutes: float = 5.0  # between states on disk and validations
     log_interval: int = 50  # steps per row of log.csv
     RANGES = {name: (1, config.MOST) for name in (
@@ -88,25 +95,32 @@ class TrainVocoderConfig:
 class Corpus:
     """All recordings in memory as 16-bit integers, with the unit of every frame.
 
-    A row is (units (T,), runs (T,), frame units (F,), samples (S,)).
+    A row is (units (T,), runs (T,), frame units (F,), samples (S,), number of the voice).
     """
 
     def __init__(self, options, hop):
-        shards = UnitShards(options.units)
-        self.hop, self.recipe = hop, shards.recipe
-        if SAMPLE_RATE != hop * self.recipe["frame_rate"]:
-            raise ValueError(f"--rates={options.rates} make {hop} samples a unit, but {options.units} holds "
-                             f"{self.recipe['frame_rate']} units a second; their product must be {SAMPLE_RATE}")
-        rows = [self.read(Path(options.audio, name), *shards.document(i))
-                for i, name in enumerate(config.progress(shards.names, desc="reading"))]
-        if len(rows) <= options.held_out:
-            raise ValueError(f"{len(rows)} recordings in {options.units}; give more than --held-out={options.held_out}")
-        self.held_out = rows[len(rows) - options.held_out:]
-        self.rows = [row for row in rows[:len(rows) - options.held_out] if len(row[2]) >= options.crop]
-        if not self.rows:
-            raise ValueError(f"no recording is --crop={options.crop} units long; give longer ones or a smaller crop")
-        lengths = np.array([len(row[2]) for row in self.rows], dtype=float)
-        self.weights = lengths / lengths.sum()
+        self.hop, self.recipe, self.rows, self.held_out, self.weights = hop, None, [], [], []
+        for voice, folder in enumerate(options.units):
+            shards = UnitShards(folder)
+            self.recipe = self.recipe or shards.recipe
+            check_recipe(self.recipe, shards.recipe, f"--units={folder}")
+            if SAMPLE_RATE != hop * shards.recipe["frame_rate"]:
+                raise ValueError(f"--rates={options.rates} make {hop} samples a unit, but {folder} holds "
+                                 f"{shards.recipe['frame_rate']} units a second; their product must be {SAMPLE_RATE}")
+            rows = [(*self.read(Path(options.audio, name), *shards.document(i)), voice)
+                    for i, name in enumerate(config.progress(shards.names, desc="reading"))]
+            if len(rows) <= options.held_out:
+                raise ValueError(f"{len(rows)} recordings in {folder}; give more than --held-out={options.held_out}")
+            apart = {len(rows) * (2 * i + 1) // (2 * options.held_out) for i in range(options.held_out)}  # spread over them
+            self.held_out += [rows[i] for i in sorted(apart)]
+            rows = [row for i, row in enumerate(rows) if i not in apart and len(row[2]) >= options.crop]
+            if not rows:
+                raise ValueError(f"no recording in {folder} is --crop={options.crop} units long; give longer ones, or less")
+            lengths = np.array([len(row[2]) for row in rows], dtype=float)
+            self.rows += rows
+            self.weights += [*(lengths / lengths.sum() / len(options.units))]  # each voice alike
+        first = [row for row in self.rows if row[4] == 0]
+        self.talking = [row for row in first if len(row[0]) >= TALKING] or first
 
     def read(self, name, units, runs):
         wav, frames = read_wav(name), np.repeat(units, runs)
@@ -114,26 +128,27 @@ class Corpus:
         if len(frames) != expected:
             raise ValueError(f"{name}: {len(frames)} frames of units for {len(wav)} samples, expected {expected} of "
                              f"{self.hop} samples; encode this recording again (pieces must be shorter than 100 s)")
-        return units, runs, frames, (wav * 32767).round().to(torch.int16)
+        return units, runs, frames, integers(wav)
 
     def samples(self, row, start=0, count=None):
         """Samples that `count` units from `start` stand for: (count * hop,) float32."""
         count = len(row[2]) - start if count is None else count
-        return row[3][start * self.hop + EDGE:(start + count) * self.hop + EDGE].float() / 32767
+        return row[3][start * self.hop + EDGE:(start + count) * self.hop + EDGE].float() / 2**15
 
     def batch(self, options, step):
-        """Step number -> frame units (B, F), samples (B, S), units (B, T), runs (B, T); nothing else decides it."""
+        """Step number -> frame units (B, F), samples (B, S), voices (B, 1), units (B, T), runs (B, T); no more decides it."""
         draw = np.random.default_rng((options.seed, step))
         rows = [self.rows[i] for i in draw.choice(len(self.rows), options.batch, p=self.weights)]
         starts = [int(draw.integers(len(row[2]) - options.crop + 1)) for row in rows]
         frames = torch.stack([torch.from_numpy(row[2][s:s + options.crop]) for row, s in zip(rows, starts)])
         samples = torch.stack([self.samples(row, s, options.crop) for row, s in zip(rows, starts)])
         # One window length for the whole batch: no padding, so nothing has to be masked.
-        window = min(options.duration_window, *(len(row[0]) for row in rows))
-        starts = [int(draw.integers(len(row[0]) - window + 1)) for row in rows]
-        units, runs = (torch.stack([torch.from_numpy(row[k][s:s + window]) for row, s in zip(rows, starts)])
+        talking = [self.talking[i] for i in draw.integers(len(self.talking), size=options.batch)]
+        window = min(options.duration_window, *(len(row[0]) for row in talking))
+        starts = [int(draw.integers(len(row[0]) - window + 1)) for row in talking]
+        units, runs = (torch.stack([torch.from_numpy(row[k][s:s + window]) for row, s in zip(talking, starts)])
                        for k in (0, 1))
-        return frames, samples, units, runs
+        return frames, samples, torch.tensor([[row[4]] for row in rows]), units, runs
 
 
 # -------------------------------------------------------------------------------------------------- spectra
@@ -280,11 +295,11 @@ def keep_narrow_in_float32(vocoder):
 
 def check_bfloat16(vocoder, corpus, options):
     """Compare a bfloat16 gradient with a float32 one: a wrong kernel would train badly without any error."""
-    frames, samples, _, _ = corpus.batch(options, 0)
+    frames, samples, voices, _, _ = corpus.batch(options, 0)
     gradients = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            made = vocoder.decode(frames)
+            made = vocoder.decode(frames, voices)
         weights = [vocoder.conv_pre.weight, *(up.weight for up in vocoder.ups)]
         gradients.append(torch.autograd.grad((made * samples).sum(), weights))
     agreement = min(functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in zip(*gradients))
@@ -300,11 +315,11 @@ def learning_scale(progress, step):
 
 def train_step(run, corpus, spectra, options, progress):
     """One update of generator, duration predictor and, late in the run, discriminators. Returns the row of log.csv."""
-    frames, samples, units, runs = corpus.batch(options, run.step)
+    frames, samples, voices, units, runs = corpus.batch(options, run.step)
     torch.manual_seed(options.seed * 1_000_003 + run.step)  # dropout depends on the step only: a resumed run agrees
     scale = learning_scale(progress, run.step)
     with bfloat16(options):
-        made = run.vocoder.decode(frames)
+        made = run.vocoder.decode(frames, voices)
     wave = made.detach().requires_grad_()  # losses meet here, and one gradient goes back through the generator
     spectral = spectral_loss(spectra(wave), spectra(samples))
     loss, row = spectral, {"spectral": spectral.item()}
@@ -322,7 +337,8 @@ def train_step(run, corpus, spectra, options, progress):
         row |= {"verdict": verdict.item(), "features": features.item(), "discrimination": discrimination.item()}
     loss.backward(inputs=[wave])
     made.backward(wave.grad)
-    duration = functional.mse_loss(run.vocoder.dur_predictor(run.vocoder.dict(units)), torch.log1p(runs.float()))
+    true = torch.log1p(runs.clamp(max=LONGEST_RUN).float())
+    duration = functional.mse_loss(run.vocoder.dur_predictor(run.vocoder.dict(units)), true)
     duration.backward()
     row |= {"duration": duration.item(), "lr": scale * options.lr}
     row["norm"], finite = update(run, scale, options)
@@ -346,38 +362,40 @@ def update(run, scale, options):
 
 @torch.no_grad()
 def validate(vocoder, corpus):
-    """Held-out recordings: log-mel distance with true timing, frames of error per unit, ratio of total lengths."""
+    """Held-out recordings: log-mel distance with true timing; of the first voice frames of error per unit, ratio of lengths."""
     vocoder.eval()
-    spectra, distance, error, predicted, frames, count = Spectra(SPECTRA[-1:]), 0.0, 0, 0, 0, 0
+    spectra, distance, error, predicted, total, frames, count = Spectra(SPECTRA[-1:]), 0.0, 0, 0, 0, 0, 0
     for row in corpus.held_out:
-        units, runs, frame_units, _ = row
-        made, real = (spectra(wav[None])[0][1] for wav in (vocoder(units, runs), corpus.samples(row)))
-        guess = vocoder.durations(torch.from_numpy(units))
-        distance += (made - real).abs().mean().item() * len(frame_units)
-        error += int((guess - torch.from_numpy(runs)).abs().sum())
-        predicted, frames, count = predicted + int(guess.sum()), frames + len(frame_units), count + len(units)
+        units, runs, frame_units, _, voice = row
+        made, real = (spectra(wav[None])[0][1] for wav in (vocoder(units, runs, voice), corpus.samples(row)))
+        distance, frames = distance + (made - real).abs().mean().item() * len(frame_units), frames + len(frame_units)
+        if voice == 0:
+            guess, true = vocoder.durations(torch.from_numpy(units)), torch.from_numpy(runs).clamp(max=LONGEST_RUN)
+            error, predicted = error + int((guess - true).abs().sum()), predicted + int(guess.sum())
+            total, count = total + int(true.sum()), count + len(units)
     vocoder.train()
-    return {"valid_mel": distance / frames, "valid_frames": error / count, "valid_length": predicted / frames}
+    return {"valid_mel": distance / frames, "valid_frames": error / count, "valid_length": predicted / total}
 
 
 @torch.no_grad()
 def match_total_length(vocoder, corpus, documents=100):
-    """Shift the predictor's bias so that the predicted lengths of the training speech add up to the true ones.
+    """Shift the predictor's bias so that the predicted lengths of the first voice's speech add up to the true ones.
 
     Squared error in the logarithm aims at a geometric mean, and the rounding drops what lies below one and a half
     frames, so the plain prediction speaks several percent too fast.
     """
     vocoder.eval()
-    bias, total = vocoder.dur_predictor.proj.bias, sum(len(row[2]) for row in corpus.rows[:documents])
+    rows = corpus.talking[::max(1, len(corpus.talking) // documents)]
+    bias, total = vocoder.dur_predictor.proj.bias, sum(int(row[1].clip(max=LONGEST_RUN).sum()) for row in rows)
     plain, low, high = bias.clone(), -0.5, 0.5
     for _ in range(12):  # halving: the total grows with the bias
         bias.copy_(plain + (low + high) / 2)
-        predicted = sum(int(vocoder.durations(torch.from_numpy(row[0])).sum()) for row in corpus.rows[:documents])
+        predicted = sum(int(vocoder.durations(torch.from_numpy(row[0])).sum()) for row in rows)
         low, high = (low, (low + high) / 2) if predicted > total else ((low + high) / 2, high)
 
 
 def numbers(options, name):
-    """The whole numbers of --rates, --kernels or --block-kernels."""
+    """The whole numbers of an option like --rates."""
     text = getattr(options, name)
     if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
         raise ValueError(f"--{name.replace('_', '-')}={text}: expected whole numbers above 0, divided by commas")
@@ -387,10 +405,12 @@ def numbers(options, name):
 def network(options, num_units):
     """The options as a published-style config."""
     rates, taps, blocks = (numbers(options, name) for name in ("rates", "kernels", "block_kernels"))
+    several = len(options.units) > 1  # voices
     return VocoderConfig(
         upsample_rates=tuple(rates), upsample_kernel_sizes=tuple(taps), upsample_initial_channel=options.width,
         resblock_kernel_sizes=tuple(blocks), resblock_dilation_sizes=((1, 3, 5),) * len(blocks),
-        num_embeddings=num_units, embedding_dim=options.embedding, model_in_dim=options.embedding,
+        num_embeddings=num_units, embedding_dim=options.embedding, num_speakers=several * len(options.units),
+        model_in_dim=options.embedding * (1 + several),
         code_hop_size=math.prod(rates),
         dur_predictor_params=DurationConfig(options.embedding, options.embedding))
 
@@ -398,7 +418,10 @@ def network(options, num_units):
 def export(vocoder, recipe, options):
     dtype = torch.float16 if options.half else torch.float32
     tensors = {name: tensor.to(dtype) for name, tensor in vocoder.state_dict().items()}
-    files.write_model(options.out, {**dataclasses.asdict(vocoder.config), "tokenizer": recipe}, tensors)
+    settings = {**dataclasses.asdict(vocoder.config), "tokenizer": recipe, "multispkr": bool(vocoder.config.num_speakers)}
+    files.write_model(options.out, settings, tensors)
+    if options.speakers:
+        files.write_text(Path(options.out) / "speakers.txt", "".join(f"{name}\n" for name in options.speakers))
 
 
 COLUMNS = ("step", "minutes", "spectral", "duration", "verdict", "features", "discrimination", "lr", "norm", "skipped",
@@ -464,6 +487,8 @@ def main(argv=None):
         options = dataclasses.replace(options, bf16=dtype == "bfloat16")
         print(why)
     files.refuse_existing(options.out, remedy="delete it, or give another --out")
+    if options.speakers and len(options.speakers) != len(options.units):
+        raise ValueError(f"{len(options.speakers)} --speakers for {len(options.units)} folders of --units; name one for each")
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # tiny numbers after the leaky ReLUs are slow on a CPU and inaudible
     torch.manual_seed(options.seed)

@@ -63,6 +63,7 @@ class UnitEncoder(nn.Module):
         self.hubert, self.layer, self.pad, self.chunking, self.native_rate = hubert, layer, pad, chunking, native
         self.register_buffer("centers", centers.float())
         self.num_units, self.budget = len(centers), BUDGET_SECONDS["cpu"]
+        self.least_certainty = 0.0  # of speech, where the file of the centres says it
         self.seconds = [0.0, 0.0]  # of audio encoded so far: without and with the padding of batches
         self.recipe = {"kind": "hubert", "model": name, "layer": layer, "num_units": self.num_units,
                        "frame_rate": self.frame_rate, "centers": fingerprint(centers.float()),
@@ -104,6 +105,11 @@ class UnitEncoder(nn.Module):
     def features(self, wav):
         """(S,) float32 at 16 kHz -> (F, C) float32. Raises ValueError below one receptive field."""
         return self.whole_or_pieces([self.checked(wav)], self.features_of)[0]
+
+    def certainty(self, features):
+        """(F, C) -> in [0, 1], how likely the likeliest unit of each frame is, their mean. Of centres that were learnt with the
+        network: negative squared distances, halved, are then logits (pocket/train_hubert.py)."""
+        return (torch.cdist(features, self.centers).square() / -2).softmax(1).amax(1).mean().item()
 
     def whole_or_pieces(self, wavs, compute):
         """compute (features_of or units_of) of recordings that fit into one forward, or of one that is longer."""

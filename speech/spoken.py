@@ -14,9 +14,18 @@ from pathlib import Path
 import torch
 
 from checkpoints import files
-from speech.audio import soundfile, write_wav
+from speech.audio import SAMPLE_RATE, soundfile, write_wav
 
+FADE = 0.1  # seconds at the end of speech that is cut somewhere
 LONGEST = 1900  # characters of a comment: libsndfile reads no longer ones
+
+
+def faded(wav):
+    """(S,) -> (S,): the last tenth of a second falls to nothing, along a cosine. Speech that stops because no more units are
+    allowed would end in a click."""
+    samples = min(len(wav), round(FADE * SAMPLE_RATE))
+    end = wav[len(wav) - samples:] * (1 + torch.cos(torch.pi * torch.arange(1, samples + 1) / max(1, samples))) / 2
+    return torch.cat([wav[:len(wav) - samples], end])
 
 
 def record_of(source, options, names, spoken):

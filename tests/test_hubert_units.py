@@ -729,7 +729,7 @@ def test_the_layer_and_the_recipe_come_from_the_files(folders, tmp_path):
 def test_the_pocket_tokenizer_and_its_k_means_open_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder = load_unit_encoder("pocket", kmeans="pocket")
-    assert encoder.recipe["model"] == "pocket" and (encoder.layer, encoder.num_units, encoder.frame_rate) == (4, 100, 25.0)
+    assert encoder.recipe["model"] == "pocket" and (encoder.layer, encoder.num_units, encoder.frame_rate) == (6, 200, 25.0)
 
 
 def test_mistakes_in_the_k_means_file_are_named(folders, tmp_path):

@@ -50,7 +50,8 @@ MOST_WORDS_AT_THE_DOOR = 1_250  # of README.md's prose: commands, output, tables
 CORE = ("speech", "corpus", "checkpoints", "training", "evaluation", "kernels")
 MOST_LINES_OF_THE_LOOP = 60
 TEST_ONLY = {"transformers", "sklearn", "joblib", "torchaudio", "fairseq", "pytest", "hypothesis", "scipy", "pandas"}
-OPTIONAL = {"matplotlib": ("scripts", "pocket"), "wandb": ("training",)}  # extras: plots, a service
+OPTIONAL = {"matplotlib": ("scripts", "pocket"), "wandb": ("training",),  # extras: plots, a service, a recogniser
+            **dict.fromkeys(("moonshine_voice", "onnxruntime", "pocketsphinx"), ("pocket",))}
 RUNTIME = {"torch", "numpy", "soundfile", "tqdm", "safetensors", "triton"}  # as in pyproject.toml
 
 

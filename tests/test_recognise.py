@@ -169,7 +169,7 @@ def test_centres_are_read_by_their_content_and_not_by_their_name(tmp_path):
     assert all(torch.equal(files.read_kmeans(tmp_path / name)[0], centers) for name in ("km.bin", "km.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00002.safetensors"])
 def test_a_file_of_a_hubert_is_taken_as_its_folder(name, tmp_path):
     folder = tmp_path / "hubert"
     folder.symlink_to(files.KINDS["tokenizer"])
@@ -201,7 +201,7 @@ def test_a_zip_is_one_by_any_case_of_its_ending(tmp_path, monkeypatch):
 
 
 def test_centres_under_their_name_in_the_released_folders_are_found(tmp_path):
-    torch.save(torch.ones(3, 192), tmp_path / "km.bin")
+    torch.save(torch.ones(3, 256), tmp_path / "km.bin")
     assert OPTIONS["kmeans"](tmp_path).recipe["num_units"] == 3
 
 

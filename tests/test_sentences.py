@@ -73,7 +73,7 @@ sample a.wav --model=                           # --model= is empty; leave it ou
 sample a.wav --tokenizer=runs/none              # --tokenizer=runs/none
 sample a.wav --kmeans=km.bin                    # --kmeans=km.bin
 sample a.wav --vocoder=text.txt                 # is a text, neither weights nor
-sample a.wav --speaker=3                        # no choice of speaker
+sample a.wav --speaker=3                        # speaker '3': this vocoder has speakers 0 to 1
 sample a.wav --layer=0                          # --layer=0: expected a whole number of at least 1
 sample a.wav --chunking=whole                   # expected one of overlap, textless
 sample a.wav --temperature=nan                  # --temperature=nan: expected a finite number of at least 0
@@ -139,8 +139,11 @@ corpus.__main__ units --jsonl=empty             # cannot write empty (Is a direc
 bench.__main__ nope                             # expected one of attention
 bench.__main__ loader --repeats=0               # --repeats=0: expected a whole number of at least 1
 pocket.stories --pairs=endng                    # no kind of pairs is called 'endng'
-pocket.measure --what=all                       # expected one of text, vocoder
-pocket.measure --what=vocoder --speech=nope     # nope/phones.tsv: no such file or directory
+pocket.measure --what=all                       # expected one of text, units
+pocket.measure --what=vocoder --speech=nope     # no audio file or folder at nope
+pocket.measure --what=words                     # give --recogniser=
+pocket.people                                   # no recordings given: python -m pocket.people --recordings=FOLDER
+pocket.teacher --num-units=1,a                  # --num-units=1,a: expected whole numbers above 0, divided by commas
 pocket.train_vocoder --rates=abc                # --rates=abc: expected whole numbers above 0, divided by commas
 pocket.train_hubert --dtype=bf16                # expected one of float32, bfloat16
 pocket.build --only=all                         # --only=all: expected one of text, text_lm

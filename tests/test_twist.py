@@ -370,8 +370,8 @@ def test_a_wrapper_has_slamkits_ids_whatever_its_text_model_left_behind(ids, tmp
 
 
 def test_units_for_slamkits_models_have_its_pad_unless_another_is_given(tmp_path, capsys):
-    save_speech_lm(cold_start(QWEN, UnitVocab(100)), UnitVocab(100), tmp_path / "model")
-    wrap_as_slamkit(tmp_path / "model", 102)
+    save_speech_lm(cold_start(QWEN, UnitVocab(200)), UnitVocab(200), tmp_path / "model")
+    wrap_as_slamkit(tmp_path / "model", 202)
     _, vocab = load_speech_lm(tmp_path / "model")
     for given, pad, said in ((None, 40, "--pad=40: slamkit's"), (0, 0, "these units have 0 zeros"), (40, 40, "")):
         files.note.cache_clear()
@@ -381,8 +381,8 @@ def test_units_for_slamkits_models_have_its_pad_unless_another_is_given(tmp_path
         heard = capsys.readouterr().err
         assert said in heard and bool(said) == bool(heard)
     assert hubert_units.load_tokenizer(hubert_units.TokenizerOptions(), {"kind": "hubert", "pad": 0}).pad == 0
-    with pytest.raises(ValueError, match="num_units is 100, expected 99"):
-        check_recipe(encoder.recipe, dataclasses.replace(vocab, num_units=99).expected(encoder.recipe), "--tokenizer")
+    with pytest.raises(ValueError, match="num_units is 200, expected 199"):
+        check_recipe(encoder.recipe, dataclasses.replace(vocab, num_units=199).expected(encoder.recipe), "--tokenizer")
 
 
 def test_a_model_of_slamkit_that_is_saved_or_trained_on_here_keeps_its_pad(tmp_path, capsys):
