@@ -343,4 +343,8 @@ def command(main):
         program = Path(sys.argv[0])
         name = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name
         print(f"{name}: error: {sentence(error)}", file=sys.stderr)
+        group = sys.modules.get("torch.distributed")
+        if group and group.is_available() and group.is_initialized():  # its threads may abort a Python that is taken down
+            sys.stdout.flush()
+            os._exit(2)
         raise SystemExit(2) from None

@@ -187,6 +187,7 @@ def test_errors_in_bfloat16_are_those_of_sdpa(D):
         assert (ours.double() - exact).norm() <= 1.1 * (theirs.double() - exact).norm()
 
 
+@pytest.mark.slow
 def test_the_operators_pass_opcheck():
     q, k, v = draw(1, 20, 2, 1, 32, torch.float32)
     slopes, starts = torch.rand(2, device=DEVICE), starts_of([3, 17])

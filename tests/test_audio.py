@@ -190,6 +190,7 @@ def test_silence_and_the_shortest_files_are_read(tmp_path, rate, n):
     assert torch.equal(samples, torch.zeros(-(-n * SAMPLE_RATE // rate)))
 
 
+@pytest.mark.slow
 def test_a_long_recording_needs_no_more_memory_than_a_short_one(tmp_path):
     with soundfile.SoundFile(tmp_path / "long.flac", "w", 48000, 2, "PCM_16") as file:  # silence: small on disk
         for _ in range(60):

@@ -234,6 +234,7 @@ def test_chunks_have_4096_rows_or_256_megabytes_and_are_even():
     assert fused_cross_entropy.chunk_rows(1, 512, 2) == 1 and fused_cross_entropy.chunk_rows(0, 512, 2) == 0
 
 
+@pytest.mark.slow
 def test_the_operators_pass_opcheck(monkeypatch):
     logits, targets = draw(6, 20, torch.float32)
     strided = torch.randn(6, 40, device=DEVICE)[:, :20]

@@ -318,6 +318,7 @@ for folder in sys.argv[1:]:  # most bytes so far, above those
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say a process's memory")
 def test_loading_takes_the_memory_of_the_dtype_that_is_asked_for(tmp_path):
     """80 MB in float32 are 40 in bfloat16, and one of 16 files at a time is open."""
