@@ -57,12 +57,14 @@ def draw_curves(axes, folder):
         for row in csv.DictReader(file):
             if row["peak_lr"] == summary[row["init"]]["best peak_lr"]:
                 losses[row["init"]][int(row["step"])].append(float(row["val_loss"]))
+    lowest = min(min(found) for each in losses.values() for found in each.values())
     for start, color in COLORS.items():
         steps = [step for step in sorted(losses[start]) if step > 0]
         values = [losses[start][step] for step in steps]
         axes.plot(steps, [sum(v) / len(v) for v in values], color=color, label=NAMES[start])
         axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, linewidth=0)
-    axes.set(xlabel="updates", ylabel="validation loss, nats per token", ylim=(1.55, 2.6), xlim=(0, 400))
+    axes.set(xlabel="updates", ylabel="validation loss, nats per token", xlim=(0, max(steps)),
+             ylim=(lowest - 0.05, 2.5 * lowest))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
