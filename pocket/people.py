@@ -93,14 +93,21 @@ def main(argv=None):
     paths, voices = find_audio([folder]), defaultdict(list)
     for path in paths:
         voices[voice_of(path)].append(path)
+    if QUIET_VOICE in voices:
+        raise ValueError(f"{voices[QUIET_VOICE][0]} lies in a folder {QUIET_VOICE}, which is kept for silence; rename the folder")
     texts, phones = tables(folder, paths)
     apart, seconds, written = held_out(voices), {"train": 0.0, "val": 0.0}, {"train": [], "val": []}
+    taken, failed = set(), 0
     for path in config.progress(paths, desc="recordings"):
         samples = tried(read_wav, path)
         if isinstance(samples, Exception):
             files.note(f"{path}: {samples}; left out")
+            failed += 1
             continue
-        part, name = "val" if path in apart else "train", f"{voice_of(path)}/{path.stem}.flac"
+        part, stem, copy = "val" if path in apart else "train", f"{voice_of(path)}/{path.stem}", 1
+        while (name := f"{stem}{f'-{copy}' * (copy > 1)}.flac") in taken:  # 1.wav beside 1.mp3, or two folders called anna
+            copy += 1
+        taken.add(name)
         save(out / part / name, samples)
         written[part].append([name, voice_of(path), texts.get(path, ""), phones.get(path, "")])
         seconds[part] += len(samples) / SAMPLE_RATE
@@ -116,6 +123,7 @@ def main(argv=None):
         files.write_bytes(out / part / TABLE, stream.getvalue().encode())
         print(f"{part}: {len(table)} recordings, {seconds[part] / 3600:.2f} h, {len({row[1] for row in table})} voices, "
               f"{sum(bool(row[3]) for row in table)} with phones")
+    print(f"{failed} of {len(paths)} files could not be read")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,19 @@ def test_recordings_of_people_are_divided_and_nothing_of_them_is_lost(tmp_path, 
         people.main([f"--recordings={source}", f"--out={tmp_path / 'out'}"])
 
 
+def test_recordings_of_one_name_and_voice_are_all_kept(tmp_path, capsys):
+    record(tmp_path / "a/anna", ["1.wav", "1.flac"], 0.5)
+    record(tmp_path / "b/anna", ["1.wav"], 1.0)
+    people.main([f"--recordings={tmp_path}", f"--out={tmp_path / 'out'}"])
+    assert "0 of 3 files could not be read" in capsys.readouterr().out
+    kept = sorted((tmp_path / "out").glob("*/anna/*"))
+    assert sorted(path.name for path in kept) == ["1-2.flac", "1-3.flac", "1.flac"]
+    assert sorted(len(read_wav(path)) for path in kept) == [8000, 8000, 16_000]
+    record(tmp_path / "c/quiet", ["1.wav"], 0.5)
+    with pytest.raises(ValueError, match="rename the folder"):
+        people.main([f"--recordings={tmp_path / 'c'}", f"--out={tmp_path / 'other'}"])
+
+
 def test_more_recordings_leave_the_others_on_their_side():
     some = {"many": [Path(f"many/{i}.wav") for i in range(300)]} | {str(i): [Path(f"{i}/a.wav")] for i in range(100)}
     more = some | {"many": [Path(f"many/{i}.wav") for i in range(500)]} | {str(i): [Path(f"{i}/a.wav")] for i in range(200)}
