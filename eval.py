@@ -30,7 +30,7 @@ from checkpoints import download
 from checkpoints.files import POCKET, find
 from checkpoints.recognise import recognise
 from corpus.extract import encode_files, find_audio
-from corpus.shards import UnitShards, check_recipe
+from corpus.shards import UnitShards, check_recipe, names_in
 from evaluation import generation, pairs, perplexity, reports, sets
 from evaluation.likelihood import UnitCounts, log_probabilities
 from kernels.dtypes import DTYPES, free_memory, weights_dtype
@@ -63,7 +63,7 @@ class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     resamples: int = 2000  # of the bootstrap
     seed: int = 0  # of the bootstrap, the paired test and generation
     cache: str | None = None  # folder that keeps units of recordings, by recipe and files; default units/ in NANOTWIST_HOME
-    workers: int = 2  # threads that decode recordings ahead
+    workers: int = 0  # threads that decode recordings ahead; 0: as hubert_units.py
     budget: int = 0  # tokens in one forward; 0: a default for the device
     prompts: int = 100  # generation: number of held-out documents that are continued
     prompt_seconds: float = 3.0  # generation: what the model hears of each, turned into units at the average rate
@@ -79,7 +79,7 @@ class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
         ("voices", "norm", "ties", "score", "long"), "task=" + "|".join(("all", *sets.TASKS))) | dict.fromkeys(
         ("prompts", "prompt_seconds", "max_new_units", "temperature", "transcripts"), "task=all|generation") | dict.fromkeys(
         ("top_k", "top_p"), "task=all|generation temperature")
-    RANGES = {"ties": (0, 1), "resamples": (100, 1_000_000), "workers": (1, 1000), "prompts": (1, config.MOST),
+    RANGES = {"ties": (0, 1), "resamples": (100, 1_000_000), "workers": (0, 1000), "prompts": (1, config.MOST),
               "prompt_seconds": (config.ABOVE_0, 1e6), "max_new_units": (1, config.MOST), "top_k": (1, config.MOST),
               "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
 
@@ -144,7 +144,7 @@ class Evaluation:
     @functools.cached_property
     def encoder(self):
         device = torch.device(config.beside(self.dist.device))
-        encoder = hubert_units.load_tokenizer(self.options, self.main.vocab.recipe).to(device)
+        encoder = hubert_units.load_tokenizer(self.options, self.main.vocab.recipe, device)
         self.check({**encoder.recipe, "dedup": self.main.vocab.dedup}, f"--tokenizer={self.options.tokenizer}")
         encoder.budget = BUDGET_SECONDS[device.type]
         return encoder
@@ -156,8 +156,9 @@ class Evaluation:
         base = Path(self.options.cache) if self.options.cache else download.cache("NANOTWIST_HOME") / "units"
         folder = base / key.hexdigest()[:16]
         how = hubert_units.UnitsConfig(out=str(folder), workers=self.options.workers, dedup=dedup)
+        inside = {*names_in(folder)}
         with packed(self.encoder):
-            encode_files(files, self.encoder, how, self.dist)
+            encode_files([file for file in files if file not in inside], self.encoder, how, self.dist)
         self.dist.barrier()  # the first process joins the shards
         return UnitShards(folder)
 

@@ -31,12 +31,14 @@ import config
 from checkpoints import download
 from checkpoints.files import find, find_model, note, read_kmeans, refuse_existing, write_tensors
 from corpus import inspector
-from corpus.extract import as_named, encode_files, find_audio, sample_features
+from corpus.extract import as_named, encode_files, find_audio, list_audio, sample_features
+from kernels.dtypes import hardware_bfloat16
 from kernels.packed import packed
 from speech.audio import SAMPLE_RATE, read_wav
 from speech.encoder import BUDGET_SECONDS, CHUNKINGS, UnitEncoder, deduplicate
 from speech.hubert import load_hubert
 from speech.kmeans import fit_kmeans
+from speech.precision import PRECISIONS, check_precision
 from training import distributed
 
 # ---------------------------------------------------------------------------------------------- the way of one recording
@@ -63,8 +65,8 @@ def speech_to_units(path, encoder, seconds=0.0, dedup=True):
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """What makes units of speech, for every command that does. Where k (of a known tokenizer), frame rate, pad and chunking are
-    left open, they are those of the speech LM, if there is one that says so."""
+    """What makes units of speech, for every command that does. Where k (of a known tokenizer), frame rate, pad, chunking and
+    precision are left open, they are those of the speech LM, if there is one that says so."""
 
     tokenizer: str = "pocket"  # HuBERT: folder or .pt file, `pocket`, or a known name (mhubert-base-25hz)
     kmeans: str | None = None  # k-means file or known name; default the one that belongs to the tokenizer
@@ -73,19 +75,24 @@ class TokenizerOptions:
     frame_rate: float | None = None  # Hz: the network's own, half or twice of it; default the speech LM's or the k-means file's
     pad: int | None = None  # zeros around each recording, samples; default the speech LM's (of slamkit's models: 40), or none
     chunking: str | None = None  # long ones: overlap (over 70 s: pieces of 60, 5 s context; default), textless (of 100 s, alone)
+    precision: str | None = None  # of products: float32 (default), the exact one; faster bfloat16 and, on a GPU, tf32 and float16
     RANGES = {"k": (1, 2**16), "layer": (1, 1000), "frame_rate": (config.ABOVE_0, 1000), "pad": (0, SAMPLE_RATE)}
-    CHOICES = {"chunking": tuple(CHUNKINGS)}
+    CHOICES = {"chunking": tuple(CHUNKINGS), "precision": tuple(PRECISIONS)}
 
 
-def load_tokenizer(options, recipe=None):
-    """The UnitEncoder that TokenizerOptions name; recipe: that of the speech LM which its units are for."""
+def load_tokenizer(options, recipe=None, device="cpu"):
+    """The UnitEncoder that TokenizerOptions name, on a device; recipe: that of the speech LM which its units are for."""
     said = recipe or {}
     k = said.get("num_units") if options.k is None and options.tokenizer in download.KNOWN["tokenizer"] else options.k
     pad = said.get("pad", 0) if options.pad is None else options.pad
     if options.pad is None and pad and "kind" not in said:
         note(f"--pad={pad}: slamkit's models were trained on recordings with {pad} zeros on both sides")
+    precision = options.precision or said.get("precision", "float32")
+    check_precision(precision, device)
+    if precision == "bfloat16" and not hardware_bfloat16(device):
+        note("--precision=bfloat16: no hardware for it is known here, float32 would be faster")
     return load_unit_encoder(options.tokenizer, options.kmeans, options.layer, k, options.frame_rate or said.get("frame_rate"),
-                             pad, options.chunking or said.get("chunking", "overlap"))
+                             pad, options.chunking or said.get("chunking", "overlap"), precision).to(device)
 
 
 def find_kmeans(path):
@@ -117,7 +124,7 @@ def known_kmeans(tokenizer, k):
 
 
 def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, k=None, frame_rate=None, pad=0,
-                      chunking="overlap"):
+                      chunking="overlap", precision="float32"):
     """Load HuBERT and its k-means.
 
     Args:
@@ -126,7 +133,7 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
             Default: the one that belongs to the known name, with k centres, or stands beside the tokenizer's file.
         layer: transformer layer of the features, 1 is the first; default: what the k-means file or its name says.
         k: centres that are expected. frame_rate: Hz; default: what the k-means file says, or the network's own.
-        pad, chunking: see UnitEncoder.
+        pad, chunking, precision: see UnitEncoder.
     """
     name = str(folder_or_file_or_name)
     path = find_model(name, "tokenizer")
@@ -146,7 +153,8 @@ def load_unit_encoder(folder_or_file_or_name="pocket", kmeans=None, layer=None, 
         layer = said.get("layer") or known and known.layer or named and named.group(1)
     if layer is None:
         raise ValueError(f"{file} does not say which layer it belongs to; give --layer")
-    encoder = UnitEncoder(hubert, centers, int(layer), name_of(name, path), frame_rate or said.get("frame_rate"), pad, chunking)
+    encoder = UnitEncoder(hubert, centers, int(layer), name_of(name, path), frame_rate or said.get("frame_rate"), pad, chunking,
+                          precision)
     encoder.least_certainty = float(said.get("certainty", 0))
     return encoder.eval()
 
@@ -166,13 +174,13 @@ class UnitsConfig(TokenizerOptions):
     overwrite: bool = False  # replace the units, with --fit the k-means, that --out holds
     dedup: bool = True  # collapse runs of equal units (--no-dedup keeps every frame)
     budget: float = 0.0  # seconds of audio in one forward; 0: 60 on a CPU, 960 on a GPU
-    workers: int = 2  # threads that decode ahead of the encoder
+    workers: int = 0  # threads that decode ahead of the encoder; 0: 2 on a CPU, beside a GPU up to 12, by the cores
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     inspect: str | None = None  # print what is in this folder of shards, and do nothing else
     fit: int | None = None  # fit k-means with that many centres instead of encoding
     fit_frames: int = 200_000  # frames that k-means is fitted to, a random sample of all
     seed: int = 0  # of that sample and of the fit
-    RANGES = {"workers": (1, 1000), "fit": (1, config.MOST), "fit_frames": (1, config.MOST)}
+    RANGES = {"workers": (0, 1000), "fit": (1, config.MOST), "fit_frames": (1, config.MOST)}
     FILES = {"out": "the k-means of --fit"}
     NEEDS = {"audio": "inspect=None", "out": "inspect=None", "fit_frames": "fit", "seed": "fit",
              **dict.fromkeys(("dedup", "kmeans", "k", "budget"), "fit=None")}
@@ -189,7 +197,7 @@ def fit(files, options, dist):
     hubert = load_hubert(path).to(dist.device)
     no_centers, layer = torch.zeros(1, hubert.config.n_embd, device=dist.device), options.layer or hubert.config.n_layer
     encoder = UnitEncoder(hubert, no_centers, layer, name_of(options.tokenizer, path), options.frame_rate, options.pad or 0,
-                          options.chunking or "overlap")
+                          options.chunking or "overlap", options.precision or "float32")
     generator = torch.Generator().manual_seed(options.seed)
     with packed(encoder):
         sample, seen = sample_features(files, encoder, options.fit_frames, generator)
@@ -207,10 +215,10 @@ def main(argv=None):
         return
     device = config.choose_device(options.device, language_model=False)
     dist = distributed.setup(device, timedelta(days=30))  # one process may be done days before the last
-    files = find_audio(options.audio, quiet=not dist.is_main)
     if options.fit:
-        return fit(files, options, dist)
-    encoder = load_tokenizer(options).to(dist.device)
+        return fit(find_audio(options.audio), options, dist)
+    files = list_audio(options.audio, options.out)
+    encoder = load_tokenizer(options, device=dist.device)
     encoder.budget = options.budget or BUDGET_SECONDS[dist.device.type]
     with packed(encoder):
         meta, added = encode_files(files if options.overwrite else as_named(files, options.out), encoder, options, dist)

@@ -11,6 +11,7 @@ Sources: Vaswani et al. 2017; LLaMA, Touvron et al. 2023, section 2.2; OPT, Zhan
 al. 2022; norm after the embedding, BLOOM 2022, section 3.2; norms of q and k, Qwen3 2025, section 2; nucleus sampling,
 Holtzman et al. 2020.
 """
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels
+from kernels import decode_step
+from kernels.draw import Draw
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}
 
@@ -136,25 +139,26 @@ def alibi_slopes(heads, device):
     power = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * (heads - power), 2)]
-    return torch.tensor(slopes, device=device)
+    return torch.stack([torch.full((), slope, device=device) for slope in slopes])  # a copy of a list would wait for the GPU
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, one pair of (B, length, K, D) buffers a layer, in the dtype they come in."""
+    """Keys and values of the tokens already seen, one (B, length, 2, K, D) buffer a layer, in the dtype they come in."""
 
     def __init__(self, config, length):
-        self.keys, self.values = [None] * config.n_layer, [None] * config.n_layer
+        self.both = [None] * config.n_layer
         self.room = length  # tokens that fit
         self.length = 0  # tokens held; the model advances it once a forward
 
     def extend(self, layer, k, v):
         """Append k, v (B, T, K, D) of one layer; returns all keys and values so far."""
         end = self.length + k.shape[1]
-        if self.keys[layer] is None:
-            self.keys[layer], self.values[layer] = (x.new_empty(len(x), self.room, *x.shape[2:]) for x in (k, v))
-        self.keys[layer][:, self.length:end] = k
-        self.values[layer][:, self.length:end] = v
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
+        if self.both[layer] is None:
+            self.both[layer] = k.new_empty(len(k), self.room, 2, *k.shape[2:])
+        both = self.both[layer]
+        both[:, self.length:end, 0] = k
+        both[:, self.length:end, 1] = v
+        return both[:, :end, 0], both[:, :end, 1]
 
 
 class Attention(nn.Module):
@@ -230,12 +234,17 @@ class Block(nn.Module):
         return y + self.mlp(self.ln_2(x if self.parallel else y))
 
 
+def table(rows, width):
+    """nn.Embedding, whose own constructor imports all of PyTorch's compiler where there is no memory to draw in (meta)."""
+    return nn.Embedding.from_pretrained(torch.randn(rows, width), freeze=False)
+
+
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.wte = table(config.vocab_size, config.embed_dim)
+        self.wpe = table(config.block_size, config.n_embd) if config.position == "learned" else None
         projected = config.embed_dim != config.n_embd
         self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False) if projected else None
         self.ln_embed = make_norm(config) if config.embed_norm else None
@@ -290,22 +299,6 @@ class Transformer(nn.Module):
         return kernels.linear_cross_entropy(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1))
 
 
-def filter_logits(logits, top_k=None, top_p=None):
-    """Keep the top_k highest logits and, of those, the smallest set whose probability reaches top_p; -inf elsewhere.
-
-    Args: logits (B, V) float32, already divided by the temperature; top_k >= 1; 0 < top_p <= 1.
-    """
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of everything ranked above
-        drop = (before >= top_p).scatter(1, order, before >= top_p)
-        logits = logits.masked_fill(drop, float("-inf"))
-    return logits
-
-
 @torch.inference_mode()
 def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None, generator=None, eos=None, banned=()):
     """Continue every row of ids, one token a step, with a KV cache.
@@ -324,26 +317,29 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=None, top_p=None
     if total > model.config.block_size + 1:
         raise ValueError(f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the "
                          f"{model.config.block_size} that this model was made for; ask for fewer")
-    cache = KVCache(model.config, total)
-    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    step = ids
-    with torch.compiler.set_stance("force_eager"):  # compiled blocks, too: they would be compiled for every length of the cache
-        for _ in range(max_new_tokens):
-            logits = model(step, cache=cache)[:, -1].float()  # (B, V)
-            if step is ids and not logits.isfinite().all():  # looked at once: looking takes a GPU's time
-                raise ValueError(f"the model's numbers are not finite in {str(model.wte.weight.dtype).removeprefix('torch.')}: "
-                                 "its weights are damaged, or it needs --dtype=bfloat16 or float32")
-            if len(banned):
-                logits[:, list(banned)] = float("-inf")
-            if temperature < 1e-6:  # by which float32 would overflow
-                step = logits.argmax(-1, keepdim=True)
-            else:
-                probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-                step = torch.multinomial(probabilities, 1, generator=generator)
-            if eos is not None:
-                step[finished] = eos
-                finished |= step[:, 0] == eos
-            ids = torch.cat([ids, step], dim=1)
-            if eos is not None and finished.all():
-                break
-    return ids
+    if not max_new_tokens:
+        return ids
+    cache = KVCache(model.config, total + -total % 16)  # GPUs' attention wants masks of such a width
+    # compiled blocks would be compiled for every length of the cache; without them, the compiler need not be imported
+    with torch.compiler.set_stance("force_eager") if model.h[0]._compiled_call_impl else contextlib.nullcontext():
+        logits = model(ids, cache=cache)[:, -1]  # (B, V)
+        if not logits.isfinite().all():  # looked at once: looking takes a GPU's time
+            raise ValueError(f"the model's numbers are not finite in {str(model.wte.weight.dtype).removeprefix('torch.')}: "
+                             "its weights are damaged, or it needs --dtype=bfloat16 or float32")
+        draw = Draw(logits, temperature, top_k, top_p, generator, eos, banned)
+        drawn, advance = [draw(logits)], one_more(model, cache, draw)
+        while len(drawn) < max_new_tokens and not draw.ended(len(drawn)):
+            drawn.append(advance(drawn[-1]))
+    return torch.cat([ids, draw.whole(drawn)], dim=1)
+
+
+def one_more(model, cache, draw):
+    """A function (ids (B, 1) -> the next ids (B, 1)) that continues from a cache, in few operators where that can be."""
+    if not decode_step.usable(model):
+        return lambda ids: draw(model(ids, cache=cache)[:, -1])
+    config, device = model.config, model.wte.weight.device
+    step = decode_step.stepper(model, cache,
+                               rotary_table(0, cache.room, config, device) if config.position == "rope" else None,
+                               alibi_slopes(config.n_head, device) if config.position == "alibi" else None)
+    return decode_step.recorded(lambda ids: draw(step(ids)), draw.generator) if device.type == "cuda" else (
+        lambda ids: draw(step(ids)))

@@ -106,7 +106,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     device = slm.wte.weight.device
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
-    with packed(slm), autocast():
+    with packed(slm), autocast():  # at once where that is done already
         rows = generate(slm, ids, min(options.max_new_units, room), options.temperature, options.top_k, options.top_p,
                         generator, eos=vocab.eos, banned=vocab.banned)
     wavs, said, new_units = {}, [], 0
@@ -144,14 +144,14 @@ def load_voice(options, vocab=None, device="cpu"):
 
     Raises: ValueError where their recipes differ.
     """
-    encoder, vocoder = load_tokenizer(options, vocab and vocab.recipe), load_vocoder(options.vocoder)
+    device = config.beside(device)
+    encoder, vocoder = load_tokenizer(options, vocab and vocab.recipe, device), load_vocoder(options.vocoder)
+    but = ("dedup", "precision")  # runs are collapsed as either wants it; what is but heard may be heard with a few other units
     if vocab:
-        made = {**encoder.recipe, "dedup": vocab.dedup}
-        check_recipe(made, vocab.expected(made), f"--tokenizer={options.tokenizer}, with this speech LM")
-    if vocoder.recipe:  # it speaks collapsed units, which those of any model become
-        made = {**encoder.recipe, "dedup": vocoder.recipe.get("dedup", True)}
-        check_recipe(vocoder.recipe, made, f"--vocoder={options.vocoder}")
-    return encoder.to(config.beside(device)), vocoder.to(config.beside(device))
+        check_recipe(encoder.recipe, vocab.expected(encoder.recipe), f"--tokenizer={options.tokenizer}, with this speech LM", but)
+    if vocoder.recipe:
+        check_recipe(vocoder.recipe, encoder.recipe, f"--vocoder={options.vocoder}", but)
+    return encoder, vocoder.to(device)
 
 
 def resynthesize(path, options, encoder, vocoder, notes):
@@ -181,7 +181,7 @@ def main(argv=None):
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     prompts = recordings(options.prompts)
     files, units, failed, notes, begin = [], 0, 0, {}, time.perf_counter()
-    with packed(encoder):
+    with packed(encoder), nullcontext() if options.resynth else packed(slm):
         for path in config.progress(prompts, desc="speaking", unit="prompt"):
             try:
                 written, count = (resynthesize(path, options, encoder, vocoder, notes) if options.resynth else

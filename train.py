@@ -32,7 +32,7 @@ from corpus.loader import PACKINGS, UnitLoader, mixed
 from corpus.shards import UnitShards, check_recipe
 from hubert_units import TokenizerOptions
 from model import TransformerConfig
-from training import distributed, logs, memory, optimizer, state
+from training import distributed, logs, memory, optimizer, pipeline, state
 from training.learner import Learner
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
@@ -44,7 +44,7 @@ RANGES = {name: (1, config.MOST) for name in (
     "steps", "tokens_per_step", "block_size", "eval_interval", "save_interval", "log_interval", "keep")} | {
     "data_fraction": (config.ABOVE_0, 1), "min_lr_share": (0, 1), "cooldown": (0, 1), "beta_2": (0, 0.999999),
     "clip": (config.ABOVE_0, config.LARGEST), "threads": (0, 1024)}
-NEEDS = dict.fromkeys(("tokenizer", "kmeans", "k", "layer", "frame_rate", "pad", "chunking", "vocoder", "prompts"),
+NEEDS = dict.fromkeys(("tokenizer", "kmeans", "k", "layer", "frame_rate", "pad", "chunking", "precision", "vocoder", "prompts"),
                       "sample_interval") | {
     "lm": "init=twist|cold|shuffled|resume", "embedding": "init=twist|shuffled|resume", "shard_size": "parallel=hsdp",
     "cooldown": "schedule=cooldown", "min_lr_share": "schedule=cosine|linear|cooldown"}
@@ -208,36 +208,38 @@ class Facts:
 def train(learner, loader, val_loader, saver, log, voice, facts, options, say):
     """Updates from facts.start on; returns (steps done, last validation loss, seconds of training so far)."""
     dist, step, bad = learner.dist, facts.start["step"], 0
-    started = time.perf_counter() - facts.start["seconds"]
+    began = time.perf_counter() - facts.start["seconds"]
     bar = config.progress(total=options.steps, initial=step, unit="step", shown=dist.is_main)
     val_loss = learner.evaluate(val_loader, options.eval_rows)
     row = {"step": step, "seconds": facts.start["seconds"]} | facts.start["row"]
     if log.step < step or step == 0:  # a kill between state and log leaves the row to us
         log.write(row | ({"val_loss": val_loss} if step % options.eval_interval == 0 else {}))
-    with distributed.stop_signals() as stop:
-        while step < options.steps and not dist.any(stop):
-            begin, lr = time.perf_counter(), lr_at(step, options)
-            batch = loader.rows(step, dist.rank * facts.rows, facts.rows)  # this process's part of the step's rows
-            targets, loss = dist.sum(batch.count), torch.zeros((), device=dist.device)
-            for piece in (pieces := batch.split(facts.micro)):
-                # a piece counts by its share of the targets of all processes, over which backward averages
-                share = learner.forward(piece, last=piece is pieces[-1]) * (piece.count * dist.world / targets)
-                share.backward()
-                loss += share.detach()
-            loss, norm = dist.mean(loss), learner.clip(options.clip)
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            if finite:
-                learner.step(lr)
-            learner.optimizer.zero_grad(set_to_none=True)
+    intervals = [options.save_interval, options.eval_interval, *[options.sample_interval] * bool(voice)]
+    batches = pipeline.ahead(lambda step: loader.rows(step, dist.rank * facts.rows, facts.rows),  # this process's part of them
+                             range(step, options.steps), dist.device)
 
-            step, bad = step + 1, 0 if finite else bad + 1
+    def due(step, *_):  # something follows that a later update would spoil
+        return step == options.steps or not all(step % interval for interval in intervals)
+
+    def launch():
+        for number, batch in enumerate(batches, start=facts.start["step"] + 1):
+            lr = lr_at(number - 1, options)
+            yield number, lr, learner.update(batch, facts.micro, loader.targets, lr, bool(stop))
+            if agreed:
+                return
+
+    with distributed.stop_signals() as stop, contextlib.closing(batches):
+        agreed, before = stop if dist.world == 1 else [], time.perf_counter()  # several must stop after the same update
+        for step, lr, update in pipeline.one_late(launch(), due):  # is read when the next is launched: a GPU never waits for us
+            loss, norm, stopping = update.read()
+            agreed += [step] * bool(stopping)
+            bad = 0 if math.isfinite(loss) and math.isfinite(norm) else bad + 1
             if bad:
                 say(f"step {step}: loss {loss} or gradient norm {norm} not finite, update skipped")
             if bad == MAX_BAD_STEPS:
                 raise ValueError(f"{bad} updates in a row were not finite; lower --peak-lr and resume from the last state")
-            now = time.perf_counter()
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(now - started, 3),
-                   "units_per_second": round(options.tokens_per_step / (now - begin))}
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(update.at - began, 3),
+                   "units_per_second": round(options.tokens_per_step / (update.at - before))}
             row |= logs.derived(row, learner, facts, options)
             saver.settle(wait=False)
             done = step == options.steps
@@ -249,13 +251,14 @@ def train(learner, loader, val_loader, saver, log, voice, facts, options, say):
                 speak(voice, learner, step, options, facts.vocab, say)
             if step % options.log_interval == 0 or "val_loss" in row:
                 log.write(row)
+            before = time.perf_counter() if due(step) else update.at
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}")
             bar.update()
         if step < options.steps:
             state.save(saver, learner, row, facts, options, say, needed=True)
     saver.settle()
     bar.close()
-    return step, val_loss, time.perf_counter() - started
+    return step, val_loss, time.perf_counter() - began
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -281,9 +284,8 @@ def run(options, resuming, found, dist):
     say(f"training on {', '.join(options.data)}, validation on {options.val_data}")
     if (options.data == TrainConfig.data) != (options.val_data == TrainConfig.val_data):
         say("warning: only one of --data and --val-data was given; the other is the pocket world's")
-    tensors = None
     if resuming:
-        model_config, vocab = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"])
+        model_config, vocab, tensors = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"]), None
     else:
         model_config, vocab, tensors = twist.open_start(options.init, options.lm, train_shards[0].recipe, options.seed,
                                                         options.embedding)
@@ -297,16 +299,14 @@ def run(options, resuming, found, dist):
                                fraction=options.data_fraction) for shards in train_shards], options.data_weights)
     val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
     hours = sum(shards.meta["hours"] for shards in train_shards)
-    facts = Facts(vocab, found, rows, micro,
-                  sum(shards.meta["units"] for shards in train_shards) / max(3600 * hours, 1e-9))
+    facts = Facts(vocab, found, rows, micro, sum(shards.meta["units"] for shards in train_shards) / max(3600 * hours, 1e-9))
 
     learner = Learner(model_config, options, dist)
     say(f"{options.init}{' (resumed)' if resuming else ''}: {learner.parameters:,} parameters; "
         f"{loader.windows * loader.T:,} ids of {hours:.1f} h in an epoch; steps {found['step']} to {options.steps}, "
         f"{options.tokens_per_step} ids each = {dist.world} processes x {rows // micro} x {micro} x {options.block_size}; "
         f"{learner.parallel if learner.parallel != 'none' else 'one process'}")
-    say(learner.why)
-    say(kernels.explain(dist.device.type, learner.dtype, model_config.head_dim, brief=True))
+    say(f"{learner.why}\n{kernels.explain(dist.device.type, learner.dtype, model_config.head_dim, brief=True)}")
     if options.dry_run:
         mine = dist.each(sum(distributed.part(parameter).numel() for parameter in learner.model.parameters()))
         say(f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}")

@@ -34,6 +34,7 @@ from checkpoints.pretrained import fold_weight_norm
 from corpus import foreign
 from corpus.shards import UnitShards, check_recipe
 from speech.audio import SAMPLE_RATE
+from speech.channels_last import Conv1d, ConvTranspose1d, lay_out
 from speech.encoder import deduplicate
 from speech.precision import exactly
 from speech.spoken import record_of, write_spoken
@@ -126,8 +127,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width, kernel, dilations):
         super().__init__()
-        self.convs1 = nn.ModuleList(nn.Conv1d(width, width, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in dilations)
-        self.convs2 = nn.ModuleList(nn.Conv1d(width, width, kernel, padding=(kernel - 1) // 2) for _ in dilations)
+        self.convs1 = nn.ModuleList(Conv1d(width, width, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in dilations)
+        self.convs2 = nn.ModuleList(Conv1d(width, width, kernel, padding=(kernel - 1) // 2) for _ in dilations)
 
     def forward(self, x):
         for dilated, plain in zip(self.convs1, self.convs2):
@@ -155,17 +156,17 @@ class Vocoder(nn.Module):
         self.speakers, self.styles = [], []  # names of the voices, where the checkpoint brings them
         width, edge = config.upsample_initial_channel, dict(kernel_size=EDGE_KERNEL, padding=EDGE_KERNEL // 2)
         blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
-        self.dict = nn.Embedding(config.num_embeddings, config.embedding_dim)
-        self.spkr = nn.Embedding(config.num_speakers, config.embedding_dim) if config.num_speakers else None
-        self.style = nn.Embedding(config.num_styles, config.embedding_dim) if config.num_styles else None
-        self.conv_pre = nn.Conv1d(config.model_in_dim, width, **edge)
+        self.dict, self.spkr, self.style = (  # as model.py's table()
+            nn.Embedding.from_pretrained(torch.randn(rows, config.embedding_dim), freeze=False) if rows else None
+            for rows in (config.num_embeddings, config.num_speakers, config.num_styles))
+        self.conv_pre = Conv1d(config.model_in_dim, width, **edge)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes):
             # length out = (F - 1) rate - 2 padding + kernel, which this padding makes exactly F rate
-            self.ups.append(nn.ConvTranspose1d(width, width // 2, kernel, rate, padding=(kernel - rate) // 2))
+            self.ups.append(ConvTranspose1d(width, width // 2, kernel, rate, padding=(kernel - rate) // 2))
             width //= 2
             self.resblocks.extend(ResidualBlock(width, k, dilations) for k, dilations in blocks)
-        self.conv_post = nn.Conv1d(width, 1, **edge)
+        self.conv_post = Conv1d(width, 1, **edge)
         duration = config.dur_predictor_params
         self.dur_predictor = DurationPredictor(duration) if duration else None
 
@@ -245,12 +246,10 @@ KINDS = {"dur_predictor_params": dict, "tokenizer": dict,
 
 def parse_config(table):
     """A published config.json, as a dictionary -> VocoderConfig. Keys about training are ignored on purpose."""
-    refused = [key for key in UNSUPPORTED if table.get(key)]
-    if refused:
+    if refused := [key for key in UNSUPPORTED if table.get(key)]:
         raise ValueError(f"vocoder config asks for {', '.join(refused)}, which is not supported; {REMEDY}")
     recognise.check_values(table, KINDS, "vocoder config")
-    missing = [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if table.get(key) is None]
-    if missing:
+    if missing := [key for key in ("upsample_rates", "upsample_kernel_sizes", "num_embeddings") if table.get(key) is None]:
         raise ValueError(f"vocoder config lacks {', '.join(missing)}; {REMEDY}{recognise.meant(table, 'vocoder')}")
     known = {field.name: freeze(table[field.name]) for field in fields(VocoderConfig) if table.get(field.name) is not None}
     known.setdefault("code_hop_size", math.prod(known["upsample_rates"]))
@@ -290,11 +289,10 @@ def load_vocoder(folder_or_file_or_name="pocket"):
     with torch.device("meta"):
         vocoder = Vocoder(parse_config(table))
     fill(vocoder.to_empty(device="cpu"), fold_weight_norm(files.read_generator(path)).items(), path)
-    vocoder.recipe = table.get("tokenizer")
-    vocoder.speakers, vocoder.styles = (  # names of voices, one a line
+    vocoder.recipe, (vocoder.speakers, vocoder.styles) = table.get("tokenizer"), (  # names of voices, one a line
         [line.strip() for line in file.read_text("utf-8", "surrogateescape").splitlines()] if file.is_file() else []
         for file in (beside(path, "speakers.txt"), beside(path, "styles.txt")))
-    return vocoder.eval().requires_grad_(False)
+    return lay_out(vocoder.eval().requires_grad_(False))
 
 
 # -------------------------------------------------------------------------------------------------- the command
@@ -315,7 +313,7 @@ def read_units(path, vocoder):
     if path.is_dir():
         shards = UnitShards(path)
         if vocoder.recipe:
-            check_recipe(shards.recipe, {**vocoder.recipe, "dedup": shards.recipe.get("dedup", True)}, path)
+            check_recipe(shards.recipe, vocoder.recipe, path, but=("dedup", "precision"))
         # repeats that were not collapsed would each be spoken as long as a unit lasts
         collapsing = vocoder.dur_predictor is not None and not shards.recipe.get("dedup", True)
         for name, units, runs in shards:

@@ -7,6 +7,10 @@
     python -m bench long                      # peak memory of encoding recordings of two minutes and of an hour
     python -m bench chunking long.wav         # units of long recordings in pieces against those of the whole
     python -m bench loader                    # batches for training, beside a reader of JSON lines
+    python -m bench listing                   # ten million names: memory and time of listing and assembling them
+    python -m bench generate                  # a continuation, beside transformers' generate
+    python -m bench vocoder                   # units -> speech on a CPU, beside the plain network with weight norm kept
+    python -m bench start                     # import, --help and the first audible sample of sample.py, with their parts
     python -m bench train                     # training steps, beside transformers' model in a plain loop
     python -m bench attention                 # our kernels beside PyTorch's, cuDNN's and FlexAttention; needs a CUDA GPU
     python -m bench cross_entropy             # our loss, fused with the head and alone, beside eager and compiled; needs a GPU
@@ -14,7 +18,8 @@
     python -m bench eval                      # pairs that eval.py scores in a second, beside a loop over single sequences
 
 What each measures, and how, stands at the head of its file: memory.py, opening.py, units.py (hubert, long and chunking too),
-loader.py, training.py, kernels.py (attention, cross_entropy), packing.py (cpu), scoring.py (eval).
+listing.py, loader.py, training.py, generation.py, vocoding.py (vocoder), start.py, kernels.py (attention, cross_entropy),
+packing.py (cpu), scoring.py (eval).
 """
 import os
 import platform
@@ -25,15 +30,19 @@ from pathlib import Path
 import torch
 
 import config
+from bench.generation import bench_generate
 from bench.kernels import bench_attention, bench_cross_entropy
+from bench.listing import bench_listing
 from bench.loader import bench_loader
 from bench.memory import bench_memory
 from bench.opening import bench_opening
 from bench.packing import bench_cpu
 from bench.scoring import bench_eval
+from bench.start import bench_start
 from bench.timing import OF_GPUS, check_device, tables
 from bench.training import bench_train
 from bench.units import bench_chunking, bench_hubert, bench_long, bench_units
+from bench.vocoding import bench_vocoder
 from checkpoints import files
 
 
@@ -43,9 +52,9 @@ class BenchConfig:
     out: str = "results"  # folder for the JSON file
     gib: float = 2.0  # opening: size of the model in float32
     shards: int = 4  # opening: files it is divided into
-    repeats: int = 5  # units, hubert, loader, train: times each way is measured; attention, cross_entropy: at least 20 on a GPU
-    device: str | None = None  # cpu | cuda, of units and train (none: cpu), attention and cross_entropy (none: cuda)
-    cases: tuple[str, ...] = ()  # attention, cross_entropy, train, units: those whose name, without commas, holds one of these
+    repeats: int = 5  # times that each way is measured; attention, cross_entropy: at least 20 on a GPU
+    device: str | None = None  # cpu | cuda, of generate, units and train (none: cpu), attention and cross_entropy (none: cuda)
+    cases: tuple[str, ...] = ()  # where there are several: those whose name, without commas, holds one of these
     ways: tuple[str, ...] = ()  # attention, cross_entropy, train: only these, such as ours, flash
     compile: bool = False  # train: also compiled steps on a CPU
     CHOICES = {"device": ("cpu", "cuda")}
@@ -53,8 +62,9 @@ class BenchConfig:
 
 
 BENCHMARKS = {"attention": bench_attention, "chunking": bench_chunking, "cpu": bench_cpu, "cross_entropy": bench_cross_entropy,
-              "eval": bench_eval, "hubert": bench_hubert, "loader": bench_loader, "long": bench_long, "memory": bench_memory,
-              "opening": bench_opening, "train": bench_train, "units": bench_units}
+              "eval": bench_eval, "generate": bench_generate, "hubert": bench_hubert, "listing": bench_listing,
+              "loader": bench_loader, "long": bench_long, "memory": bench_memory, "opening": bench_opening, "start": bench_start,
+              "train": bench_train, "units": bench_units, "vocoder": bench_vocoder}
 ALSO = {"scoring": "eval"}  # second names
 
 

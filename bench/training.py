@@ -13,7 +13,9 @@ All take the same batch of random units in one process, and the losses of their 
 Medians, and the interquartile range over the median as spread. `over_peer` is the time of transformers' eager step over a way's
 own, `over_fused` that of its step with the fused AdamW. Memory that is freed is kept for all of them, as train.py does. FLOPs as
 in logs.py. Ours is compiled block by block by the same call of training/learner.py that train.py makes, for rows that never
-change; transformers' model as a whole; an eager step is the same model with compilation switched off.
+change; transformers' model as a whole; an eager step is the same model with compilation switched off. Ours is the update that
+train.py makes: on a GPU a thread pins the rows, and the loss is read one step late, where the loop of transformers reads each at
+once. A sample on a GPU is UPDATES in a row, so that a host that runs ahead can.
 
 Memory of a way: on GPUs the most that was allocated in two steps, less what was before its model was made; on CPUs likewise of
 resident memory, in a process of its own that first trained a tiny model, so that libraries are not counted.
@@ -23,6 +25,7 @@ LLaMA-7B in float32 is too large twice: ways follow each other, with ours as con
 import dataclasses
 import functools
 import gc
+import itertools
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -38,10 +41,11 @@ from bench.memory import SIZES, in_own_process, resident
 from bench.timing import attempt, chosen, take_turns, wanted
 from corpus.loader import Batch
 from model import TransformerConfig
-from training import distributed, logs
+from training import distributed, logs, pipeline
 from training.learner import Learner
 
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2}  # nats: most that the first losses may differ; bfloat16 has 8 bits
+UPDATES = {"cuda": 4, "cpu": 1}  # of a sample
 WARM_UP = 2  # steps of each way before those that count; the first compiles
 
 
@@ -85,7 +89,7 @@ def write_start(shape, folder):
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def draw_batch(shape, device):
+def draw_batch(shape, device="cpu"):
     """Random units, without special tokens; transformers' loss has no target for the last id of a row, so neither has ours."""
     ids = torch.randint(2, shape.config.vocab_size, (shape.rows, shape.T), generator=torch.Generator().manual_seed(0))
     targets = torch.cat([ids[:, 1:], torch.full((shape.rows, 1), -100)], dim=1)
@@ -98,15 +102,14 @@ def ours(shape, folder, compiled, device):
     """A function that makes an update and returns its loss."""
     options, dist = shape.options(compiled, device), distributed.Dist(0, 1, torch.device(device))
     model_config, tensors, _ = twist.open_speech_lm(folder)
-    learner, batch = Learner(model_config, options, dist).fill(tensors.items()), draw_batch(shape, device)
+    learner, batch, before = Learner(model_config, options, dist).fill(tensors.items()), draw_batch(shape), None
+    batches = pipeline.ahead(lambda _: batch, itertools.count(), dist.device)
 
     def step():
-        loss = learner.forward(batch)
-        loss.backward()
-        learner.clip(options.clip)
-        learner.step(options.peak_lr)
-        learner.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        nonlocal before
+        update = learner.update(next(batches), shape.rows, batch.count, options.peak_lr)
+        late, before = (before or update) if learner.on_gpu else update, update
+        return late.read()[0]
     return step
 
 
@@ -217,9 +220,11 @@ def measure(shape, folder, options, compiled):
 
 
 def take_times(steps, found, options):
-    seconds, stopped = take_turns(steps, options.repeats, options.device)
+    updates = UPDATES[options.device]
+    in_a_row = {way: lambda step=step: [step() for _ in range(updates)] for way, step in steps.items()}
+    seconds, stopped = take_turns(in_a_row, options.repeats, options.device)
     for way in steps:
-        found[way].seconds, found[way].note = seconds[way], stopped.get(way, "")
+        found[way].seconds, found[way].note = [taken / updates for taken in seconds[way]], stopped.get(way, "")
 
 
 def disagreement(found, dtype):

@@ -6,9 +6,13 @@
     python -m bench chunking long.wav      # units of long recordings in pieces against those of the whole
 
 units: HuBERT base with random weights, at 25 Hz up to layer 11 and at 50 Hz up to layer 9, 500 centres; speech of 10 s alone, and
-eight recordings of 1.5 to 10 s, which the peer gets as one padded batch with its attention mask. Ours and the peer's take turns;
-medians. Agreement is the share of frames whose unit is that of the peer's features of each recording alone, in float32; the
-difference is the largest that a padded batch makes to a frame's features, relative to their norm.
+eight recordings of 1.5 to 10 s, which the peer gets as one padded batch with its attention mask; on a GPU also 128 of 14 to 15 s,
+32 at a time for the peer. From samples in memory to units in memory; ours and the peer's take turns; medians. In every precision
+that the device has in hardware; the peer's weights are then in float16 or bfloat16. Agreement is the share of frames whose unit
+is that of the peer's features of each recording alone, in float32; the difference is the largest that a padded batch makes to a
+frame's features, relative to their norm. Then the pocket tokenizer on 16 pocket stories, as its vocoder says them, and on 100
+recordings of LibriSpeech, where NANOTWIST_REAL names a folder with them: agreement is with its own units in float32, and of a
+batch with those of the same precision alone.
 
 hubert: the 25 Hz network on 10 s: its front end as PyTorch's convolutions, as products of the whole recording and a second at a
 time, with plain and with packed weights; the network up to layer 11 with either.
@@ -19,9 +23,8 @@ chunking: the pocket tokenizer on the given recordings, joined and repeated to t
 whole and in pieces; the share of frames that get another unit, and the most that differ in any ten seconds.
 """
 import functools
-import itertools
+import os
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,20 +34,31 @@ import hubert_units
 from bench.memory import in_own_process, resident
 from bench.timing import attempt, chosen, side_by_side
 from checkpoints import files
+from corpus.shards import UnitShards
+from kernels.dtypes import hardware_bfloat16
 from kernels.packed import packed
 from speech import audio
-from speech.encoder import CHUNKINGS, UnitEncoder
+from speech.encoder import BUDGET_SECONDS, CHUNKINGS, UnitEncoder
 from speech.hubert import Hubert, HubertConfig, load_hubert
+from speech.precision import PRECISIONS, full_precision
+from vocoder import load_vocoder
 
+PEER_BATCH = 32  # recordings that the peer gets at once
 RAGGED_SECONDS = (10, 9.4, 8.1, 7, 5.5, 4, 2.6, 1.5)
 HUBERTS = {  # name: (transformers' options besides the defaults, which are HuBERT base; layer of the units)
     "mHuBERT base, 25 Hz, layer 11": (dict(conv_dim=(512,) * 8, conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2), num_feat_extract_layers=8,
                                            conv_stride=(5, 2, 2, 2, 2, 2, 2, 2), conv_pos_batch_norm=True), 11),
-    "HuBERT base, 50 Hz, layer 9": ({}, 9)}
+    "HuBERT base, 50 Hz, layer 9": ({}, 9),
+    (POCKET := "pocket"): ({}, 6)}
 
 
-def quantized(encoder, peer, wavs):
-    return encoder.quantize(peer(wavs).flatten(0, 1))
+def precisions(device):
+    """Those that it multiplies in hardware."""
+    return [*PRECISIONS] if device == "cuda" else ["float32"] + ["bfloat16"] * bool(hardware_bfloat16(device))
+
+
+def share(units, others):
+    return round((torch.cat(units) == torch.cat(others)).float().mean().item(), 5)
 
 
 def largest_difference(encoder, wavs):
@@ -53,60 +67,84 @@ def largest_difference(encoder, wavs):
     return float(f"{max(((a - b).norm(dim=1) / b.norm(dim=1)).max().item() for a, b in pairs):.1e}")
 
 
-@contextmanager
-def rounded(encoder, device, precision):
-    """Inside, both networks multiply in that precision; ours is told by itself, as its encoder lets no autocast in."""
-    with torch.autocast(device, precision, enabled=precision != torch.float32):
-        if precision != torch.float32:
-            encoder.hubert.forward = torch.autocast(device, precision)(encoder.hubert.forward)
-        try:
-            yield
-        finally:
-            vars(encoder.hubert).pop("forward", None)
+def features_of_peer(theirs, layer, wavs, options):
+    """The peer's features of recordings, as a padded batch with its mask."""
+    weight = next(theirs.parameters())
+    wav, mask = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), None
+    if len(wavs) > 1:
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(w, dtype=torch.int64) for w in wavs], batch_first=True)
+        mask = mask.to(options.device)
+    return theirs(wav.to(options.device, weight.dtype), attention_mask=mask, output_hidden_states=True).hidden_states[layer]
 
 
-def speeds(encoder, peer, wavs, expected, options):
-    """The columns of one row."""
-    ways = {"ours": functools.partial(encoder.encode_batch, wavs), "peer": functools.partial(quantized, encoder, peer, wavs)}
-    seconds = side_by_side(ways, options.repeats, options.device)
-    units = torch.cat(encoder.encode_batch(wavs))
-    reference = torch.cat([encoder.quantize(features) for features in expected])
+def speeds(encoder, theirs, wavs, reference, options):
+    """The columns of one row; reference: the units in float32 of each recording alone."""
+    def peer():
+        with full_precision(options.device, encoder.precision if encoder.precision == "tf32" else "float32"):
+            for begin in range(0, len(wavs), PEER_BATCH):
+                found = features_of_peer(theirs, encoder.layer, wavs[begin:begin + PEER_BATCH], options)
+                encoder.quantize(found.flatten(0, 1)).cpu()
+
+    seconds = side_by_side({"ours": functools.partial(encoder.encode_batch, wavs), "peer": peer}, options.repeats, options.device)
     length = sum(map(len, wavs)) / audio.SAMPLE_RATE
     return {"ours_x_real_time": round(length / seconds["ours"], 2), "peer_x_real_time": round(length / seconds["peer"], 2),
             "ours_over_peer": round(seconds["peer"] / seconds["ours"], 2),
-            "agreement": round((units == reference).float().mean().item(), 5),
-            "batch_difference": largest_difference(encoder, wavs)}
+            "agreement": share(encoder.encode_batch(wavs), reference), "batch_difference": largest_difference(encoder, wavs[:8])}
+
+
+def recordings(device):
+    """{what they are: recordings} for the pocket tokenizer."""
+    shards, speak = UnitShards(files.POCKET / "units/val"), load_vocoder().to(device)
+    found = {"pocket stories": [speak(*map(torch.from_numpy, shards.document(i))).cpu() for i in range(16)]}
+    real = sorted(Path(os.environ.get("NANOTWIST_REAL") or "absent").glob("speech/librispeech/**/*.flac"))[:100]
+    return found | ({"LibriSpeech": [audio.read_wav(file) for file in real]} if real else {})
+
+
+def agreements(options):
+    """Yields rows of the pocket tokenizer: how far its units agree with those in float32."""
+    encoder = hubert_units.load_unit_encoder().to(options.device)
+    encoder.budget = BUDGET_SECONDS[options.device]
+    for what, wavs in recordings(options.device).items():
+        exact = [encoder.encode(wav) for wav in wavs]
+        for encoder.precision in precisions(options.device):
+            with packed(encoder):
+                seconds = side_by_side({"ours": functools.partial(encoder.encode_batch, wavs)}, 1, options.device)["ours"]
+                together, alone = encoder.encode_batch(wavs), [encoder.encode(wav) for wav in wavs]
+            yield {"network": POCKET, "input": what, "precision": encoder.precision,
+                   "ours_x_real_time": round(sum(map(len, wavs)) / audio.SAMPLE_RATE / seconds, 2),
+                   "agreement": share(together, exact), "batch_agreement": share(together, alone)}
+        encoder.precision = "float32"
 
 
 def bench_units(options):
     """Yields rows of (network, input, precision, ours and the peer in times real time, their ratio, agreement of units)."""
     import transformers  # the peer
-    speech = audio.read_wav(files.POCKET / "prompt.wav").repeat(4).to(options.device)
+    speech = audio.read_wav(files.POCKET / "prompt.wav").repeat(4)
     inputs = {"10 s alone": [speech[:160_000]], "ragged batch of 8": [speech[:int(s * 16_000)] for s in RAGGED_SECONDS]}
-    precisions = [torch.float32] + ([torch.bfloat16, torch.float16] if options.device == "cuda" else [])
+    if options.device == "cuda":
+        inputs["128 of 14 to 15 s"] = [speech[:int((15 - i / 128) * 16_000)] for i in range(128)]
     for name, (extra, layer) in chosen(options, HUBERTS).items():
+        if name == POCKET:
+            yield from agreements(options)
+            continue
         torch.manual_seed(0)
         theirs = transformers.HubertModel(transformers.HubertConfig(**extra)).eval()
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
             hubert = load_hubert(folder)
         theirs.to(options.device)
-
-        def peer(wavs, theirs=theirs, layer=layer):
-            wav, mask = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True), None
-            if len(wavs) > 1:
-                mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(w, dtype=torch.int64) for w in wavs], batch_first=True)
-            return theirs(wav, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
-
-        with torch.inference_mode():
-            expected = {key: [peer([wav])[0] for wav in wavs] for key, wavs in inputs.items()}
+        with torch.inference_mode(), full_precision(options.device):
+            expected = {key: [features_of_peer(theirs, layer, [wav], options)[0] for wav in wavs] for key, wavs in inputs.items()}
         frames = torch.cat(expected["ragged batch of 8"])
-        centers = frames[torch.randperm(len(frames))[:500]].clone()
-        encoder = UnitEncoder(hubert, centers, layer).to(options.device).eval()
-        for (key, wavs), precision in itertools.product(inputs.items(), precisions):
-            with packed(encoder), rounded(encoder, options.device, precision), torch.inference_mode():
-                found, why = attempt(speeds, (encoder, peer, wavs, expected[key], options))
-            yield {"network": name, "input": key, "precision": str(precision).removeprefix("torch."), **(found or {"note": why})}
+        encoder = UnitEncoder(hubert, frames[torch.randperm(len(frames))[:500]].clone(), layer).to(options.device).eval()
+        encoder.budget = BUDGET_SECONDS[options.device]
+        for encoder.precision in precisions(options.device):
+            theirs.to(PRECISIONS[encoder.precision] or torch.float32)
+            for key, wavs in inputs.items():
+                reference = [encoder.quantize(features).cpu() for features in expected[key]]
+                with packed(encoder), torch.inference_mode():
+                    found, why = attempt(speeds, (encoder, theirs, wavs, reference, options))
+                yield {"network": name, "input": key, "precision": encoder.precision, **(found or {"note": why})}
 
 
 @torch.inference_mode()

@@ -7,8 +7,10 @@
 An archive may lie: names that lead out of the folder, links, members larger than they declare. None of it is followed.
 Sources: PKWARE's APPNOTE.TXT, section 4.4; the warnings in the documentation of Python's zipfile.
 """
+import collections
 import functools
 import io
+import itertools
 import os
 import re
 import shutil
@@ -23,35 +25,41 @@ from checkpoints.recognise import recognise
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeDecodeError,
            RuntimeError)  # what zipfile raises for damage; RuntimeError: a password, or a method of packing that it has not
+PIECE = 10_000  # names of one folder that walk holds at a time
 
 
 def walk(root, seen=None):
-    """Yields (folder, names of its files) for a folder and all below it, linked ones too, each real folder once: a loop ends.
+    """Yields (folder, names of files in it) for a folder and all below it, linked ones too, each real folder once: a loop ends.
 
-    What is hidden (a name that begins with a dot, and __MACOSX) is left out, pipes and devices too. Paths begin with root.
-    A folder below root that cannot be read is passed over, and said.
+    What is hidden (a name that begins with a dot, and __MACOSX) is left out, pipes and devices too. Paths begin with root. Of
+    a large folder come pieces of PIECE names. One below root that cannot be read is passed over, and said.
 
     Args: seen: set of the real folders that were given out already, by earlier calls too.
     """
-    waiting, linked, seen = [Path(root)], [], set() if seen is None else seen
+    waiting, linked, seen = collections.deque([Path(root)]), collections.deque(), set() if seen is None else seen
     while waiting or linked:
-        folder = (waiting or linked).pop(0)  # a folder rather by its own name than by that of a link to it
+        folder = (waiting or linked).popleft()  # a folder rather by its own name than by that of a link to it
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            names = sorted(name for name in os.listdir(folder) if not name.startswith((".", "__MACOSX")))
+            folders = []
+            with os.scandir(folder) as entries:  # it knows the kinds, so that no file is asked for its own
+                shown = (entry for entry in entries if not entry.name.startswith((".", "__MACOSX")))
+                while piece := [*itertools.islice(shown, PIECE)]:
+                    inner = {entry.name for entry in piece if entry.is_dir(follow_symlinks=False)
+                             or entry.is_symlink() and os.path.isdir(entry.path)}
+                    folders += inner
+                    yield folder, sorted(entry.name for entry in piece if entry.name not in inner
+                                         and (entry.is_file(follow_symlinks=False) or entry.is_symlink()))
         except OSError as error:  # no permission, such as of lost+found
             if folder == Path(root):
                 raise
             print(f"passed over: the folder {folder}, which cannot be read ({error.strerror.lower()})", file=sys.stderr)
             continue
-        folders = [name for name in names if os.path.isdir(folder / name)]
-        for name in folders:
+        for name in sorted(folders):
             (linked if os.path.islink(folder / name) else waiting).append(folder / name)
-        others = (name for name in names if name not in set(folders))
-        yield folder, [name for name in others if os.path.isfile(folder / name) or os.path.islink(folder / name)]
 
 
 def zip_of(path):

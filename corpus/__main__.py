@@ -15,8 +15,10 @@ import config
 from checkpoints.files import locked, replacing
 from checkpoints.recognise import recognise
 from corpus import foreign, inspector
-from corpus.shards import UnitShards, read_meta, refuse_other_recipe, write_shards
+from corpus.listing import hashes, held, known
+from corpus.shards import UnitShards, names_in, read_meta, refuse_other_recipe, write_shards
 from speech.encoder import CHUNKINGS
+from speech.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class CorpusConfig:
     jsonl: str | None = None  # export the folder to this file of JSON lines (replaced); without a value, or -, to the terminal
     out: str | None = None  # import: folder for the shards, to which new documents are added
     overwrite: bool = False  # import: replace what --out holds
-    like: str | None = None  # import: shard folder whose recipe the units share, instead of the seven options below
+    like: str | None = None  # import: shard folder whose recipe the units share, instead of the eight options below
     num_units: int | None = None  # import: K, size of the k-means table
     frame_rate: float | None = None  # import: frames per second of speech
     model: str | None = None  # import: name of the model that the units come from
@@ -33,18 +35,19 @@ class CorpusConfig:
     centers: str | None = None  # import: fingerprint of the k-means centres, as `python -m corpus FOLDER` shows it
     pad: int | None = None  # import: zeros that were put around each recording, samples (slamkit: 40)
     chunking: str | None = None  # import: how long recordings were encoded: overlap, or textless (the published pipeline)
+    precision: str | None = None  # import: what the tokenizer multiplied in: float32, tf32, float16 or bfloat16
     dedup: bool = False  # import: collapse runs of equal units (their run lengths are added up)
     ALONE = {"jsonl": "-"}
-    CHOICES = {"chunking": tuple(CHUNKINGS)}
+    CHOICES = {"chunking": tuple(CHUNKINGS), "precision": tuple(PRECISIONS)}
     NEEDS = dict.fromkeys(("overwrite", "like", "num_units", "frame_rate", "model", "layer", "centers", "pad", "chunking",
-                           "dedup"), "out")
+                           "precision", "dedup"), "out")
     RANGES = {"num_units": (1, 2**16), "frame_rate": (config.ABOVE_0, 1000), "layer": (1, 1000), "pad": (0, 16_000)}
 
 
 def imported_recipe(options):
     """The recipe that the options of an import describe, less `dedup`."""
     described = {key: getattr(options, key) for key in ("model", "layer", "num_units", "frame_rate", "centers")}
-    described |= {key: value for key in ("pad", "chunking") if (value := getattr(options, key)) is not None}
+    described |= {key: value for key in ("pad", "chunking", "precision") if (value := getattr(options, key)) is not None}
     if options.like:
         extra = [key for key, value in described.items() if value is not None]
         if extra:
@@ -65,13 +68,15 @@ def import_units(options):
             yield name, *(foreign.collapse(units, runs) if options.dedup else (units, runs)), seconds
 
     # The recipe tells the truth about the units, whatever the file's format suggests; all lines are checked before any is written
-    seen = [(bool((units[1:] == units[:-1]).any()), bool((runs == 1).all())) for _, units, runs, _ in documents()]
-    if not seen:
+    empty, repeats, ones = True, False, True
+    for _, units, runs, _ in documents():
+        empty, repeats, ones = False, repeats or bool((units[1:] == units[:-1]).any()), ones and bool((runs == 1).all())
+    if empty:
         raise ValueError(f"{options.paths[0]} holds no units; copy it again")
     with locked(options.out, "units"):
         before = not options.overwrite and read_meta(options.out) or {"recipe": {}, "files": 0, "units": 0}
-        frames = not before["recipe"].get("dedup", True) and not options.dedup and all(ones for _, ones in seen)
-        recipe["dedup"] = not (frames or any(repeats for repeats, _ in seen))  # frames need not repeat
+        frames = not before["recipe"].get("dedup", True) and not options.dedup and ones
+        recipe["dedup"] = not (frames or repeats)  # frames need not repeat
         refuse_other_recipe(options.out, recipe, options.overwrite)
         new = not_in(options.out, documents()) if before["units"] else documents()
         meta = write_shards(options.out, recipe, new, overwrite=options.overwrite)
@@ -80,13 +85,12 @@ def import_units(options):
 
 def not_in(folder, documents):
     """The documents that a folder of shards does not hold yet. Raises: ValueError where it holds others of the same name."""
-    inside = {}
-    for name, units, _ in UnitShards(folder):
-        inside.setdefault(name, set()).add(hash(units.tobytes()))
+    names = known(names_in(folder))
+    wholes = known((name, units.tobytes()) for name, units, _ in UnitShards(folder))
     for name, units, runs, seconds in documents:
-        if name not in inside:
+        if not held(hashes([name]), names):
             yield name, units, runs, seconds
-        elif hash(units.tobytes()) not in inside[name]:
+        elif not held(hashes([(name, units.tobytes())]), wholes):
             raise ValueError(f"{folder} holds other units under the name {name}; give documents names of their own (file_name), "
                              "or another --out, or --overwrite")
 

@@ -6,7 +6,8 @@
     step s    takes the windows at positions s B .. (s + 1) B of the order; each process takes its own rows of them
 
 No process keeps a place in the data, so a run resumes exactly, on any number of processes, by asking for the next step. The
-stream is never built. Only the documents' offsets are held; units stay in the memory-mapped shards until a batch gathers them:
+stream is never built. Only the documents' bounds are held, 8 bytes of each (16 of a fraction's); units stay in the memory-mapped
+shards until a batch gathers them:
 
     document j of the stream occupies positions bounds[j] .. bounds[j + 1]; its unit at position p is raw unit p + shifts[j]
 
@@ -27,6 +28,7 @@ from corpus.shards import check_recipe
 
 PACKINGS = ("stream", "documents")
 SUBSET_SEED = 2305  # of the order in which fractions take documents: the same subset for every run
+WHOLE_UNITS = 2**29  # a corpus of fewer is soon in memory whole, a gigabyte, if the system reads ahead
 ROUND = 1000  # rows of a mixture in which every corpus has exactly its share
 
 
@@ -39,8 +41,17 @@ class Batch(NamedTuple):
 
     @property
     def count(self):
-        """Targets that count."""
-        return int((self.targets != -100).sum())
+        """Targets that count; of a batch on the CPU."""
+        return np.count_nonzero(self.targets.numpy() != -100)
+
+    def pinned(self):
+        """The same in memory from which a GPU copies by itself."""
+        return Batch(*(part if part is None else part.pin_memory() for part in self))
+
+    def to(self, device):
+        """The same on a device, to which a GPU copies pinned rows while the host goes on. They may be dropped at once: PyTorch
+        gives pinned memory away again only after an event that it records behind the copy."""
+        return Batch(*(part if part is None else part.to(device, non_blocking=device.type == "cuda") for part in self))
 
     def split(self, rows):
         """The same in batches of at most this many rows."""
@@ -77,7 +88,7 @@ class UnitLoader:
         packing: stream: attention and targets go on into the next document. documents: the same windows with document_starts
             for kernels.attention; a document's last unit has the next <S> as its target, and none where there is no <S>.
         fraction: share of the units, of whole documents, in (0, 1].
-    Attributes: windows: how many an epoch has. T: positions of each.
+    Attributes: windows: how many an epoch has. T: positions of each. targets: that count in every step; None: it depends.
     Raises: ValueError for options out of range, or fewer ids than one window needs.
     """
 
@@ -89,11 +100,19 @@ class UnitLoader:
         if block_size < 1 or batch < 1:
             raise ValueError(f"block size {block_size} and batch {batch}: expected at least 1 of each")
         self.shards, self.vocab, self.T, self.batch, self.seed, self.packing = shards, vocab, block_size, batch, seed, packing
+        self.targets = batch * block_size if packing == "stream" or vocab.bos is not None else None
         self.units = [np.asarray(units) for units, *_ in shards.parts if len(units)]
         self.unit_bounds = np.cumsum([0] + [len(units) for units in self.units])  # raw units before each file
-        kept = subset(shards.lengths, fraction)
-        self.bounds = np.append(0, np.cumsum(shards.lengths[kept] + (vocab.bos is not None)))
-        self.shifts = np.cumsum(shards.lengths)[kept] - self.bounds[1:]
+        if self.unit_bounds[-1] > WHOLE_UNITS:
+            shards.read_at_random()
+        between = int(vocab.bos is not None)
+        if fraction == 1:
+            self.bounds, self.shifts = shards.bounds(between), None
+        else:
+            lengths = shards.lengths
+            kept = subset(lengths, fraction)
+            self.bounds = np.append(0, np.cumsum(lengths[kept] + between))
+            self.shifts = np.cumsum(lengths)[kept] - self.bounds[1:]
         # windows overlap by one id: the target of a window's last position is the first input of the next
         self.windows = (int(self.bounds[-1]) - 1) // block_size
         if self.windows < 1:
@@ -149,9 +168,11 @@ class UnitLoader:
 
         Args: (pieces,) each: document; stream position less place in the result; how many.
         """
-        behind = self.shifts[documents] + self.bounds[documents + 1]  # raw unit behind the document: tells its file
+        # where no document is left out, each up to this one has put in one <S>, or none
+        shifts = -(documents + 1) * (self.vocab.bos is not None) if self.shifts is None else self.shifts[documents]
+        behind = shifts + self.bounds[documents + 1]  # raw unit behind the document: tells its file
         files = np.searchsorted(self.unit_bounds[1:], behind)
-        raw = np.repeat(offsets + self.shifts[documents] - self.unit_bounds[files], sizes)
+        raw = np.repeat(offsets + shifts - self.unit_bounds[files], sizes)
         raw += np.arange(len(raw))
         units, ends = np.empty(len(raw), np.uint16), np.cumsum(sizes)
         begin = 0
@@ -185,7 +206,7 @@ class Mixture:
             check_recipe(other.shards.recipe, first.shards.recipe, other.shards.folder)
             if (other.T, other.vocab, other.packing) != (first.T, first.vocab, first.packing):
                 raise ValueError(f"{other.shards.folder}: not the block size, vocabulary and packing of {first.shards.folder}")
-        self.loaders, self.batch, self.seed, self.T = loaders, first.batch, first.seed, first.T
+        self.loaders, self.batch, self.seed, self.T, self.targets = loaders, first.batch, first.seed, first.T, first.targets
         self.bounds = np.cumsum([0] + [loader.windows for loader in loaders])  # windows are numbered corpus after corpus
         self.windows = int(self.bounds[-1])
         shares = np.asarray(weights, np.float64) / np.sum(weights) * ROUND

@@ -13,8 +13,10 @@ A folder holds as many shards as it needs. What is added later goes into shards 
 whoever has them open. `python -m corpus FOLDER` says what is in one. Shapes: T units per document.
 """
 import csv
+import functools
 import io
 import json
+import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +25,11 @@ import numpy as np
 
 from checkpoints.files import read_json, write_bytes
 from checkpoints.recognise import check_values, recognise
+from corpus.listing import blocks
 
-RECIPE = {"kind": str, "num_units": int, "layer": int, "frame_rate": float, "pad": int, "chunking": str, "dedup": bool}
+RECIPE = {"kind": str, "num_units": int, "layer": int, "frame_rate": float, "pad": int, "chunking": str, "dedup": bool,
+          "precision": str}
+ABSENT = {"pad": 0, "chunking": "overlap", "dedup": True, "precision": "float32"}  # what recipes mean that are older than these
 FORMAT = 1  # version of the layout above
 MAX_UNIT = 2**16 - 1
 REPLACED = {"fa1da69ec2a8638b": "d78477e"}  # centres of a pocket tokenizer that is no more: the last commit that has it
@@ -66,9 +71,11 @@ def prefixes_of(folder, meta):
 
 
 def names_in(folder):
-    """file_name of every document that a folder holds, in order; none where there are no shards."""
-    return [json.loads(line)["file_name"] for prefix in prefixes_of(folder, read_meta(folder))
-            for line in Path(prefix + "files.jsonl").read_bytes().splitlines()]
+    """Yields file_name of every document that a folder holds, in order; none where there are no shards."""
+    for prefix in prefixes_of(folder, read_meta(folder)):
+        with open(prefix + "files.jsonl", "rb") as lines:
+            for block in blocks(lines):
+                yield from (file["file_name"] for file in json.loads(b"[%b]" % b",".join(block)))
 
 
 def read_failures(folder):
@@ -81,12 +88,12 @@ def read_failures(folder):
 def refuse_other_recipe(folder, recipe, overwrite=False):
     """Raise ValueError if the shards in a folder (unless they are overwritten), or what an unfinished extraction has done there,
     are of another recipe."""
-    recipe, folder = json.loads(json.dumps(recipe)), Path(folder)  # as it would be read: tuples are lists
+    recipe, folder = json.loads(json.dumps({**ABSENT, **recipe})), Path(folder)  # as it would be read: tuples are lists
     shards = None if overwrite else (read_if_there(folder / "meta.json") or {}).get("recipe")
     work = read_if_there(folder / "work/recipe.json")
     for found, what, remedy in ((shards, f"{folder} holds units", "that folder (--overwrite replaces it)"),
                                 (work, f"{folder / 'work'} holds unfinished units", folder / "work")):
-        if found not in (None, recipe):
+        if found is not None and (found := {**ABSENT, **found}) != recipe:
             key = next(key for key in sorted({*found, *recipe}) if found.get(key, "absent") != recipe.get(key, "absent"))
             raise ValueError(f"{what} of another recipe ({key} is {found.get(key, 'absent')}, now {recipe.get(key, 'absent')}); "
                              f"choose another --out, or delete {remedy}")
@@ -200,7 +207,7 @@ class UnitShards:
                 f": it {said}" if (said := recognise(folder)) else f"; {remedy}"))
         self.recipe, self.parts = self.meta["recipe"], []
         for prefix in prefixes_of(folder, self.meta):
-            offsets = np.fromfile(prefix + "offsets.bin", dtype="<i8")
+            offsets = np.memmap(prefix + "offsets.bin", dtype="<i8", mode="r")
             if missing := [name for name in ("units.bin", "runs.bin", "files.jsonl") if not os.path.isfile(prefix + name)]:
                 raise FileNotFoundError(f"{prefix}{missing[0]} is not there, though its offsets.bin is; copy it, too")
             for file in (prefix + "units.bin", prefix + "runs.bin"):
@@ -210,14 +217,32 @@ class UnitShards:
             units, runs = (np.memmap(prefix + f"{name}.bin", dtype="<u2", mode="r") if size else np.zeros(0, "<u2")
                            for name in ("units", "runs"))
             self.parts.append((units, runs, offsets, prefix + "files.jsonl"))
-        lengths = [np.diff(offsets) for _, _, offsets, _ in self.parts]
-        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)  # units of each document
-        self.firsts = np.cumsum([0] + [len(part) for part in lengths])  # index of each shard's first document
-        if self.lengths.sum() == 0:
+        self.firsts = np.cumsum([0] + [len(offsets) - 1 for _, _, offsets, _ in self.parts])  # each shard's first document
+        if not any(offsets[-1] for _, _, offsets, _ in self.parts):
             raise ValueError(f"{folder} holds no units; see its failures.csv")
 
     def __len__(self):
-        return len(self.lengths)
+        return int(self.firsts[-1])
+
+    def bounds(self, extra=0):
+        """(documents + 1,) int64: where each begins in a row of all, and the last ends; each is `extra` longer than its units."""
+        bounds = np.empty(len(self) + 1, np.int64)
+        bounds[0] = 0
+        for first, (_, _, mapped, _) in zip(self.firsts, self.parts):
+            offsets = np.fromfile(mapped.filename, dtype="<i8")  # pages of the map would count as our memory
+            bounds[first + 1:first + len(offsets)] = bounds[first] + (offsets + extra * np.arange(len(offsets)))[1:]
+        return bounds
+
+    @functools.cached_property
+    def lengths(self):
+        """Units of each document, (documents,) int64."""
+        return np.diff(self.bounds())
+
+    def read_at_random(self):
+        """From now on read no more from the disk than is asked for; by itself the system reads megabytes around every place."""
+        for units, *_ in self.parts:
+            if isinstance(units, np.memmap) and hasattr(mmap, "MADV_RANDOM"):  # Windows has none
+                units.base.madvise(mmap.MADV_RANDOM)
 
     def document(self, i):
         """units (T,), runs (T,) int64 of document i."""
@@ -243,15 +268,15 @@ class UnitShards:
             yield file["file_name"], *self.document(i)
 
 
-def check_recipe(recipe, expected, where):
+def check_recipe(recipe, expected, where, but=()):
     """Units made in different ways must never mix: every number would be meaningless, without any error.
 
-    Everything that changes units counts; the model's name does not, since the same weights lie under many.
+    Everything that changes units counts, but for the keys in `but`; the model's name does not, since the same weights lie under
+    many.
     """
-    absent = {"pad": 0, "chunking": "overlap", "dedup": True}  # what recipes mean that are older than these options
-    for key in ("kind", "num_units", "layer", "centers", "frame_rate", "pad", "chunking", "dedup"):
-        found, wanted = recipe.get(key, absent.get(key)), expected.get(key, absent.get(key))
-        if found != wanted:
+    for key in ("kind", "num_units", "layer", "centers", "frame_rate", *ABSENT):
+        found, wanted = recipe.get(key, ABSENT.get(key)), expected.get(key, ABSENT.get(key))
+        if found != wanted and key not in but:
             old = next((REPLACED[of["centers"]] for of in (recipe, expected) if of.get("centers") in REPLACED), None)
             raise ValueError(f"{where}: units of another tokenizer ({key} is {found}, expected {wanted}); " + (
                 "a text LM is given as --lm" if key == "kind" and "bytes" in (found, wanted) else

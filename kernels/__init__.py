@@ -2,9 +2,10 @@
 
 choose() is a pure function of what is asked for and returns (backend, reason); nothing is tried and swallowed. Backends:
 
-    triton  our kernels, on CUDA GPUs and in Triton's interpreter for the tests: flash_attention.py, fused_cross_entropy.py, and
-            flash_decoding.py, which never runs unless TWIST_KERNELS=triton forces it, until it has been measured to be faster.
-    torch   PyTorch's scaled_dot_product_attention and cross_entropy, on any device.
+    triton  our kernels, on CUDA GPUs and in Triton's interpreter for the tests: flash_attention.py, fused_cross_entropy.py,
+            split_adamw.py (which training/optimizer.py calls by itself), and flash_decoding.py, which never runs unless
+            TWIST_KERNELS=triton forces it, until it has been measured to be faster.
+    torch   PyTorch's scaled_dot_product_attention, cross_entropy and fused AdamW, on any device.
 
 The model's loss is linear_cross_entropy(); cross_entropy(), on given logits, is for callers outside. The same maths, written out
 to be read, stands in reference.py. TWIST_KERNELS=triton|torch forces a backend; forcing one that cannot run is an error that says
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 
 triton = importlib.util.find_spec("triton")  # not made for macOS and Windows
 
-if triton is not None:
-    from kernels import flash_attention, flash_decoding, fused_cross_entropy
+LOADED = triton is not None and (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1")
+
+if LOADED:  # importing it takes 0.15 s, and PyTorch without GPUs does not need it
+    from kernels import flash_attention, flash_decoding, fused_cross_entropy, split_adamw  # noqa: F401
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that Triton's kernels take
-OPERATIONS = ("attention", "decode_attention", "cross_entropy", "linear_cross_entropy")
+OPERATIONS = ("attention", "decode_attention", "cross_entropy", "linear_cross_entropy", "split_adamw")
 
 
 def interpreted():
@@ -199,7 +202,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100):
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100):
-    """cross_entropy(x weight^T, targets); with Triton, all logits never exist at once.
+    """cross_entropy(x weight^T, targets); with Triton, all logits of a large vocabulary never exist at once.
 
     Args: x (N, C); weight (V, C); targets (N,) int64, ignore_index where there is none.
     Returns, raises: as cross_entropy.

@@ -24,21 +24,26 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import flash_attention, flash_decoding, fused_cross_entropy, interpreted
+from kernels import flash_attention, flash_decoding, fused_cross_entropy, interpreted, split_adamw
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # most that one program can have
 DTYPES = {2: "bf16", 4: "fp32"}  # by bytes per number; float16 is as bfloat16
 STRIDES = {f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do") for axis in "bth"}
 # Types of arguments; those that are not here are constants, or addresses of the dtype that is compiled for.
 ATTENTION = (dict.fromkeys(("LSE", "DELTA", "SLOPES", "ACC", "M", "L"), "*fp32") | dict.fromkeys(("STARTS", "ENDS"), "*i32")
-             | dict.fromkeys(("T", "H", "GROUP", "S", "heads", "parts", "length", *STRIDES), "i32") | {"scale": "fp32"})
+             | dict.fromkeys(("T", "H", "GROUP", "S", "heads", "parts", "length", *STRIDES), "i32")
+             | {"scale": "fp32", "LAST": "*i64"})
 ROWS = (dict.fromkeys(("losses", "statistics", "factor"), "*fp32") | {"targets": "*i64"}
         | dict.fromkeys(("V", "logits_stride", "gradient_stride", "ignore_index"), "i32"))
+
+UPDATE = (dict.fromkeys(("exp_avg", "exp_avg_sq", "corrections", "skip", "scale"), "*fp32")
+          | dict.fromkeys(("weight", "low"), "*i16") | {"n": "i32"}
+          | dict.fromkeys(("rest_1", "beta_2", "rest_2", "decay", "eps"), "fp32"))
 
 
 def variant(name, kernel, dtype, constants, types=ATTENTION, sixteens=STRIDES):
     """What triton.compiler.ASTSource needs. sixteens: arguments that are multiples of 16, as all addresses are."""
-    launch = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+    launch = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in constants}
     signature = {argument: "constexpr" if argument in constants else types.get(argument, f"*{dtype}")
                  for argument in kernel.arg_names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, (argument, kind) in enumerate(signature.items())
@@ -59,7 +64,8 @@ def attention_variants(arch):
 def decoding_variants():
     """Both kernels, with eight query heads a key head."""
     for D, (itemsize, dtype), alibi in product((64, 80, 128), DTYPES.items(), (False, True)):
-        constants = flash_decoding.constants(D, 8, itemsize) | {"ALIBI": alibi} | ({} if alibi else {"SLOPES": None})
+        constants = flash_decoding.constants(D, 8, itemsize) | {"ALIBI": alibi}
+        constants |= {} if alibi else {"SLOPES": None, "LAST": None}
         name = f"decode_attention_{D}_{dtype}{'_alibi' if alibi else ''}"
         yield variant(name, flash_decoding.part_kernel, dtype, constants)
         if alibi:
@@ -78,9 +84,17 @@ def row_variants():
         yield variant(name, fused_cross_entropy.row_kernel, dtype, constants, ROWS, sixteens)
 
 
+def update_variants():
+    """Of split AdamW: gradients in both dtypes."""
+    for dtype, bits in (("bf16", "*i16"), ("fp32", "*fp32")):
+        constants = dict(BLOCK=split_adamw.BLOCK, num_warps=split_adamw.NUM_WARPS, num_stages=3)
+        yield variant(f"split_adamw_{dtype}", split_adamw.update_kernel, dtype, constants, UPDATE | {"gradient": bits}, {"n"})
+
+
 def variants(arch):
     """{name: what a compiler needs} of everything that the project launches on an architecture."""
-    return {found["name"]: found for found in (*attention_variants(arch), *decoding_variants(), *row_variants())}
+    return {found["name"]: found for found in (*attention_variants(arch), *decoding_variants(), *row_variants(),
+                                                *update_variants())}
 
 
 def compile_variant(arch, name):
@@ -88,6 +102,11 @@ def compile_variant(arch, name):
     variant = variants(arch)[name]
     source = ASTSource(variant["kernel"], variant["signature"], variant["constexprs"], variant["attrs"])
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant["launch"])
+    return {"arch": f"sm_{arch}", "kernel": name, **measured(compiled), **variant["launch"]}
+
+
+def measured(compiled):
+    """What a compiled kernel takes, and its matrix instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -95,22 +114,41 @@ def compile_variant(arch, name):
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     wgmma, mma = (compiled.asm["ptx"].count(instruction) for instruction in ("wgmma.mma_async", "mma.sync"))
-    return {"arch": f"sm_{arch}", "kernel": name, "registers": registers, "spilled_bytes": stack,
-            "shared_bytes": compiled.metadata.shared, "wgmma": wgmma, "mma": mma, **variant["launch"]}
+    return {"registers": registers, "spilled_bytes": stack, "shared_bytes": compiled.metadata.shared, "wgmma": wgmma, "mma": mma}
+
+
+def excesses(row, arch):
+    """What a row takes too much of, in words; empty if it will launch and keep its numbers in registers."""
+    found = [f"{row['spilled_bytes']} bytes of registers spilled"] if row["spilled_bytes"] else []
+    if row["shared_bytes"] > SHARED_BYTES[arch]:
+        found.append(f"{row['shared_bytes']} bytes of shared memory, {SHARED_BYTES[arch]} are there")
+    return found
 
 
 def faults(row):
-    """What is wrong with a row, in words; empty if it will launch and keep its numbers in registers."""
-    arch, found = int(row["arch"][3:]), []
-    if row["spilled_bytes"]:
-        found.append(f"{row['spilled_bytes']} bytes of registers spilled")
-    if row["shared_bytes"] > SHARED_BYTES[arch]:
-        found.append(f"{row['shared_bytes']} bytes of shared memory, {SHARED_BYTES[arch]} are there")
+    """All that is wrong with a row, in words."""
+    arch = int(row["arch"][3:])
+    found = excesses(row, arch)
     if "attention" in row["kernel"] and "_bf16" in row["kernel"]:  # a decoder's 16 rows are too few for wgmma, which takes 64
         wanted = "wgmma" if arch == 90 and "decode" not in row["kernel"] else "mma"
         if not row[wanted]:
             found.append(f"no {wanted} instruction")
     return found
+
+
+def write(path, result):
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def show(rows):
+    """As a table, with the columns of the first row."""
+    widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
+    for row in ({key: key for key in widths}, *rows):
+        print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))
 
 
 def main(argv=None):
@@ -125,13 +163,8 @@ def main(argv=None):
         rows = list(tqdm(pool.map(compile_variant, *zip(*tasks)), total=len(tasks), unit="kernel", disable=None))
     wrong = [f"{row['arch']} {row['kernel']}: {fault}" for row in rows for fault in faults(row)]
     result = {"command": "python -m kernels.compile", "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-    temporary = Path(options.out) / "kernels.tmp"
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(temporary.with_suffix(".json"))
-    widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
-    for row in ({key: key for key in widths}, *rows):
-        print("  ".join(f"{row[key]!s:<{width}}" for key, width in widths.items()))
+    write(Path(options.out) / "kernels.json", result)
+    show(rows)
     print("\n".join(wrong) or f"{len(rows)} variants: nothing spills, everything fits")
     return 1 if wrong else 0
 

@@ -42,9 +42,9 @@ LOG2E = tl.constexpr(1.4426950408889634)  # a global that kernels read has to be
 LN2 = tl.constexpr(0.6931471805599453)
 HEAD_DIMS = (32, 64, 80, 96, 128)
 
-# Tiles: (BLOCK_M rows, BLOCK_N columns, warps, pipeline stages) by kernel, padded head dimension (up to 64 or 128) and bytes per
-# number. Found by compiling: large ones that neither spill a register nor need more shared memory than the GPU has, whatever is
-# switched on (python -m kernels.compile). Not yet timed on a GPU.
+# Tiles: (BLOCK_M rows, BLOCK_N columns, warps, pipeline stages[, most registers]) by kernel, padded head dimension (up to 64 or
+# 128) and bytes per number. Found by compiling: large ones that neither spill a register nor need more shared memory than the GPU
+# has, whatever is switched on (python -m kernels.compile). python -m kernels.tune times them and others.
 FLOAT32 = {("forward", 64, 4): (32, 32, 8, 2), ("forward", 128, 4): (16, 32, 8, 2),
            ("keys", 64, 4): (16, 32, 4, 2), ("keys", 128, 4): (16, 32, 8, 2),
            ("queries", 64, 4): (16, 32, 4, 2), ("queries", 128, 4): (16, 16, 8, 2)}
@@ -312,10 +312,10 @@ def architecture(device):
 
 
 def tile(kernel, D, itemsize, arch):
-    """Constants of a launch: sizes, BLOCK_M, BLOCK_N, num_warps, num_stages, and how products are rounded."""
+    """Constants of a launch: sizes, BLOCK_M, BLOCK_N, num_warps, num_stages, maybe maxnreg, and how products are rounded."""
     values = TILES[arch][kernel, 64 if D <= 64 else 128, itemsize]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values), D=D, BLOCK_D=triton.next_power_of_2(D),
-                PRECISION=precision(itemsize))
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg"), values), D=D,
+                BLOCK_D=triton.next_power_of_2(D), PRECISION=precision(itemsize))
 
 
 def precision(itemsize):
@@ -392,6 +392,7 @@ def _(do, q, k, v, o, lse, scale, alibi_slopes, document_starts):
 def keep_for_backward(ctx, inputs, output):
     q, k, v, ctx.scale, alibi_slopes, document_starts = inputs
     ctx.save_for_backward(q, k, v, *output, alibi_slopes, document_starts)
+    ctx.set_materialize_grads(False)  # of lse, zeros that nobody reads
 
 
 @functools.partial(forward.register_autograd, setup_context=keep_for_backward)

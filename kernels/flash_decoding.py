@@ -2,6 +2,8 @@
 
     o = sum_s softmax_s(scale q . k_s - slope (S - 1 - s)) v_s,   all S cached positions are seen
 
+    (or those up to a number on the device, LAST; S is LAST + 1 then)
+
 With one row of queries a head is a single program, and a small batch leaves most of the GPU idle while it reads the cache. So the
 keys of a head are cut into parts, and a second kernel joins them:
 
@@ -23,13 +25,13 @@ import triton.language as tl
 
 from kernels.flash_attention import LOG2E, load_rows, precision, rows_contiguous
 
-BLOCKS = {2: (64, 4, 2), 4: (16, 8, 2)}  # keys a tile, warps and pipeline stages by bytes per number: nothing spills
+BLOCKS = {2: (64, 4, 2), 4: (16, 8, 2)}  # keys a tile, warps, stages[, registers] by bytes per number: nothing spills
 MOST_PARTS = 64  # of a head: all are in one program's registers when they are joined
 PROGRAMS_PER_CORE = 2  # what the parts aim at: while one waits for memory the other computes
 
 
 @triton.jit
-def part_kernel(Q, K, V, ACC, M, L, SLOPES, scale, q_b, q_h, k_b, k_t, k_h, v_b, v_t, v_h, S, heads, GROUP, parts, length,
+def part_kernel(Q, K, V, ACC, M, L, SLOPES, LAST, scale, q_b, q_h, k_b, k_t, k_h, v_b, v_t, v_h, S, heads, GROUP, parts, length,
                 D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, ALIBI: tl.constexpr,
                 PRECISION: tl.constexpr):
     # 1. Which part of which key head; `length` keys a part. The rows are the query heads that share it.
@@ -42,7 +44,10 @@ def part_kernel(Q, K, V, ACC, M, L, SLOPES, scale, q_b, q_h, k_b, k_t, k_h, v_b,
     K += b * k_b + kh * k_h
     V += b * v_b + kh * v_h
 
-    # 2. The one-pass soft-max of flash_attention.py over the part. Every part has a key, so m is finite after its first tile.
+    # 2. The one-pass soft-max of flash_attention.py over the part: m is finite after its first tile. A part without keys keeps
+    # m = -inf, l = 0 and acc = 0.
+    if LAST is not None:
+        S = tl.minimum(S, tl.load(LAST).to(tl.int32) + 1)
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
@@ -86,7 +91,7 @@ def join_kernel(ACC, M, L, O, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, BLO
 
 def constants(D, group, itemsize):
     """Constants of a launch of part_kernel."""
-    sizes = dict(zip(("BLOCK_N", "num_warps", "num_stages"), BLOCKS[itemsize]))
+    sizes = dict(zip(("BLOCK_N", "num_warps", "num_stages", "maxnreg"), BLOCKS[itemsize]))
     return dict(D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_G=max(16, triton.next_power_of_2(group)), **sizes,
                 PRECISION=precision(itemsize))
 
@@ -100,8 +105,12 @@ def programs(device):
 
 
 @torch.library.custom_op("nanotwist::decode_attention", mutates_args=())
-def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, alibi_slopes: torch.Tensor | None) -> torch.Tensor:
-    """o (B, 1, H, D) for q (B, 1, H, D) and k, v (B, S, K, D); no gradient."""
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, alibi_slopes: torch.Tensor | None,
+           last: torch.Tensor | None = None) -> torch.Tensor:
+    """o (B, 1, H, D) for q (B, 1, H, D) and k, v (B, S, K, D); no gradient.
+
+    last: (1,) int64, position of the last key that is seen, where the host does not know it; None: the last of S.
+    """
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     (B, _, H, D), (S, heads) = q.shape, k.shape[1:3]
     launch = constants(D, H // heads, q.element_size())
@@ -113,12 +122,12 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, alib
     o = q.new_empty(B, 1, H, D)
     with torch.cuda.device_of(q):
         part_kernel[(B * heads * parts,)](
-            q, k, v, acc, m, l, alibi_slopes, scale * LOG2E.value, q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
-            S, heads, H // heads, parts, length, ALIBI=alibi_slopes is not None, **launch)
+            q, k, v, acc, m, l, alibi_slopes, last, scale * LOG2E.value, q.stride(0), q.stride(2), *k.stride()[:3],
+            *v.stride()[:3], S, heads, H // heads, parts, length, ALIBI=alibi_slopes is not None, **launch)
         join_kernel[(B * H,)](acc, m, l, o, parts, D=D, BLOCK_D=launch["BLOCK_D"], BLOCK_PARTS=triton.next_power_of_2(parts))
     return o
 
 
 @decode.register_fake
-def _(q, k, v, scale, alibi_slopes):
+def _(q, k, v, scale, alibi_slopes, last=None):
     return q.new_empty(q.shape)

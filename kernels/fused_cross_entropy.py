@@ -1,4 +1,4 @@
-"""Cross-entropy: one Triton kernel over rows of logits, and the linear head fused with it so that all logits never exist.
+"""Cross-entropy: one Triton kernel over rows of logits, and the linear head fused with it.
 
     loss_n = log sum_v exp(x_nv) - x_n,target           loss = sum_n loss_n / count,   count = how many targets count
     d loss / d x_nv = (softmax(x_n)_v - [v = target_n]) / count
@@ -18,11 +18,15 @@ never formed: near 1e4 neighbouring float32 numbers lie 1e-3 apart, and that err
 cross_entropy()          keeps for backward: the logits, which the caller has anyway, and m and s: 8 bytes a row. Writing
                          the gradient in forward would keep N * V more, and read and write it again to scale it; with m
                          and s backward is one read and one write, and forward does no gradient work for anybody.
-linear_cross_entropy()   x (N, C), weight (V, C). Logits of one chunk of rows at a time; the kernel writes the gradient over
-                         them, and both products with it are taken at once: three matrix products in all, none repeated.
-                         Keeps for backward: dx, N * C elements of x's size, and dweight, 4 * V * C bytes; during forward
-                         one chunk of logits more (chunk_rows). Both stay without the 1 / count, which comes in with the
-                         incoming gradient: in float16, 1 / 65536 would push small probabilities below what it can hold.
+linear_cross_entropy()   x (N, C), weight (V, C). The kernel writes the gradient over the logits, without 1 / count, which comes
+                         in with the incoming gradient: in float16, 1 / 65536 would push small probabilities below what it
+                         can hold. Three matrix products in all, none repeated; the last two are taken
+    early, V > C         in forward, by chunks of rows (chunk_rows), so that all logits never exist. Keeps for backward: dx,
+                         N * C elements of x's size, and dweight, 4 * V * C bytes; backward reads and writes both once more
+                         for the factor, which is little beside products with a large V.
+    late, V <= C         in backward, units being a small vocabulary: keeps x and, no larger than dx, the logits' gradient.
+                         The factor goes into the weight, V * C elements, and nobody passes over dx a second time. Not in
+                         float16, which cannot hold weight / 65536.
 Both give first derivatives only; differentiating twice raises.
 
 Sources: Milakov & Gimelshein 2018 (arXiv 1805.02867), algorithm 3: the running (m, s). Hsu et al. 2024, Liger Kernel
@@ -147,6 +151,7 @@ def _(grad_loss, logits, targets, statistics, ignore_index):
 def keep_statistics(ctx, inputs, output):
     logits, targets, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, targets, output[1])
+    ctx.set_materialize_grads(False)
 
 
 @functools.partial(cross_entropy_forward.register_autograd, setup_context=keep_statistics)
@@ -169,46 +174,9 @@ def add_product(total, a, b):
         total.addmm_(a.float(), b.float())
 
 
-@torch.library.custom_op("nanotwist::linear_cross_entropy", mutates_args=())
-def linear_forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, x_gradient: bool,
-                   weight_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (N, _), V = x.shape, weight.shape[0]
-    chunk = max(1, chunk_rows(N, V, x.element_size()))
-    losses = x.new_empty(N, dtype=torch.float32)
-    statistics = x.new_empty(chunk, 2, dtype=torch.float32)
-    # One buffer for all chunks: a fresh one each would stand beside the last for a moment. Rows begin at multiples of 16
-    # elements, which the matrix products want whatever V is.
-    buffer = x.new_empty(chunk, -(-V // 16) * 16)[:, :V]
-    dx = x.new_empty(x.shape if x_gradient else (0,))
-    dweight = x.new_zeros(weight.shape if weight_gradient else (0,), dtype=torch.float32)
-    for start in range(0, N, chunk):
-        rows = slice(start, min(start + chunk, N))
-        logits = buffer[:rows.stop - start]  # (n, V), the gradient from run_rows on
-        torch.mm(x[rows], weight.t(), out=logits)
-        gradient = logits if x_gradient or weight_gradient else None
-        run_rows(logits, targets[rows], ignore_index, losses[rows], statistics, gradient)
-        if x_gradient:
-            torch.mm(logits, weight, out=dx[rows])
-        if weight_gradient:
-            add_product(dweight, logits.t(), x[rows])
-    return losses.sum() / (targets != ignore_index).sum(), dx, dweight
-
-
-@linear_forward.register_fake
-def _(x, weight, targets, ignore_index, x_gradient, weight_gradient):
-    return (x.new_empty((), dtype=torch.float32), x.new_empty(x.shape if x_gradient else (0,)),
-            x.new_empty(weight.shape if weight_gradient else (0,), dtype=torch.float32))
-
-
-@register_flop_formula(torch.ops.nanotwist.linear_cross_entropy)
-def _(x_shape, weight_shape, targets_shape, ignore_index, x_gradient, weight_gradient, **_):
-    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * (1 + x_gradient + weight_gradient)
-
-
-def keep_gradients(ctx, inputs, output):
-    _, weight, targets, ctx.ignore_index, ctx.x_gradient, ctx.weight_gradient = inputs
-    ctx.dtype = weight.dtype
-    ctx.save_for_backward(targets, *output[1:])
+def aligned(rows, V, like):
+    """(rows, V) whose rows begin at multiples of 16 elements, which the matrix products want whatever V is."""
+    return like.new_empty(rows, -(-V // 16) * 16)[:, :V]
 
 
 def scaled(gradient, factor, dtype):
@@ -216,12 +184,75 @@ def scaled(gradient, factor, dtype):
     return torch.mul(gradient, factor.view(1), out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))
 
 
+@torch.library.custom_op("nanotwist::linear_cross_entropy", mutates_args=())
+def linear_forward(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, x_gradient: bool, weight_gradient: bool,
+                   late: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dx, dweight), still without their factor; late: (loss, gradient of the logits (N, V), nothing)."""
+    (N, _), V = x.shape, weight.shape[0]
+    chunk = max(1, N if late else chunk_rows(N, V, x.element_size()))
+    losses = x.new_empty(N, dtype=torch.float32)
+    statistics = x.new_empty(chunk, 2, dtype=torch.float32)
+    buffer = aligned(chunk, V, x)  # one for all chunks: a fresh one each would stand beside the last for a moment
+    dx = x.new_empty(x.shape if x_gradient and not late else (0,))
+    dweight = x.new_zeros(weight.shape if weight_gradient and not late else (0,), dtype=torch.float32)
+    for start in range(0, N, chunk):
+        rows = slice(start, min(start + chunk, N))
+        logits = buffer[:rows.stop - start]  # (n, V), the gradient from run_rows on
+        torch.mm(x[rows], weight.t(), out=logits)
+        gradient = logits if x_gradient or weight_gradient else None
+        run_rows(logits, targets[rows], ignore_index, losses[rows], statistics, gradient)
+        if x_gradient and not late:
+            torch.mm(logits, weight, out=dx[rows])
+        if weight_gradient and not late:
+            add_product(dweight, logits.t(), x[rows])
+    return losses.sum() / (targets != ignore_index).sum(), buffer[:N] if late else dx, dweight
+
+
+@linear_forward.register_fake
+def _(x, weight, targets, ignore_index, x_gradient, weight_gradient, late):
+    dx = aligned(x.shape[0], weight.shape[0], x) if late else x.new_empty(x.shape if x_gradient else (0,))
+    return (x.new_empty((), dtype=torch.float32), dx,
+            x.new_empty(weight.shape if weight_gradient and not late else (0,), dtype=torch.float32))
+
+
+@torch.library.custom_op("nanotwist::linear_cross_entropy_backward", mutates_args=())
+def linear_backward(factor: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, x_gradient: bool,
+                    weight_gradient: bool) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of linear_forward with late; nothing for what is not wanted."""
+    dx = torch.mm(gradient, scaled(weight, factor, weight.dtype)) if x_gradient else x.new_empty(0)
+    dweight = x.new_zeros(weight.shape if weight_gradient else (0,), dtype=torch.float32)
+    if weight_gradient:
+        add_product(dweight, gradient.t(), x)
+    return dx, scaled(dweight, factor, weight.dtype)
+
+
+@linear_backward.register_fake
+def _(factor, gradient, x, weight, x_gradient, weight_gradient):
+    return x.new_empty(x.shape if x_gradient else (0,)), weight.new_empty(weight.shape if weight_gradient else (0,))
+
+
+@register_flop_formula(torch.ops.nanotwist.linear_cross_entropy)
+def _(x_shape, weight_shape, targets_shape, ignore_index, x_gradient, weight_gradient, *_, **__):
+    """Of forward and backward, whichever multiplies."""
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0] * (1 + x_gradient + weight_gradient)
+
+
+def keep_gradients(ctx, inputs, output):
+    x, weight, targets, ctx.ignore_index, ctx.x_gradient, ctx.weight_gradient, late = inputs
+    ctx.dtype = weight.dtype
+    ctx.set_materialize_grads(False)  # of the other outputs, zeros of whole size that nobody reads
+    ctx.save_for_backward(targets, *output[1:], *((x, weight) if late else ()))
+
+
 @functools.partial(linear_forward.register_autograd, setup_context=keep_gradients)
 def _(ctx, grad_loss, _grad_dx, _grad_dweight):
-    targets, dx, dweight = ctx.saved_tensors
+    targets, dx, dweight, *factors = ctx.saved_tensors
     factor = per_target(grad_loss, targets, ctx.ignore_index)
-    return (scaled(dx, factor, ctx.dtype) if ctx.x_gradient else None,
-            scaled(dweight, factor, ctx.dtype) if ctx.weight_gradient else None, None, None, None, None)
+    if factors:
+        dx, dweight = linear_backward(factor, dx, *factors, ctx.x_gradient, ctx.weight_gradient)
+    else:
+        dx, dweight = scaled(dx, factor, ctx.dtype), scaled(dweight, factor, ctx.dtype)
+    return dx if ctx.x_gradient else None, dweight if ctx.weight_gradient else None, None, None, None, None, None
 
 
 def cross_entropy(logits, targets, ignore_index=-100):
@@ -232,6 +263,6 @@ def cross_entropy(logits, targets, ignore_index=-100):
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-100):
     """As kernels.linear_cross_entropy, which checks the arguments."""
-    wanted = torch.is_grad_enabled()
-    return linear_forward(x, weight, targets.contiguous(), ignore_index, wanted and x.requires_grad,
-                          wanted and weight.requires_grad)[0]
+    x_gradient, weight_gradient = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
+    late = bool((x_gradient or weight_gradient) and weight.shape[0] <= weight.shape[1] and x.dtype != torch.float16)
+    return linear_forward(x, weight, targets.contiguous(), ignore_index, x_gradient, weight_gradient, late)[0]

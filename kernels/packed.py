@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 AVAILABLE = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+BFLOAT16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 ROWS = 1024  # of x for which weights are laid out; any number works
 LEAST_WORK = 2**19  # multiplications below which the operator's own cost outweighs what it saves
 MOST_BYTES = 4 * 2**30  # of packed copies; layers beyond stay as they are
@@ -46,12 +47,19 @@ def product(layer, weight, x):
     return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
 
 
+def laid_out(weight):
+    """(N, C) -> the same in oneDNN's layout; None where it takes none."""
+    able = AVAILABLE and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and BFLOAT16)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS) if able else None
+
+
 @contextmanager
 def packed(model):
-    """Inside, the float32 linear layers of a model on a CPU run on packed weights; its weights must not change meanwhile.
+    """Inside, the linear layers of a model on a CPU run on packed weights; its weights must not change meanwhile.
 
-    A layer is nn.Linear, or has a method `product` that does F.linear(x, weight.flatten(1), bias). On other devices, in other
-    dtypes and in a PyTorch without oneDNN nothing happens. Packed weights take as much memory as the weights themselves.
+    A layer is nn.Linear, or has a method `product` that does F.linear(x, weight.flatten(1), bias). On other devices, in
+    dtypes that oneDNN does not multiply there and in a PyTorch without it nothing happens. Packed weights take as much memory as
+    the weights themselves.
     """
     changed, size = [], 0
     keep_freed_memory()
@@ -59,11 +67,12 @@ def packed(model):
         for layer in model.modules():
             method = "product" if hasattr(layer, "product") else "forward"
             weight = layer.weight if method == "product" or isinstance(layer, nn.Linear) else None
-            if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            if type(weight) is not nn.Parameter or weight.device.type != "cpu":
                 continue  # a part of a weight, which FSDP makes whole, has another type
             size += weight.nbytes
-            if AVAILABLE and size <= MOST_BYTES and method not in vars(layer):  # there: packed already
-                copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).contiguous(), ROWS)
+            if size > MOST_BYTES or method in vars(layer):  # there: packed already
+                continue
+            if (copy := laid_out(weight.flatten(1))) is not None:
                 setattr(layer, method, partial(product, layer, copy))
                 changed.append((layer, method))
         yield model

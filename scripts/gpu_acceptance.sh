@@ -103,7 +103,7 @@ trap stop INT TERM
 
 if [[ $device == cuda ]]; then
     parts=8 slow=(-m "") last=20
-    tests="tests/test_attention.py tests/test_cross_entropy.py tests/test_kernels.py"
+    tests="tests/test_attention.py tests/test_cross_entropy.py tests/test_kernels.py tests/test_optimizer.py tests/test_model.py"
     sizes="--steps=20 --tokens-per-step=8192 --block-size=256 --eval-interval=10 --save-interval=10 --eval-rows=20"
 else
     jobs=${JOBS:-1} parts=2 slow=() last=04
@@ -157,6 +157,7 @@ if [[ $device == cuda ]]; then
     stage bench-train-torch 120 "TWIST_KERNELS=torch $bench train $here --repeats=10 --cases=125M --ways=ours --out=$out/torch"
     stage bench-head-512 45 "$bench cross_entropy --cases='65536 768 512' --out=$out"
     stage bench-causal-128 60 "$bench attention --cases='D 128; 16 2048' --ways=ours,flash,cudnn --out=$out"
+    stage bench-generate 90 "$bench generate $here --repeats=3 --cases=125M --out=$out"
     [[ -z $ours ]] && stage bench-units 90 "$bench units $here --repeats=3 --out=$out"
     stage bench-documents 60 "$bench attention --cases='documents; 16 2048 32' --ways=ours,flash,cudnn --out=$out"
     stage bench-grouped 60 "$bench attention --cases=grouped --ways=ours,flash,cudnn --out=$out"

@@ -13,7 +13,6 @@ import csv
 import importlib.metadata
 import json
 import sys
-import time
 import types
 import warnings
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import config  # noqa: E402
 import twist  # noqa: E402
 from checkpoints import files  # noqa: E402
+from corpus.loader import Batch  # noqa: E402
 from model import TransformerConfig, generate  # noqa: E402
-from training import distributed, state  # noqa: E402
+from training import distributed, pipeline, state  # noqa: E402
 from training.learner import Learner  # noqa: E402
 
 PACKAGES = ("triton", "numpy", "safetensors", "tqdm", "soundfile", "cffi", "pytest", "hypothesis", "transformers")
-SHAPES = {"cuda": (6, 512, 8, 512), "cpu": (3, 64, 2, 64)}  # layers, width, rows, T
+SHAPES = {"cuda": (12, 768, 16, 1024), "cpu": (3, 64, 2, 64)}  # layers, width, rows, T: as OPT-125M, so that a GPU has work
 UPDATES = 6
 NEAR = 0.02  # nats between losses in bfloat16
 
@@ -108,47 +108,40 @@ def make_learner(parallel, dist):
 
 
 def update(learner, batch):
-    loss = learner.forward(batch)
-    loss.backward()
-    learner.clip(learner.options.clip)
-    learner.step(learner.options.peak_lr)
-    learner.optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    """As train.py makes it; its numbers, to be read."""
+    return learner.update(batch, len(batch.ids), None, learner.options.peak_lr)
 
 
 def waits(learner, batch):
-    """How often the host waits for the GPU in one update, as PyTorch notices it; None on CPUs."""
-    if learner.dist.device.type != "cuda":
-        return None
+    """How often the host waits for the GPU in one update, as PyTorch notices it; 0 on CPUs."""
+    if not learner.on_gpu:
+        return 0
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
+        torch.cuda.set_sync_debug_mode("warn")  # warns of itself, too, the first time
         try:
             update(learner, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in said)
+    return sum("called a synchronizing" in str(warning.message) for warning in said)
 
 
-def idle(learner, batch, updates=3):
-    """Share of the time of some updates in which no kernel runs; None on CPUs."""
-    if learner.dist.device.type != "cuda":
+def idle(learner, batch, updates=6):
+    """Share of the time from the first kernel of some updates to the last in which none runs; None on CPUs. Each update is read
+    after the next is launched, as in train.py."""
+    if not learner.on_gpu:
         return None
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(updates):
-            update(learner, batch)
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for late, in pipeline.one_late(((update(learner, batch),) for _ in range(updates)), lambda _: False):
+            late.read()
     spans = sorted((event.time_range.start, event.time_range.end) for event in profile.events()
                    if event.device_type == torch.autograd.DeviceType.CUDA)
-    busy, reached = 0.0, 0.0
-    for start, end in spans:  # microseconds; kernels of several streams overlap
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:  # kernels of several streams overlap
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return round(1 - busy / 1e6 / wall, 3)
+    return round(1 - busy / (reached - spans[0][0]), 3)
 
 
 def group(options, rows):
@@ -157,7 +150,8 @@ def group(options, rows):
     _, _, B, T = SHAPES[dist.device.type]
     draw = torch.Generator().manual_seed(0)
     ids, more = (torch.randint(2, 502, (count, T + 1), generator=draw) for count in (B, B + 1))
-    batch, validation = ((found[:, :-1].contiguous(), found[:, 1:].contiguous(), None) for found in (ids, more))
+    batch, validation = (Batch(found[:, :-1].contiguous(), found[:, 1:].contiguous(), None) for found in (ids, more))
+    batch = batch.pinned() if dist.device.type == "cuda" else batch
     backend = {} if dist.device.type == "cuda" else {"force_backend": "aot_eager"}  # no wait for a C++ compiler
     losses = {}
     with torch.compiler.set_stance("default", **backend) if backend else contextlib.nullcontext():
@@ -167,7 +161,7 @@ def group(options, rows):
             learner.fill(twist.cold_tensors(learner.config))
             with torch.no_grad():  # first, as train.py does, and with other rows
                 learner.forward(validation)
-            losses[parallel] = [update(learner, batch).item() for _ in range(UPDATES)]
+            losses[parallel] = [update(learner, batch).read()[0] for _ in range(UPDATES)]
             graphs = counters["stats"]["unique_graphs"]
             rows.add(f"{learner.parallel}: graphs", graphs, graphs == 2)
             with learner.autocast():
@@ -175,8 +169,9 @@ def group(options, rows):
             update(learner, batch)
             rows.add(f"{learner.parallel}: graphs after drawing", counters["stats"]["unique_graphs"],
                      counters["stats"]["unique_graphs"] == graphs and drawn.shape == (2, 24))
-            rows.add(f"{learner.parallel}: waits for the GPU in an update", waits(learner, batch))
-            rows.add(f"{learner.parallel}: idle share of the GPU in three updates", idle(learner, batch))
+            waited = waits(learner, batch)
+            rows.add(f"{learner.parallel}: waits for the GPU in an update", waited, waited == 0)
+            rows.add(f"{learner.parallel}: idle share of the GPU from update to update", idle(learner, batch))
         apart = largest(*losses.values())
         rows.add("losses, whole and in parts, differ by", round(apart, 5), apart < NEAR)
         rows.add("loss falls from, to", [round(losses["fsdp"][i], 4) for i in (0, -1)], losses["fsdp"][-1] < losses["fsdp"][0])
@@ -188,7 +183,7 @@ def group(options, rows):
         same = saved.keys() == loaded.keys() and all(
             torch.equal(distributed.part(tensor), distributed.part(loaded[name])) for name, tensor in saved.items())
         rows.add("a state comes back", f"{len(saved)} tensors", same)
-        after = [update(one, batch).item() for one in (learner, again)]
+        after = [update(one, batch).read()[0] for one in (learner, again)]
         rows.add("and goes on with losses", after, abs(after[0] - after[1]) < 1e-3)
     distributed.leave()
 

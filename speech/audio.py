@@ -179,8 +179,8 @@ def read_blocks(path, seconds=10.0):
                     if len(block) == 0:
                         break
                     total += len(block)
-                    samples = torch.from_numpy(block).mean(dim=1)
-                    if not torch.isfinite(samples).all():
+                    samples = torch.from_numpy(block).mean(dim=1) if block.shape[1] > 1 else torch.from_numpy(block[:, 0])
+                    if not np.isfinite(samples.numpy()).all():  # by NumPy: many threads decode, and have no need of more
                         raise ValueError(f"{path} holds NaN or infinite samples; export the recording again")
                     yield resampler.feed(samples)
                 heard += total / rate

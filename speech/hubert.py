@@ -19,6 +19,7 @@ Sources: HuBERT, Hsu et al. 2021 (arXiv 2106.07447), sections II-III; the front 
 2; the 25 Hz variant, TWIST (arXiv 2305.13009), section 3. Shapes: B batch, S samples, F frames, C width.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from torch.nn import functional
 from checkpoints import pretrained
 from checkpoints.fill import fill
 from speech.audio import SAMPLE_RATE
+from speech.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,11 @@ class Hubert(nn.Module):
     def convolve(self, wav, first):
         """(B, S) -> (B, F, conv width) with the first layer as first_layer gives it."""
         u = self.windows(wav)
-        x = functional.gelu(torch.cat([u, u.new_ones(*u.shape[:2], 1)], dim=2) @ first)
+        with nullcontext() if torch.is_grad_enabled() else full_precision(wav.device.type):  # whatever the layers above have
+            x = torch.cat([u, u.new_ones(*u.shape[:2], 1)], dim=2) @ first
+        if torch.is_autocast_enabled(kind := x.device.type):
+            x = x.to(torch.get_autocast_dtype(kind))  # before it is cut into patches, some of which overlap
+        x = functional.gelu(x)
         for conv in self.convs[1:]:
             x = functional.gelu(conv(x))
         return x
@@ -196,7 +202,7 @@ class Hubert(nn.Module):
         if moments is None:
             wav = normalized(wav, lengths) if self.config.normalize else wav
         moments = moments or self.moments(wav, lengths)
-        x = self.projection(self.feature_norm(self.front_end(wav, moments)))  # (B, F, C)
+        x = self.projection(self.feature_norm(self.front_end(wav, moments).float())).float()  # (B, F, C), and so float32 stays
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
         position, keys = self.pos_norm(x.transpose(1, 2)), None

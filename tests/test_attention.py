@@ -79,6 +79,14 @@ def test_query_heads_share_key_heads(H, K, dtype):
     assert_near(*both(q, k, v), dtype)
 
 
+def test_backward_makes_up_no_gradient_for_the_sums_of_exponentials():
+    q, k, v = draw(1, 40, 3, 3, 32, torch.float32)
+    o = kernels.attention(q, k, v)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+    assert not [event.name for event in profile.events() if [1, 3, 40] in event.input_shapes and event.name == "aten::zero_"]
+
+
 @each_dtype
 @pytest.mark.parametrize("T", [1, 65, 200])
 def test_alibi(T, dtype):
@@ -172,6 +180,19 @@ def test_one_token_over_a_cache(S, H, K, alibi, dtype):
     assert_near([kernels.attention(q, k, v, alibi_slopes=slopes)], [expected], dtype)
 
 
+@each_dtype
+@pytest.mark.parametrize("last", [0, 63, 200, 299])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_one_token_over_as_much_of_a_cache_as_the_device_says(last, alibi, dtype):
+    """What lies beyond is never read: there may be anything."""
+    q, k, v = (x.detach() for x in draw(2, 300, 6, 2, 64, dtype))
+    q, slopes = q[:, :1], torch.rand(6, device=DEVICE) if alibi else None
+    expected = reference.attention(*(x[:, :last + 1].double() for x in (q, k, v)), alibi_slopes=slopes)
+    k[:, last + 1:] = v[:, last + 1:] = float("nan")
+    found = flash_decoding.decode(q, k, v, 64**-0.5, slopes, torch.tensor([last], device=DEVICE))
+    assert_near([found], [expected], dtype)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="compares rounding of a GPU's bfloat16")
 @pytest.mark.parametrize("D", [64, 128])
 def test_errors_in_bfloat16_are_those_of_sdpa(D):
@@ -197,6 +218,8 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(flash_attention.backward,
                           (torch.randn_like(o), *(x.detach() for x in (q, k, v, o, lse)), 0.2, slopes, starts))
     torch.library.opcheck(flash_decoding.decode, (q[:, :1].detach(), k.detach(), v.detach(), 0.2, None))
+    torch.library.opcheck(flash_decoding.decode,
+                          (q[:, :1].detach(), k.detach(), v.detach(), 0.2, None, torch.tensor([3], device=DEVICE)))
 
 
 def test_a_function_around_it_compiles_without_a_break_and_may_be_recomputed():

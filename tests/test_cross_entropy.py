@@ -1,4 +1,6 @@
 """kernels/fused_cross_entropy.py against float64: on the GPU where there is one, in Triton's interpreter otherwise."""
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,12 +118,12 @@ def test_no_target_that_counts_gives_nan_and_no_gradient_as_in_pytorch():
     logits, targets = draw(3, 20, torch.float32)
     targets[:] = -100
     loss, gradient = loss_and_gradient(logits, targets)
-    assert loss.isnan() and (gradient == 0).all()
+    assert loss.isnan() and (gradient == 0).all() and fused_cross_entropy.cross_entropy(logits[:0], targets[:0]).isnan()
     x, weight = torch.randn(3, 8, device=DEVICE, requires_grad=True), torch.randn(20, 8, device=DEVICE, requires_grad=True)
-    loss = fused_cross_entropy.linear_cross_entropy(x, weight, targets)
-    assert loss.isnan() and not any(grad.any() for grad in torch.autograd.grad(loss, (x, weight)))
-    assert fused_cross_entropy.cross_entropy(logits[:0], targets[:0]).isnan()
-    assert fused_cross_entropy.linear_cross_entropy(x[:0], weight, targets[:0]).isnan()
+    for head in (weight, weight[:5]):  # multiplied early and late
+        loss = fused_cross_entropy.linear_cross_entropy(x, head, targets)
+        assert loss.isnan() and not any(grad.any() for grad in torch.autograd.grad(loss, (x, weight)))
+        assert fused_cross_entropy.linear_cross_entropy(x[:0], head, targets[:0]).isnan()
 
 
 @each_dtype
@@ -166,7 +168,7 @@ def linear_expected(x, weight, targets, incoming=1.0):
 
 
 @each_dtype
-@pytest.mark.parametrize("V, chunk", [(50, 1), (50, 8), (50, 23), (50, None), (4500, 8), (4500, None)])
+@pytest.mark.parametrize("V, chunk", [(12, 8), (16, None), (50, 1), (50, 8), (50, 23), (50, None), (4500, 8), (4500, None)])
 def test_linear_cross_entropy_equals_float64_in_any_chunks(V, chunk, dtype, monkeypatch):
     x, weight, targets = linear_case(23, 16, V, dtype)  # chunks of 8 leave 7
     if chunk:
@@ -197,13 +199,43 @@ def test_small_probabilities_survive_float16_with_many_targets():
     torch.testing.assert_close(gradient[1:, 0].double().cpu(), wanted[1:], rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("V, passes", [(10, []), (20, ["aten::mul"])], ids=["late", "early"])
+def test_backward_passes_over_dx_again_only_where_the_vocabulary_is_large(V, passes):
+    N, C = 40, 16
+    x, weight, targets = linear_case(N, C, V, torch.float32)
+    loss = fused_cross_entropy.linear_cross_entropy(x, weight, targets)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        torch.autograd.grad(loss, (x, weight))
+    seen = [event.name for event in profile.events() if [N, C] in event.input_shapes or [N, V] in event.input_shapes]
+    assert "aten::mm" in seen or V > C  # operations inside our operators are seen
+    # zeros would be those that autograd makes up for outputs that nobody differentiates
+    assert [name for name in seen if name in ("aten::mul", "aten::mul_", "aten::copy_", "aten::zero_", "aten::fill_")] == passes
+
+
+@pytest.mark.parametrize("V", [12, 20], ids=["late", "early"])
+@each_dtype
+def test_backward_may_come_again_with_another_factor(dtype, V):
+    x, weight, targets = linear_case(9, 16, V, dtype)
+    loss = fused_cross_entropy.linear_cross_entropy(x, weight, targets)
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    (3 * loss).backward(retain_graph=True)
+    assert all(map(torch.equal, first, kept))
+    for tensor, value in zip((x, weight), linear_expected(x, weight, targets, 3.0)[1:]):
+        torch.testing.assert_close(tensor.grad.double(), value, rtol=0, atol=4 * EPSILON[dtype] * value.abs().max().item())
+    assert all(map(torch.equal, torch.autograd.grad(loss, (x, weight)), kept))
+
+
+@pytest.mark.parametrize("V", [6, 30], ids=["late", "early"])
 @pytest.mark.parametrize("chosen", ["x", "weight"])
-def test_only_the_gradients_asked_for_are_computed(chosen, monkeypatch):
-    x, weight, targets = linear_case(9, 8, 30, torch.float32)
+def test_only_the_gradients_asked_for_are_computed(chosen, V, monkeypatch):
+    x, weight, targets = linear_case(9, 8, V, torch.float32)
     wanted = linear_expected(x, weight, targets)
     (weight if chosen == "x" else x).requires_grad_(False)
     monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda *_: 4)
-    fused_cross_entropy.linear_cross_entropy(x, weight, targets).backward()
+    with FlopCounterMode(display=False) as counter:
+        fused_cross_entropy.linear_cross_entropy(x, weight, targets).backward()
+    assert counter.get_total_flops() == 2 * 2 * 9 * 8 * V
     got, other, value = (x.grad, weight.grad, wanted[1]) if chosen == "x" else (weight.grad, x.grad, wanted[2])
     assert other is None
     torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-6)
@@ -243,15 +275,24 @@ def test_the_operators_pass_opcheck(monkeypatch):
     torch.library.opcheck(fused_cross_entropy.cross_entropy_backward,
                           (torch.tensor(1.0, device=DEVICE), logits, targets, torch.ones(6, 2, device=DEVICE), -100))
     x, weight, targets = linear_case(6, 8, 20, torch.float32)
-    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight.detach(), targets, -100, True, False))
-    torch.library.opcheck(fused_cross_entropy.linear_forward, (x.detach(), weight.detach(), targets, -100, False, False))
+    for late in (False, True):
+        torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight.detach(), targets, -100, True, False, late))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x.detach(), weight.detach(), targets, -100, False, False, False))
+    for wanted in itertools.product((False, True), repeat=2):
+        torch.library.opcheck(fused_cross_entropy.linear_backward, (torch.ones((), device=DEVICE), logits, x.detach(),
+                                                                    weight.detach(), *wanted))
     monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda *_: 4)
-    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight, targets, -100, True, True))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight, targets, -100, True, True, False))
+    torch.library.opcheck(fused_cross_entropy.linear_forward, (x, weight, targets, -100, True, True, True))
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
-def test_a_model_around_it_compiles_without_a_break_and_may_be_recomputed(fused):
-    x, weight, targets = linear_case(7, 8, 20, torch.float32)
+# which of both, and V beside C = 8: the head multiplies late where V is not larger
+each_loss = pytest.mark.parametrize("fused, V", [(False, 20), (True, 20), (True, 8)], ids=["logits", "early", "late"])
+
+
+@each_loss
+def test_a_model_around_it_compiles_without_a_break_and_may_be_recomputed(fused, V):
+    x, weight, targets = linear_case(7, 8, V, torch.float32)
 
     def model(x, weight, targets):
         hidden = x.tanh()
@@ -266,13 +307,15 @@ def test_a_model_around_it_compiles_without_a_break_and_may_be_recomputed(fused)
     torch.testing.assert_close(torch.autograd.grad(recomputed, (x, weight)), wanted)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
-def test_differentiating_twice_is_refused(fused):
-    x, weight, targets = linear_case(5, 8, 20, torch.float32)
+@each_loss
+@pytest.mark.parametrize("frozen", [None, "x", "weight"])
+def test_differentiating_twice_is_refused(fused, V, frozen):
+    x, weight, targets = linear_case(5, 8, V, torch.float32)
+    {"x": x, "weight": weight}.get(frozen, x).requires_grad_(frozen is None)
     loss = (fused_cross_entropy.linear_cross_entropy(x, weight, targets) if fused
             else fused_cross_entropy.cross_entropy(x @ weight.t(), targets))
     with pytest.raises(RuntimeError):
-        first, = torch.autograd.grad(loss, weight, create_graph=True)
+        first, = torch.autograd.grad(loss, x if frozen == "weight" else weight, create_graph=True)
         first.sum().backward()
 
 

@@ -24,6 +24,7 @@ from corpus.loader import UnitLoader
 from corpus.shards import UnitShards
 from evaluation import likelihood
 from kernels import dtypes
+from kernels import packed as packing
 from kernels.packed import packed
 from model import Transformer, TransformerConfig, generate
 from scripts import compare_starts, pocket_table
@@ -270,11 +271,15 @@ def test_a_cache_and_a_seed_work_in_half_precision(dtype):
     assert torch.equal(*found) and found[0].shape == (1, 23) and not (found[0] == 0).any()
 
 
-def test_weights_in_half_precision_are_not_packed_into_float32():
-    model = make(torch.bfloat16)
-    with packed(model):
-        assert not any("forward" in vars(layer) for layer in model.modules())
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_packed_as_they_are_or_not_at_all(dtype, monkeypatch):
+    model = make(dtype)
+    for able in {False, packing.BFLOAT16}:
+        monkeypatch.setattr(packing, "BFLOAT16", able)
+        with packed(model):
+            copies = [layer.forward.args[1] for layer in model.modules() if "forward" in vars(layer)]
+            assert {copy.dtype for copy in copies} == ({dtype} if able and dtype == torch.bfloat16 else set())
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_numbers_beyond_float16_are_a_sentence(tmp_path):
@@ -359,11 +364,7 @@ def test_nothing_that_a_language_model_does_needs_float64(shape, optimizer, tiny
     loader = UnitLoader(UnitShards(tiny_world / "val"), vocab, 32, 2, 0, packing="documents")
     with NoFloat64():
         learner = learners.Learner(model.config, options, ALONE).fill(model.state_dict().items())
-        batch = loader.rows(0, 0, 2)
-        loss = learner.forward(batch) * (batch.count / ALONE.sum(batch.count))
-        loss.backward()
-        assert ALONE.mean(loss.detach()) > 0 and learner.clip(1.0) > 0
-        learner.step(1e-3)
+        assert all(number > 0 for number in learner.update(loader.rows(0, 0, 2), 1, None, 1e-3).read()[:2])
         assert learner.evaluate(loader, 4) > 0
         generate(model, torch.tensor([[1, 5, 9]]), 5, top_k=10, top_p=0.9, generator=torch.Generator(), eos=1, banned=(0,))
         likelihood.log_probabilities(model, [torch.arange(10)], ALONE)

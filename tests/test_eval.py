@@ -54,9 +54,8 @@ def stub_encoder(monkeypatch):
         def checked(self, wav):
             return wav
 
-        def encode_batch(self, wavs):
-            self.encoded.extend(wavs)
-            return [units_of(int(round(float(wav[0]) * 32768))) for wav in wavs]
+        def begin(self, wavs):
+            return lambda: self.encoded.extend(wavs) or [units_of(int(round(float(wav[0]) * 32768))) for wav in wavs]
 
     stub = Stub()
     monkeypatch.setattr(hubert_units, "load_unit_encoder", lambda *arguments, **options: stub)
@@ -309,19 +308,19 @@ def test_an_encoding_that_was_interrupted_goes_on(world, models, stub_encoder, m
     write_slm21(world / "slm21", questions=4)
     monkeypatch.setitem(BUDGET_SECONDS, "cpu", 0.1)  # four recordings at a time
     arguments = ["--task=swuggy", f"--data={world}/slm21", f"--model={models}/0"]
-    encode = stub_encoder.encode_batch
+    begin = stub_encoder.begin
 
     def stopped(wavs):
         if len(stub_encoder.encoded) > 12:
             raise KeyboardInterrupt
-        return encode(wavs)
+        return begin(wavs)
 
-    monkeypatch.setattr(stub_encoder, "encode_batch", stopped, raising=False)
+    monkeypatch.setattr(stub_encoder, "begin", stopped, raising=False)
     with pytest.raises(KeyboardInterrupt):
         evaluate(world, *arguments)
     done = len(stub_encoder.encoded)
     assert 12 < done < 32
-    monkeypatch.setattr(stub_encoder, "encode_batch", encode)
+    monkeypatch.setattr(stub_encoder, "begin", begin)
     evaluate(world, *arguments)
     assert len(stub_encoder.encoded) == 32  # those that were finished were not encoded again
     write_wav(next((world / "slm21/lexical/dev").glob("*.wav")), 9999)
@@ -766,6 +765,10 @@ def test_units_and_model_of_different_recipes_are_refused(world, models):
     twist.save_speech_lm(twist.cold_start(TINY, plain), plain, world / "plain")
     with pytest.raises(ValueError, match="dedup is True, expected False"):
         evaluate(world, "--task=pairs", f"--data={world}/a", f"--model={world}/plain")
+    rounded = twist.UnitVocab(20, recipe={**RECIPE, "precision": "float16"})
+    twist.save_speech_lm(twist.cold_start(TINY, rounded), rounded, world / "rounded")
+    with pytest.raises(ValueError, match="precision is float32, expected float16"):
+        evaluate(world, "--task=pairs", f"--data={world}/a", f"--model={world}/rounded")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -237,6 +237,21 @@ def test_units_and_speech_are_made_in_float32_and_what_the_user_set_stays(user, 
         assert set(parts) <= {"ieee", "none"} and matmul == "highest" and convolutions is False and not autocast
 
 
+def test_tf32_is_for_products_above_the_first_layer_and_the_distances(encoder, switches, monkeypatch):
+    """On a CPU, where it changes nothing but the switches."""
+    seen, matmul, linear = [], torch.Tensor.__matmul__, torch.nn.functional.linear
+    monkeypatch.setattr("speech.encoder.check_precision", lambda *_: None)
+    monkeypatch.setattr(encoder, "precision", "tf32")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (seen.append(("@", a.dtype, switches())), matmul(a, b))[1])
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *more: (
+        seen.append(("linear", x.dtype, switches())), linear(x, *more))[1])
+    before = switches()
+    encoder.encode(torch.randn(16_000))
+    assert switches() == before
+    found = {(name, *parts[:1], allowed) for name, dtype, (parts, _, allowed) in seen if dtype == torch.float32}
+    assert found == {("@", "ieee", False), ("linear", "tf32", True)}
+
+
 def test_units_are_the_same_under_autocast(encoder):
     """The distances too: rounded to bfloat16 they choose other centres for features that are exact."""
     features, wav = torch.randn(2000, 32), torch.randn(48_000)

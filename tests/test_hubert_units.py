@@ -1,6 +1,7 @@
 """hubert_units.py: features equal those of transformers, units are the nearest centres, bad files spoil nothing."""
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -19,10 +20,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hubert_units
 from checkpoints import files, pretrained
-from corpus.extract import find_audio
+from corpus.extract import begin_group, decoders, encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe
 from hubert_units import load_unit_encoder, speech_to_units
 from kernels.packed import AVAILABLE, packed
@@ -31,6 +34,7 @@ from speech.audio import SAMPLE_RATE, read_wav
 from speech.encoder import UnitEncoder, deduplicate
 from speech.hubert import Hubert, HubertConfig, frames_of, load_hubert
 from speech.kmeans import fingerprint
+from training.distributed import Dist
 
 ROOT = Path(hubert_units.__file__).parent
 C, K, LAYERS = 16, 12, 3
@@ -217,6 +221,172 @@ def test_a_padded_batch_gives_the_features_and_units_of_each_recording_alone(kin
         assert torch.equal(units, encoder.encode(wavs[i]))
 
 
+@pytest.mark.parametrize("rate", [12.5, 50])
+def test_a_batch_at_another_rate_gives_what_each_recording_gives_alone(rate, folders):
+    encoder = load_unit_encoder(folders["25hz"], frame_rate=rate)
+    wavs = [noise(length, length) for length in (9000, 8999, 2000, 1361)]
+    for together, units, wav in zip(encoder.features_of(wavs), encoder.units_of(wavs), wavs):
+        torch.testing.assert_close(together, encoder.features(wav), rtol=1e-5, atol=1e-5)
+        assert torch.equal(units, encoder.encode(wav))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run inside, with their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.seen.append((operator.overloadpacket.__name__, [x for x in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(x)],
+                          result))
+        return result
+
+
+def test_the_host_reads_once_from_a_batch_and_copies_each_recording_once(folders, monkeypatch):
+    encoder, wavs = load_unit_encoder(folders["25hz"]), [noise(16_000 - 10 * i, i) for i in range(6)]
+    expected, reads, read_back = [encoder.encode(wav) for wav in wavs], [], torch.Tensor.to
+    for name in ("cpu", "tolist", "numpy", "item", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *_, name=name: reads.append(name) or pytest.fail(name))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *to, **how: (
+        to[0] == "cpu" and reads.append((x.dtype, how)), read_back(x, *to, **how))[1])
+    files = [(f"{i}.wav", types.SimpleNamespace(result=lambda wav=wav: wav)) for i, wav in enumerate(wavs)]
+    with Operators() as operators:
+        finish = begin_group(files, encoder)
+    assert reads == [(torch.int32, {"non_blocking": True})]
+    assert not {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"} & {name for name, *_ in operators.seen}
+    for wav in wavs:
+        copies = [name for name, tensors, result in operators.seen
+                  if any(x.data_ptr() == wav.data_ptr() for x in tensors) and result.data_ptr() != wav.data_ptr()]
+        assert copies == ["copy_"]
+    monkeypatch.undo()
+    for (units, seconds), wav, wanted in zip(finish().values(), wavs, expected):
+        assert torch.equal(units, wanted) and seconds == len(wav) / SAMPLE_RATE
+
+
+def test_a_batch_comes_to_a_gpu_on_a_stream_of_its_own_and_is_waited_for_there(folders, monkeypatch):
+    """The order of the calls; the device that holds nothing stands in for the GPU."""
+    encoder, order = load_unit_encoder(folders["25hz"]), []
+    ours, theirs = (types.SimpleNamespace(wait_stream=lambda other, name=name: order.append((name, "waits", other)))
+                    for name in ("computing", "copying"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: theirs)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ours)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: order.append(stream) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: order.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: order.append((x.device.type, stream)))
+    assert encoder.moved(noise(3)).device.type == "cpu" and not order
+    encoder.centers = encoder.centers.to("meta")
+    assert encoder.moved(noise(3)).device.type == "meta"
+    assert order == [theirs, "pinned", ("computing", "waits", theirs), ("meta", ours)]
+
+
+def test_a_group_is_on_its_way_before_the_one_before_is_waited_for(tmp_path, monkeypatch):
+    order, encoder = [], types.SimpleNamespace(recipe={"kind": "hubert", "num_units": 9}, budget=0.5, checked=lambda wav: wav)
+
+    def begin(wavs):
+        order.append(f"begin {len(order)}")
+        return lambda: order.append("wait") or [torch.arange(9)] * len(wavs)
+
+    encoder.begin = begin
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", noise(8000, i).clamp(-1, 1).numpy(), 16_000)
+    monkeypatch.setattr("corpus.extract.WINDOW", 2)  # the lengths of the next two are looked at meanwhile
+    options = hubert_units.UnitsConfig(out=str(tmp_path / "units"))
+    meta, _ = encode_files(map(str, find_audio([tmp_path])), encoder, options, Dist(0, 1, torch.device("cpu")))
+    assert order == ["begin 0", "begin 1", "wait", "begin 3", "wait", "wait"] and meta["files"] == 3
+
+
+@pytest.mark.parametrize("device, cores, processes, threads", [
+    ("cpu", 2, 1, 2), ("cpu", 64, 1, 2), ("cuda", 16, 1, 12), ("cuda", 8, 1, 7), ("cuda", 64, 8, 7), ("cuda", 4, 4, 2)])
+def test_threads_that_decode_are_as_many_as_the_machine_has_cores_for(device, cores, processes, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert decoders(0, torch.device(device)) == threads and decoders(5, torch.device(device)) == 5
+
+
+# ---------------------------------------------------------------------------------------------- precision
+
+def test_in_bfloat16_products_are_rounded_and_all_else_is_float32(folders):
+    encoder, wav = load_unit_encoder(folders["25hz"], precision="bfloat16"), noise(16_000)
+    with Operators() as operators:
+        units = encoder.encode(wav)
+    inputs = collections.defaultdict(set)
+    for name, tensors, _ in operators.seen:
+        inputs[name] |= {x.dtype for x in tensors if x.is_floating_point()}
+    for name in ("linear", "conv1d", "scaled_dot_product_attention"):
+        assert inputs[name] == {torch.bfloat16}
+    assert inputs["layer_norm"] == inputs["batch_norm"] == {torch.float32}
+    assert inputs["matmul"] == {torch.float64, torch.float32}  # statistics; the first convolution, the distances
+    exact = load_unit_encoder(folders["25hz"])
+    assert 0 < (encoder.features(wav) - exact.features(wav)).norm() < 0.02 * exact.features(wav).norm()
+    assert (units == exact.encode(wav)).float().mean() > 0.8  # centres of noise lie near to each other
+    assert encoder.recipe == {**exact.recipe, "precision": "bfloat16"}
+
+
+def test_in_bfloat16_a_batch_is_not_encoded_again_and_gives_nearly_the_units_of_each_recording_alone(folders, monkeypatch):
+    encoder = load_unit_encoder(folders["25hz"], precision="bfloat16")
+    wavs = [noise(16_000 - 10 * i, i) for i in range(6)]
+    monkeypatch.setattr("speech.encoder.ROUNDING", 1.0)  # in float32 a reason to encode all again
+    alone, forwards, original = torch.cat([encoder.encode(wav) for wav in wavs]), [], encoder.one_forward
+    monkeypatch.setattr(encoder, "one_forward", lambda batch, *rest: forwards.append(len(batch)) or original(batch, *rest))
+    assert (torch.cat(encoder.encode_batch(wavs)) == alone).float().mean() > 0.95 and forwards == [6]
+    encoder.precision = "float32"
+    assert len(encoder.encode_batch(wavs)) == 6 and forwards == [6, 6, *[1] * 6]
+
+
+def test_features_beyond_the_range_of_a_precision_cost_their_recording_alone(folders, tmp_path, monkeypatch):
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", noise(9000, i).clamp(-1, 1).numpy(), 16_000)
+    forward = Hubert.forward
+
+    def overflowing(self, wav, layer=None, lengths=None, **named):
+        x = forward(self, wav, layer, lengths, **named)
+        x[wav.sub(noise(9000, 1).clamp(-1, 1)).abs().amax(1) < 1e-3, 2, 0] = torch.inf
+        return x
+
+    monkeypatch.setattr(Hubert, "forward", overflowing)
+    hubert_units.main([str(tmp_path), f"--tokenizer={folders['25hz']}", f"--out={tmp_path}/u", "--device=cpu",
+                       "--precision=bfloat16"])
+    assert failures(tmp_path / "u") == {
+        "1.wav": "its features are too large for --precision=bfloat16; choose --precision=float32"}
+    assert [Path(name).name for name in UnitShards(tmp_path / "u").names] == ["0.wav", "2.wav"]
+
+
+@pytest.mark.parametrize("precision", ["float16", "tf32"])
+def test_a_precision_of_gpus_alone_is_refused_on_a_cpu(precision, folders, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(9000).clamp(-1, 1).numpy(), 16_000)
+    said = f"--precision={precision} needs a CUDA GPU.*choose --precision=float32"
+    with pytest.raises(ValueError, match=said):
+        hubert_units.main([str(tmp_path), f"--out={tmp_path}/u", "--device=cpu", f"--precision={precision}"])
+    assert not (tmp_path / "u").exists()
+    with pytest.raises(ValueError, match=said):
+        load_unit_encoder(folders["25hz"], precision=precision).encode(noise(9000))
+    with pytest.raises(ValueError, match="precision 'int8': expected"):
+        load_unit_encoder(folders["25hz"], precision="int8")
+
+
+def test_units_of_another_precision_are_not_added_and_older_folders_hold_float32(folders, tmp_path):
+    arguments = [str(tmp_path), f"--tokenizer={folders['25hz']}", f"--out={tmp_path}/u", "--device=cpu"]
+    soundfile.write(tmp_path / "a.wav", noise(9000).clamp(-1, 1).numpy(), 16_000)
+    hubert_units.main(arguments)
+    meta = files.read_json(tmp_path / "u/meta.json")
+    assert meta["recipe"].pop("precision") == "float32"
+    files.write_json(tmp_path / "u/meta.json", meta)
+    with pytest.raises(ValueError, match="precision is float32, now bfloat16"):
+        hubert_units.main([*arguments, "--precision=bfloat16"])
+    (tmp_path / "u/work").mkdir()  # an extraction that was interrupted
+    files.write_json(tmp_path / "u/work/recipe.json", {**meta["recipe"], "precision": "bfloat16"})
+    with pytest.raises(ValueError, match="unfinished units of another recipe .precision is bfloat16, now float32"):
+        hubert_units.main(arguments)
+    files.write_json(tmp_path / "u/work/recipe.json", meta["recipe"])
+    soundfile.write(tmp_path / "b.wav", noise(9000, 1).clamp(-1, 1).numpy(), 16_000)
+    hubert_units.main(arguments)
+    assert len(UnitShards(tmp_path / "u")) == 2
+
+
+# ---------------------------------------------------------------------------------------------- what padding does
+
 @each_kind
 def test_naive_padding_would_change_the_features(kind, folders):
     encoder = load_unit_encoder(folders[kind])
@@ -240,10 +410,10 @@ def test_a_frame_half_way_between_two_centres_is_decided_alone(folders, monkeypa
     frame = encoder.features(wavs[1])[3]
     nearest = int(encoder.quantize(frame[None]))
     encoder.centers[nearest - 1] = 2 * frame - encoder.centers[nearest]  # the frame lies in the middle of these two
-    assert not encoder.sure(encoder.features(wavs[1])) and encoder.sure(encoder.features(wavs[0]))
+    assert [(encoder.nearest(encoder.features(wav), True) < 0).sum() for wav in wavs] == [0, 1]
     forwards = []
-    original = encoder.features_of
-    monkeypatch.setattr(encoder, "features_of", lambda batch, *rest: forwards.append(len(batch)) or original(batch, *rest))
+    original = encoder.one_forward
+    monkeypatch.setattr(encoder, "one_forward", lambda batch, *rest: forwards.append(len(batch)) or original(batch, *rest))
     encoder.encode_batch(wavs)
     assert forwards == [2, 1]
 
@@ -720,7 +890,8 @@ def test_the_layer_and_the_recipe_come_from_the_files(folders, tmp_path):
     encoder = load_unit_encoder(folders["25hz"])
     assert (encoder.layer, encoder.num_units, encoder.frame_rate) == (2, K, 25.0)
     assert encoder.recipe == {"kind": "hubert", "model": "25hz", "layer": 2, "num_units": K, "frame_rate": 25.0,
-                              "centers": fingerprint(encoder.centers), "pad": 0, "chunking": "overlap"}
+                              "centers": fingerprint(encoder.centers), "pad": 0, "chunking": "overlap",
+                              "precision": "float32"}
     save_file({"centers": torch.ones(4, C)}, tmp_path / "other.safetensors")
     other = load_unit_encoder(str(folders["25hz"]), kmeans=str(tmp_path / "other.safetensors"), layer=1)
     assert (other.layer, other.num_units) == (1, 4) and other.recipe["centers"] != encoder.recipe["centers"]
@@ -899,8 +1070,8 @@ def test_folders_are_read_whole_and_what_is_passed_over_is_counted(tmp_path, mon
         assert sorted(os.path.relpath(file) for file in find_audio([here])) == expected
     assert sorted(map(str, find_audio(["."]))) == expected
     assert find_audio(["a.wav", "deep/../a.wav", real / "a.wav"]) == [Path("a.wav")]
-    scan = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: open(path / "no/permission") if Path(path).name == "deep" else scan(path))
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: open(path / "no/permission") if Path(path).name == "deep" else scan(path))
     assert sorted(map(str, find_audio(["."]))) == [name for name in expected if not name.startswith("deep")]
     assert "passed over: the folder deep, which cannot be read (" in capsys.readouterr().err
     (tmp_path / "film").mkdir()
@@ -1062,7 +1233,7 @@ def test_a_finished_folder_is_not_encoded_again(folders, tmp_path, capsys, monke
     arguments = [str(tmp_path / "audio"), f"--tokenizer={folders['25hz']}", f"--out={tmp_path / 'units'}", "--device=cpu"]
     hubert_units.main(arguments)
     first = capsys.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr(UnitEncoder, "encode_batch", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(UnitEncoder, "begin", lambda *_: pytest.fail("encoded again"))
     hubert_units.main(arguments)
     assert capsys.readouterr().out.split(";")[0] == first.split(";")[0]
 

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
-SAMPLE = ("attention_forward_64_bf16", "decode_attention_64_bf16", "row_loss_gradient_bf16_512")  # one of each kernel file
+SAMPLE = ("attention_forward_64_bf16", "decode_attention_64_bf16", "row_loss_gradient_bf16_512",  # one of each kernel file
+          "split_adamw_bf16")
 
 
 def python(*arguments, **environment):

@@ -33,8 +33,8 @@ def write(folder, files, recipe=RECIPE):
 def in_memory(files):
     """The same without a disk: what a loader reads of UnitShards."""
     parts = [(np.array([unit for units in documents for unit in units], np.uint16),) for documents in files]
-    return SimpleNamespace(parts=parts, lengths=np.array([len(units) for units in itertools.chain(*files)], np.int64), folder="x",
-                           recipe=RECIPE)
+    lengths = np.array([len(units) for units in itertools.chain(*files)], np.int64)
+    return SimpleNamespace(parts=parts, bounds=lambda extra: np.append(0, np.cumsum(lengths + extra)), folder="x", recipe=RECIPE)
 
 
 def drawn(lengths_of_files, seed=0):

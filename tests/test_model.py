@@ -3,9 +3,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import twist
-from model import KVCache, TransformerConfig, alibi_slopes, filter_logits, generate, rotary_frequencies
+from kernels import decode_step, draw
+from kernels.draw import Draw, filter_logits
+from model import KVCache, TransformerConfig, alibi_slopes, generate, rotary_frequencies
 
 LLAMA = TransformerConfig(vocab_size=40, block_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=48,
                           norm="rmsnorm", position="rope", mlp="swiglu", attention_bias=False, mlp_bias=False,
@@ -70,6 +73,61 @@ def test_a_finished_row_is_filled_with_eos_and_banned_ids_never_appear(model):
     for row in rows.tolist():
         if 1 in row:
             assert set(row[row.index(1):]) == {1}
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the numbers that the host asks a device for."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("new", [10, 40])
+def test_a_token_costs_no_look_at_the_device(model, new, monkeypatch):
+    """But one at the prompt's logits, and of rows that may end one every `look` tokens and one at the end."""
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    with HostReads() as reads:
+        generate(model, ids, new, top_k=5, top_p=0.9, banned=(0, 2))
+    assert reads.count == 1
+    monkeypatch.setitem(draw.LOOK, "cpu", 16)
+    with HostReads() as reads:
+        generate(model, ids, new, eos=1, banned=(1,))
+    assert reads.count == 2 + (new - 1) // 16
+
+
+def test_tokens_drawn_are_those_of_multinomial():
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    drawn = Draw(logits, 0.8, None, None, torch.Generator().manual_seed(1), None, (3,))
+    ours, other = [drawn(logits) for _ in range(20)], torch.Generator().manual_seed(1)
+    logits[:, 3] = float("-inf")
+    expected = [torch.multinomial((logits / 0.8).softmax(-1), 1, generator=other) for _ in ours]
+    assert torch.equal(torch.cat(ours), torch.cat(expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_tokens_of_a_graph_are_those_of_single_launches(model, backend, temperature, monkeypatch):
+    monkeypatch.setenv("TWIST_KERNELS", backend)
+    config = dataclasses.replace(model.config, head_dim=32)  # the least that our kernels take
+    model = twist.build(config, twist.cold_tensors(config), device="cuda")
+    ids, rows = torch.randint(0, 40, (3, 5), generator=torch.Generator().manual_seed(1)).cuda(), []
+    for recorded in (True, False):
+        monkeypatch.setattr(decode_step, "usable", lambda model, recorded=recorded: recorded)
+        rows.append(generate(model, ids, 40, temperature, eos=1, generator=torch.Generator("cuda").manual_seed(0)))
+    assert torch.equal(*rows) and rows[0].shape[1] > 10
+
+
+@pytest.mark.parametrize("look", [1, 4, 16])
+def test_nothing_is_drawn_after_all_rows_have_ended(model, look, monkeypatch):
+    """However late it is noticed: rows are the same as if every token had been looked at."""
+    monkeypatch.setitem(draw.LOOK, "cpu", look)
+    rows = generate(model, torch.zeros(3, 4, dtype=torch.int64), 60, temperature=3.0, eos=1, banned=range(2, 38),
+                    generator=torch.Generator().manual_seed(0))[:, 4:]
+    assert 1 < rows.shape[1] < 60 and (rows[:, -1] == 1).all() and not (rows[:, -2] == 1).all()
 
 
 def test_top_k_and_top_p_keep_the_likeliest():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import kernels
 from training import optimizer as optimizers
 from training.distributed import part
 from training.learner import Learner
@@ -39,7 +40,8 @@ def train(pairs, steps, dtype=torch.bfloat16):
             gradient = (torch.randn(parameters[0].shape, generator=generator) * 10.0 ** -(step % 5)).to(dtype)
             for parameter in parameters:
                 parameter.grad_dtype = None  # any: a bfloat16 weight may have a float32 gradient
-                parameter.grad = gradient.float() if parameter.dtype == torch.float32 else gradient.clone()
+                own = gradient.to(parameter.device, copy=True)
+                parameter.grad = own.float() if parameter.dtype == torch.float32 else own
         for _, optimizer in pairs:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (1 + step)
@@ -141,16 +143,117 @@ def test_a_process_without_a_part_of_a_weight_counts_its_steps_too():
     assert [optimizer.state[parameter]["step"].item() for parameter in model.parameters()] == [3, 3]
 
 
-def test_the_norm_of_bfloat16_gradients_is_a_float32_number():
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_norm_of_bfloat16_gradients_is_a_float32_number_and_clips(on_gpu):
+    """By the optimizer itself, where a look at the norm would be a wait."""
     model, generator = network().bfloat16(), torch.Generator().manual_seed(0)
-    learner = types.SimpleNamespace(model=model)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
-    exact = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]).norm()
-    assert Learner.clip(learner, 1e9) == pytest.approx(exact.item(), rel=1e-6)
-    assert Learner.clip(learner, 0.5) == pytest.approx(exact.item(), rel=1e-6)
-    clipped = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]).norm()
-    assert clipped.item() == pytest.approx(0.5, rel=2e-3)  # each rounded to bfloat16
+    learner = types.SimpleNamespace(model=model, on_gpu=on_gpu, dist=types.SimpleNamespace(device=torch.device("cpu")))
+    learner.optimizer = types.SimpleNamespace(
+        param_groups=[], grad_scale=1, zero_grad=lambda **_: None, step=lambda: stepped.append(
+            [parameter.grad.double() / learner.optimizer.grad_scale for parameter in model.parameters()]))
+    exact = None
+    for largest, expected, tolerance in ((1e9, None, 1e-6), (0.5, 0.5, 2e-3)):  # clipped, each rounded to bfloat16
+        stepped, learner.options = [], types.SimpleNamespace(clip=largest)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator.manual_seed(parameter.numel())).bfloat16()
+        exact = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]).norm().item()
+        norm = Learner.norm(learner)
+        assert norm.dtype == torch.float32 and norm.item() == pytest.approx(exact, rel=1e-6)
+        Learner.step(learner, 1e-3, norm, torch.zeros(()))
+        clipped = torch.cat([gradient.flatten() for gradient in stepped[0]]).norm().item()
+        assert clipped == pytest.approx(expected or exact, rel=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- the kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+
+
+def drawn(n, dtype):
+    """(gradient, weight, exp_avg, exp_avg_sq, low), flat, with zeros, denormal numbers and ties among them."""
+    torch.manual_seed(n)
+    gradient = (torch.randn(n) * 10.0 ** torch.randint(-6, 2, (n,))).to(dtype)
+    master = torch.randn(n) * 10.0 ** torch.randint(-3, 2, (n,))
+    master[::7] = (master[::7].view(torch.int32) & -0x10000 | 0x8000).view(torch.float32)
+    first, second = torch.randn(n) * 1e-2, torch.rand(n) * 10.0 ** torch.randint(-12, 0, (n,))
+    master[3], gradient[5], first[5], second[5] = 1e-40, 0, 0, 0
+    weight, low = low_bits(master)
+    return [tensor.to(DEVICE) for tensor in (gradient, weight, first, second, low)]
+
+
+def ulp(x):
+    """Distance of float32 numbers of that size."""
+    return 2.0 ** (torch.frexp(x.abs().clamp(min=2.0**-126))[1].double() - 24)
+
+
+GROUP = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("n", [1, 1000, 3 * 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_kernel_is_as_exact_as_the_fused_adamw_of_pytorch(n, dtype):
+    """In units of the last place of the larger of the terms that are added: moments beside exact arithmetic and, on a CPU, whose
+    fused AdamW works in the same order, beside PyTorch's; masters beside exact arithmetic on those moments."""
+    pytest.importorskip("triton")
+    steps, scale = [torch.tensor(count, device=DEVICE) for count in (0.0, 40.0)], torch.tensor(1.7, device=DEVICE)
+    tensors = [drawn(n + 7, dtype) for _ in steps]
+    before = [[tensor.clone() for tensor in flat] for flat in tensors]
+    kernels.split_adamw.update(tensors, steps, GROUP, torch.zeros((), device=DEVICE), scale)
+    for (gradient, weight, first, second, low), old, step in zip(tensors, before, steps):
+        peer = [tensor.clone() for tensor in old]
+        optimizers.update_piece(*peer, step, GROUP, torch.zeros((), device=DEVICE), scale)
+        g = old[0].double() / scale
+        for found, exact in ((first, 0.9 * old[2].double() + 0.1 * g), *([(first, peer[2])] if DEVICE == "cpu" else [])):
+            assert ((found - exact).abs() <= 3 * torch.maximum(ulp(0.9 * old[2]), ulp(0.1 * g))).all()
+        for found, exact in ((second, 0.95 * old[3].double() + 0.05 * g * g), *([(second, peer[3])] if DEVICE == "cpu" else [])):
+            assert ((found - exact).abs() <= 4 * ulp(exact)).all()
+        t = step.item() + 1
+        change = 3e-3 / (1 - 0.9**t) * first.double() / ((second.double() / (1 - 0.95**t)).sqrt() + 1e-8)
+        was, now = join(old[1], old[4]).double(), join(weight, low)
+        assert ((now - (was * (1 - 3e-3 * 0.1) - change)).abs() <= 5 * torch.maximum(ulp(was), ulp(change))).all()
+        assert not first.equal(old[2]) and weight.equal(low_bits(now)[0]) and gradient.equal(old[0])
+
+
+def test_the_kernel_changes_nothing_where_it_is_to_skip():
+    pytest.importorskip("triton")
+    tensors = drawn(2000, torch.bfloat16)
+    tensors[0][7] = float("nan")
+    before = [tensor.view(torch.int16).clone() for tensor in tensors]
+    step = torch.tensor(3.0, device=DEVICE)
+    kernels.split_adamw.update([tensors], [step], GROUP, torch.ones((), device=DEVICE), torch.tensor(float("nan"), device=DEVICE))
+    assert all(tensor.view(torch.int16).equal(old) for tensor, old in zip(tensors, before))
+    kernels.split_adamw.update([tensors], [step], GROUP, None, None)  # unasked, it is what AdamW makes of it
+    assert join(tensors[1], tensors[4]).isnan().nonzero().tolist() == [[7]] and tensors[1].isnan().nonzero().tolist() == [[7]]
+
+
+def test_the_kernel_puts_masters_back_as_they_were_where_nothing_is_to_change():
+    """Among them ties, denormal numbers, the largest ones and NaN."""
+    pytest.importorskip("triton")
+    torch.set_flush_denormal(False)  # a run of train.py sets it for its process
+    master = float32_of([0x3F808000, 0x3F818000, -0x407F8000, 0x7F7FFFFF, 0x7F7F8000, 1, -0x7FFFFFFF, 0x8000, 0x7FC00000, 0])
+    weight, low = (tensor.to(DEVICE) for tensor in low_bits(master))
+    weight.view(torch.int16)[-1], low[-1] = -2**15, -1  # together 0x7FFFFFFF, the NaN that GPUs make: half a unit more is -0
+    gradient, *moments = (torch.zeros(len(master), device=DEVICE) for _ in range(3))
+    before = [weight.view(torch.int16).clone(), low.clone()]
+    step, group = torch.zeros((), device=DEVICE), GROUP | {"weight_decay": 0.0}
+    kernels.split_adamw.update([[gradient, weight, *moments, low]], [step], group, None, None)
+    assert weight.view(torch.int16)[:-2].equal(before[0][:-2]) and low[:-2].equal(before[1][:-2])
+    assert weight[-2:].isnan().all() and join(weight, low)[-2:].isnan().all()
+
+
+def test_the_optimizer_trains_with_the_kernel_as_without(monkeypatch):
+    """Weights of several shapes and none, in float32 and in bfloat16 gradients, also where the weight is empty."""
+    pytest.importorskip("triton")
+    models = [network() for _ in range(2)]
+    pairs = [(model, make_optimizer(model.to(DEVICE), options("split"))) for model in models]
+    choose = kernels.choose
+    for backend, pair in zip(("torch", "triton"), pairs):
+        monkeypatch.setattr(kernels, "choose", lambda *arguments, backend=backend: choose(*arguments, forced=backend))
+        train([pair], 8)
+    for (name, wanted), (_, master) in zip(*(master_weights(*pair) for pair in pairs), strict=True):
+        torch.testing.assert_close(master, wanted, rtol=1e-6, atol=1e-7, msg=name)
+    counts = [[state["step"].item() for state in optimizer.state.values()] for _, optimizer in pairs]
+    assert counts[0] == counts[1] == [8.0] * len(counts[0])
 
 
 def test_bfloat16_weights_with_their_low_bits_continue_a_float32_model():

@@ -201,7 +201,7 @@ def test_units_that_are_not_collapsed_stay_so_from_audio_to_audio(tmp_path):
 
 def test_all_commands_take_the_same_options_of_the_tokenizer():
     wanted = {field.name for field in dataclasses.fields(hubert_units.TokenizerOptions)}
-    assert wanted == {"tokenizer", "kmeans", "k", "layer", "frame_rate", "pad", "chunking"}
+    assert wanted == {"tokenizer", "kmeans", "k", "layer", "frame_rate", "pad", "chunking", "precision"}
     for command in (hubert_units.UnitsConfig, train.TrainConfig, sample.SampleConfig, evaluate.EvalConfig):
         assert wanted <= {field.name for field in dataclasses.fields(command)}
         for name in wanted:
@@ -211,12 +211,24 @@ def test_all_commands_take_the_same_options_of_the_tokenizer():
 def test_what_the_options_leave_open_is_as_the_model_was_trained(monkeypatch):
     options = hubert_units.TokenizerOptions()
     assert hubert_units.load_tokenizer(options).recipe["pad"] == 0
-    said = {"pad": 40, "chunking": "textless", "frame_rate": 12.5}
+    said = {"pad": 40, "chunking": "textless", "frame_rate": 12.5, "precision": "bfloat16"}
     found = hubert_units.load_tokenizer(options, said).recipe
     assert {key: found[key] for key in said} == said
-    given = dataclasses.replace(options, pad=8, chunking="overlap", frame_rate=25.0)
+    given = dataclasses.replace(options, pad=8, chunking="overlap", frame_rate=25.0, precision="float32")
     found = hubert_units.load_tokenizer(given, said).recipe
-    assert (found["pad"], found["chunking"], found["frame_rate"]) == (8, "overlap", 25.0)
+    assert (found["pad"], found["chunking"], found["frame_rate"], found["precision"]) == (8, "overlap", 25.0, "float32")
+
+
+def test_a_prompt_may_be_heard_in_another_precision_than_that_of_the_models_units():
+    """A model of units that only a GPU makes so can still be sampled on a CPU, with a vocoder of units in float32."""
+    recipe = {**hubert_units.load_unit_encoder().recipe, "dedup": True}
+    vocabs = {name: twist.UnitVocab(200, recipe={**recipe, "precision": name}) for name in ("bfloat16", "float16")}
+    assert sample.load_voice(sample.SampleConfig(), vocabs["bfloat16"])[0].precision == "bfloat16"
+    with pytest.raises(ValueError, match="--precision=float16 needs a CUDA GPU.*choose --precision=float32"):
+        sample.load_voice(sample.SampleConfig(), vocabs["float16"])
+    assert sample.load_voice(sample.SampleConfig(precision="float32"), vocabs["float16"])[0].precision == "float32"
+    with pytest.raises(ValueError, match="layer is 6, expected 5"):
+        sample.load_voice(sample.SampleConfig(), dataclasses.replace(vocabs["bfloat16"], recipe={**recipe, "layer": 5}))
 
 
 def test_a_bad_prompt_is_one_sentence_and_exit_code_2(tmp_path):

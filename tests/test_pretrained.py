@@ -2,6 +2,7 @@
 
 The oracle is transformers itself, on tiny models with every parameter drawn at random (norms and biases too).
 """
+import contextlib
 import copy
 import functools
 import json
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import files, pretrained
+from kernels import decode_step, packed
+from model import KVCache, alibi_slopes, rotary_table
 from twist import load_lm_config, load_text_lm
 
 transformers = pytest.importorskip("transformers")
@@ -109,6 +112,44 @@ def assert_same_logits(case, folder, tolerance=1e-5):
 def test_logits_equal_those_of_transformers(case, tmp_path):
     save(case, tmp_path)
     assert_same_logits(case, tmp_path)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_of_one_token_gives_the_logits_of_the_whole_forward(case, tmp_path, monkeypatch):
+    """With the model's own weights and with packed ones, whichever is faster on this machine, and as GPUs do it."""
+    save(case, tmp_path)
+    ours, ids = load_text_lm(tmp_path), oracle(case)[1]
+    config, expected = ours.config, ours(ids)
+    assert decode_step.usable(ours)
+    monkeypatch.setattr(packed, "LEAST_WORK", 0)
+    for is_packed, on_device in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(decode_step, "faster_packed", lambda *_, chosen=is_packed: chosen)
+        with packed.packed(ours) if is_packed else contextlib.nullcontext():
+            cache = KVCache(config, ids.shape[1])
+            ours(ids[:, :3], cache=cache)
+            step = decode_step.stepper(
+                ours, cache, rotary_table(0, ids.shape[1], config, "cpu") if config.position == "rope" else None,
+                alibi_slopes(config.n_head, "cpu") if config.position == "alibi" else None, on_device)
+            found = torch.stack([step(ids[:, t:t + 1]) for t in range(3, ids.shape[1])], dim=1)
+        torch.testing.assert_close(found, expected[:, 3:], rtol=3e-5, atol=3e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("case", ["llama-3", "qwen3", "opt", "opt-350m", "neox", "bloom-6-heads", "gpt2"])
+def test_a_step_in_bfloat16_is_as_near_to_float32_as_the_whole_forward(case, on_device, tmp_path):
+    save(case, tmp_path)
+    _, ids, exact = oracle(case)
+    ours = load_text_lm(tmp_path, torch.bfloat16)
+    config, whole = ours.config, ours(ids)[:, 3:]
+    cache = KVCache(config, 16 * -(-ids.shape[1] // 16))
+    ours(ids[:, :3], cache=cache)
+    step = decode_step.stepper(ours, cache, rotary_table(0, cache.room, config, "cpu") if config.position == "rope" else None,
+                               alibi_slopes(config.n_head, "cpu") if config.position == "alibi" else None, on_device)
+    found = torch.stack([step(ids[:, t:t + 1]) for t in range(3, ids.shape[1])], dim=1)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact[:, 3:]).abs().mean() < 1.3 * (whole - exact[:, 3:]).abs().mean() + 1e-3
 
 
 @pytest.mark.parametrize("case", ["llama-3", "qwen3", "opt", "opt-350m", "neox", "bloom-6-heads", "gpt2"])

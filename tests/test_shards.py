@@ -3,6 +3,7 @@ import builtins
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -22,6 +23,7 @@ from corpus import shards as shards_module
 from corpus.__main__ import main
 from corpus.inspector import inspect
 from corpus.journal import Journal, assemble
+from corpus.listing import Listing
 from corpus.shards import ShardWriter, UnitShards, check_recipe, names_in, publish, write_shards
 
 RECIPE = {"kind": "hubert", "num_units": 10, "layer": 3, "centers": "abc", "frame_rate": 25.0}
@@ -75,7 +77,8 @@ def test_units_that_do_not_fit_16_bits_are_refused(tmp_path):
         ShardWriter(tmp_path).add(np.array([70000]), np.array([1]), "a", 1.0)
 
 
-@pytest.mark.parametrize("key, usual, other", [("pad", 0, 40), ("chunking", "overlap", "textless"), ("dedup", True, False)])
+@pytest.mark.parametrize("key, usual, other", [("pad", 0, 40), ("chunking", "overlap", "textless"), ("dedup", True, False),
+                                               ("precision", "float32", "float16")])
 def test_a_recipe_that_is_silent_about_an_option_means_its_default(key, usual, other):
     silent = {name: value for name, value in RECIPE.items() if name != key}
     check_recipe(silent, {**silent, key: usual}, "here")
@@ -112,10 +115,22 @@ def encode(journal_, names):
             journal_.add(name, *recording(name))
 
 
+def finished(folder):
+    """Names of the recordings that its journals hold, good or failed."""
+    return {row["file_name"] for _, _, row in journal.read_journals(folder / "work")}
+
+
+def left(folder, names):
+    """What hubert_units.py would still do of them, in order."""
+    listing = Listing(folder / "work/names")
+    listing.write(names, journal.finished(folder / "work"))
+    return [*listing.left(0, 1)]
+
+
 def extract(folder, names=NAMES, recipe=RECIPE, overwrite=False):
     """A start that nothing disturbs."""
     one = Journal(folder, recipe)
-    encode(one, [name for name in names if name not in one.finished])
+    encode(one, left(folder, names))
     one.close()
     return assemble(folder, recipe, names, overwrite)
 
@@ -167,15 +182,16 @@ def test_any_number_of_processes_any_order_and_any_kill_give_the_same_bytes(seed
     starts = 0
     while True:
         world, starts = int(rng.integers(1, 5)), starts + 1
+        left(folder, NAMES)
+        todo = [rng.permutation([*Listing(folder / "work/names").left(rank, world)]).tolist() for rank in range(world)]
+        assert sorted(itertools.chain(*todo)) == sorted({*NAMES} - finished(folder))
         journals = [Journal(folder, RECIPE, rank) for rank in range(world)]
-        todo = [[name for name in rng.permutation(NAMES[rank::world]).tolist() if name not in journals[rank].finished]
-                for rank in range(world)]
         if not any(todo):
             break
         for one, names in zip(journals, todo):
-            before = set(one.finished)
-            encode(one, names[:int(rng.integers(0, len(names) + 1))])
-            assert one.finished == before | set(names[:len(one.finished) - len(before)])
+            before, done = finished(folder), names[:int(rng.integers(0, len(names) + 1))]
+            encode(one, done)
+            assert finished(folder) == before | {*done}
             one.close()
             size = os.path.getsize(one.file.name)
             os.truncate(one.file.name, size - int(rng.integers(0, 80) * rng.integers(0, 2)) if size > 80 else size)
@@ -201,9 +217,8 @@ def test_a_journal_cut_at_any_byte_loses_the_cut_recording_only(tmp_path, clean)
         folder = tmp_path / f"cut {cut}"
         shutil.copytree(tmp_path / "first", folder)
         (folder / "work" / file_name).write_bytes(whole[:cut])
-        again = Journal(folder, RECIPE)
-        assert again.finished == set(NAMES[:int((ends <= cut).sum())])
-        again.close()
+        assert finished(folder) == set(NAMES[:int((ends <= cut).sum())])
+        assert left(folder, NAMES) == [name for name in NAMES if name not in finished(folder)]
         if cut % 9 == 0:
             extract(folder)
             assert contents(folder) == clean
@@ -218,10 +233,8 @@ def test_a_flipped_bit_anywhere_in_a_journal_is_noticed_and_that_recording_done_
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
         (folder / "work" / file_name).write_bytes(damaged)
-        again = Journal(folder, RECIPE)
         lost = {NAMES[1], NAMES[2]} if position == end - 1 else {NAMES[1]}  # without its end, a line takes the next along
-        assert again.finished == set(NAMES[:5]) - lost
-        again.close()
+        assert finished(folder) == set(NAMES[:5]) - lost
         if position % 9 == 0:
             with pytest.raises(ValueError, match=f"{len(NAMES) - 5 + len(lost)} of {len(NAMES)} recordings are not finished"):
                 assemble(folder, RECIPE, NAMES)
@@ -234,9 +247,9 @@ SECONDS = 60  # that anything here may take
 
 def work_until_killed(folder, rank, world, told):
     """What a process of an extraction does, saying so; when it has nothing left to do, it waits for the kill."""
-    one = Journal(folder, RECIPE, rank)
+    one, done = Journal(folder, RECIPE, rank), finished(folder)
     told.send("begun")
-    for name in [name for name in NAMES[rank::world] if name not in one.finished]:
+    for name in [name for name in NAMES[rank::world] if name not in done]:
         encode(one, [name])
         told.send(name)
     time.sleep(SECONDS)
@@ -275,18 +288,18 @@ def kill(process):
 
 
 def test_processes_that_are_really_killed_lose_nothing_that_was_finished(tmp_path, clean, start):
-    rng, folder, finished = np.random.default_rng(0), tmp_path / "out", set()
+    rng, folder, kept = np.random.default_rng(0), tmp_path / "out", set()
     for world in (2, 3, 1, 2, 3):
-        left = [name for name in NAMES[::world] if name not in finished]
+        todo = [name for name in NAMES[::world] if name not in kept]
         started, said = [start(work_until_killed, folder, rank, world) for rank in range(world)], set()
-        for _ in range(int(rng.integers(0, len(left) + 1))):  # so much of the first one's work is let pass
+        for _ in range(int(rng.integers(0, len(todo) + 1))):  # so much of the first one's work is let pass
             assert started[0][1].poll(SECONDS)
             said.add(started[0][1].recv())
         assert [kill(process) for process, _ in started] == [-signal.SIGKILL] * world
-        before, finished = finished, {row["file_name"] for _, _, row in journal.read_journals(folder / "work")}
-        assert before | said <= finished
+        before, kept = kept, finished(folder)
+        assert before | said <= kept
     one = Journal(folder, RECIPE)
-    encode(one, [name for name in NAMES if name not in one.finished])
+    encode(one, left(folder, NAMES))
     one.close()
     for _ in range(20):  # then the one that assembles
         process, _ = start(assemble_small, folder)
@@ -330,7 +343,7 @@ def test_work_of_another_recipe_is_refused_with_the_way_out(tmp_path):
     for call in (lambda: assemble(tmp_path, other, []), lambda: write_shards(tmp_path, other, [])):
         with pytest.raises(ValueError, match="layer is 3, now 4.*another --out, or delete that folder .--overwrite"):
             call()
-    assert names_in(tmp_path) == [name for name in NAMES if name not in BROKEN]
+    assert [*names_in(tmp_path)] == [name for name in NAMES if name not in BROKEN]
 
 
 def test_an_unfinished_folder_says_so(tmp_path):
@@ -350,14 +363,14 @@ def test_a_damaged_or_incomplete_folder_is_not_added_to(tmp_path, small_shards):
     extract(tmp_path)
     shutil.copy(tmp_path / "00001.offsets.bin", tmp_path / "kept")
     (tmp_path / "00001.offsets.bin").unlink()
-    for call in (UnitShards, names_in, extract):
+    for call in (UnitShards, lambda folder: [*names_in(folder)], extract):
         with pytest.raises(ValueError, match="documents, its meta.json promises 12; copy it again"):
             call(tmp_path)
     shutil.move(tmp_path / "kept", tmp_path / "00001.offsets.bin")
-    assert len(names_in(tmp_path)) == 12
+    assert len([*names_in(tmp_path)]) == 12
     (tmp_path / "meta.json").write_text("[")
     with pytest.raises(ValueError, match="meta.json is damaged"):
-        names_in(tmp_path)
+        next(names_in(tmp_path))
 
 
 def test_an_extraction_that_replaces_leaves_the_older_readable_until_its_end(tmp_path, clean, monkeypatch):
@@ -367,7 +380,7 @@ def test_an_extraction_that_replaces_leaves_the_older_readable_until_its_end(tmp
     assert len(contents(folder)) > len(clean)
     monkeypatch.setattr("corpus.shards.SHARD_UNITS", 150)
     one = Journal(folder, RECIPE)
-    assert one.finished == set()
+    assert finished(folder) == set()
     encode(one, NAMES[:4])
     assert UnitShards(folder).recipe["layer"] == 4
     assert UnitShards(folder).names == [name for name in NAMES if name not in BROKEN]
@@ -413,7 +426,7 @@ def test_work_of_another_interrupted_extraction_is_kept_until_that_goes_on(tmp_p
     one.close()
     extract(tmp_path, NAMES[8:])
     assert UnitShards(tmp_path).names == NAMES[8:]
-    assert Journal(tmp_path, RECIPE).finished == set(NAMES) - set(NAMES[2:8])
+    assert finished(tmp_path) == set(NAMES) - set(NAMES[2:8])
     extract(tmp_path, NAMES[:3])
     assert UnitShards(tmp_path).names == [*NAMES[8:], *NAMES[:3]] and not (tmp_path / "work").exists()
 
@@ -461,7 +474,8 @@ def test_an_assembly_interrupted_at_any_rename_is_done_again(way, tmp_path, smal
             assert all((folder / name).read_bytes() == content for name, content in before.items() if name[0] == "0")
         elif (folder / "meta.json").exists():  # whatever counts is whole: the older shards, or the new ones
             assert len(UnitShards(folder)) in (5, 12)
-        assert Journal(folder, RECIPE).finished >= set(NAMES[6:])
+        Journal(folder, RECIPE).close()
+        assert finished(folder) >= set(NAMES[6:])
         assemble(folder, RECIPE, names, overwrite)
         assert contents(folder) == wanted
     assert n > 8 and contents(folder) == wanted
@@ -524,7 +538,7 @@ def test_a_full_disk_is_explained_and_the_same_command_goes_on(tmp_path, clean, 
                 message = str(error)
         assert not (folder / "meta.json").exists()
         assert not list(folder.glob("*.bin.tmp"))  # room is made for the next start
-        kept = len(Journal(folder, RECIPE, rank=1).finished)
+        kept = len(finished(folder))
         seen[kept] += 1
         assert str(folder) in message and "MB free" in message and f" {kept} recordings are finished and kept" in message
         assert "same command again" in message and "\n" not in message

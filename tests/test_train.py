@@ -282,7 +282,7 @@ def test_what_contradicts_a_state_is_refused_and_changes_nothing(given, words, r
     assert content(folder) == before
 
 
-@pytest.mark.parametrize("other", [{"model": "another"}, {"centers": "different"}, {"layer": 2}])
+@pytest.mark.parametrize("other", [{"model": "another"}, {"centers": "different"}, {"precision": "float16"}])
 def test_units_of_another_tokenizer_do_not_go_on(other, run, tmp_path):
     from conftest import RECIPE, write_shards
     write_shards(tmp_path / "units", 0, recipe=RECIPE | other)

@@ -58,13 +58,16 @@ class Dist:
             total = summed.tolist()
         return total[0] if len(values) == 1 else total
 
+    def totals(self, *values):
+        """Sums over the processes of scalar tensors, which stay on the device: nobody waits. Of several processes in float64."""
+        if self.world == 1:
+            return values
+        torch_distributed.all_reduce(summed := torch.stack([value.double() for value in values]))
+        return summed.unbind()
+
     def each(self, value):
         """The values of all processes, as a list of floats."""
         return self.sum(*(value if rank == self.rank else 0 for rank in range(self.world))) if self.world > 1 else [float(value)]
-
-    def mean(self, value):
-        """Mean over the processes of a number or scalar tensor, as float."""
-        return self.sum(value) / self.world
 
     def sum_array(self, array):
         """Sum over the processes of a float64 NumPy array, on every process."""
@@ -207,6 +210,11 @@ def deal_out(model, parallel, dist, compute_dtype, shard_size=0, reshard=True):
     return fully_shard(model, **layout)
 
 
+def shards(tensor):
+    """Processes among which a tensor is divided."""
+    return tensor.device_mesh.size(-1) if isinstance(tensor, DTensor) else 1
+
+
 def part(tensor):
     """This process's part of a tensor, as a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -224,16 +232,11 @@ def copy_part(parameter, tensor):
     part(parameter).copy_(part_of(tensor, parameter))
 
 
-def whole(tensor):
-    """The whole of a parameter, on every process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def gathered(tensors, dist):
     """(name, tensor or parts of it) pairs -> {name: whole tensor on the CPU} on rank 0, {} elsewhere; all processes call it."""
     found = {}
     for name, tensor in tensors:  # one after the other, so that no process holds two whole ones on its device
-        tensor = whole(tensor.detach())
+        tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         if dist.is_main:
             found[name] = tensor.cpu()
     return found

@@ -20,6 +20,7 @@ Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
 import torch
 from torch.optim.adamw import adamw
 
+import kernels
 from training.distributed import part
 
 KINDS = ("adamw", "split")
@@ -66,8 +67,10 @@ def join(weight, low):
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW on float32 masters that are stored as bfloat16 weights and int16 low bits.
 
-    Bit for bit torch.optim.AdamW(fused=True) on float32 weights with the same gradients. All slots exist from the start:
-    step () float32 on the CPU; exp_avg, exp_avg_sq float32 and low int16, distributed as their weight is.
+    Bit for bit torch.optim.AdamW(fused=True) on float32 weights with the same gradients; on GPUs, where kernels/split_adamw.py
+    does it in one pass, to two units of the last place. As in PyTorch's, an attribute found_inf (() float32, not 0) skips an
+    update and grad_scale (() float32) divides the gradients. All slots exist from the start: step () float32; exp_avg,
+    exp_avg_sq float32 and low int16, distributed as their weight is.
 
     Args: lows: {parameter: int16 tensor}, see make_optimizer().
     Raises: ValueError for weights that are neither float32 nor bfloat16, or distributed and not bfloat16.
@@ -84,7 +87,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 raise ValueError(f"optimizer split got a {'distributed ' if part(parameter) is not parameter else ''}weight of "
                                  f"{parameter.dtype}; make it bfloat16 before, with the low bits as `lows`")
             state = self.state[parameter]
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
@@ -94,16 +97,22 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """One update of every weight that has a gradient, in bfloat16 or float32."""
+        skip, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                changed = (parameter, state["exp_avg"], state["exp_avg_sq"], state["low"])
-                flat = [part(parameter.grad).reshape(-1), *(part(tensor).detach().view(-1) for tensor in changed)]
-                for pieces in zip(*(tensor.split(PIECE) for tensor in flat)) if len(flat[0]) else ():
-                    update_piece(*pieces, state["step"].item(), group)
-                state["step"] += 1  # where this process has no part of the weight, too: any process may save the count
+            states = {parameter: self.state[parameter] for parameter in group["params"] if parameter.grad is not None}
+            steps = [state["step"] for state in states.values()]
+            if not steps:
+                continue
+            tensors = [[part(parameter.grad).reshape(-1)] + [part(tensor).detach().view(-1) for tensor in (
+                parameter, state["exp_avg"], state["exp_avg_sq"], state["low"])] for parameter, state in states.items()]
+            if kernels.choose("split_adamw", steps[0].device.type)[0] == "triton":
+                kernels.split_adamw.update(tensors, steps, group, skip, scale)
+            else:
+                for flat, step in zip(tensors, steps):
+                    for pieces in zip(*(tensor.split(PIECE) for tensor in flat)) if len(flat[0]) else ():
+                        update_piece(*pieces, step, group, skip, scale)
+            # where this process has no part of a weight, too: any process may save the count
+            torch._foreach_add_(steps, [torch.ones_like(steps[0]) if skip is None else 1 - skip] * len(steps))
 
     def load_state_dict(self, state_dict):
         """As PyTorch's, which would bring every slot to the weights' dtype. The weights must be those saved with it."""
@@ -115,10 +124,10 @@ class SplitAdamW(torch.optim.Optimizer):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
 
-def update_piece(gradient, weight, exp_avg, exp_avg_sq, low, steps, group):
-    """AdamW on one piece, flat, in place; `steps` updates came before."""
+def update_piece(gradient, weight, exp_avg, exp_avg_sq, low, step, group, skip, scale):
+    """AdamW on one piece, flat, in place; `step` updates came before."""
     master = join(weight, low)
-    adamw([master], [gradient.float()], [exp_avg], [exp_avg_sq], [], [torch.full((), steps, device=weight.device)], fused=True,
+    adamw([master], [gradient.float()], [exp_avg], [exp_avg_sq], [], [step.clone()], fused=True, found_inf=skip, grad_scale=scale,
           amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
           eps=group["eps"], maximize=False)
     for stored, new in zip((weight, low), low_bits(master), strict=True):

@@ -160,9 +160,8 @@ def load(out, learner):
         prefix = f"optimizer.{name}."
         for key in (key for key in stored if key.startswith(prefix)):
             like, dtype = stored[key], stored[key].properties.dtype
-            # a fused optimizer keeps its step count beside the weights, others on the CPU
-            device = parameter.device if optimizer.defaults.get("fused") else "cpu"
-            slot = torch.zeros_like(parameter.detach(), dtype=dtype) if like.size else torch.zeros((), dtype=dtype, device=device)
+            slot = (torch.zeros_like(parameter.detach(), dtype=dtype) if like.size else
+                    torch.zeros((), dtype=dtype, device=parameter.device))
             optimizer.state[parameter][key.removeprefix(prefix)] = slot
     tensors = named(learner)
     wrong = [name for name, tensor in tensors.items() if name not in stored or tuple(stored[name].size) != tuple(tensor.shape)]
