@@ -32,7 +32,7 @@ from corpus.loader import PACKINGS, UnitLoader, mixed
 from corpus.shards import UnitShards, check_recipe
 from hubert_units import TokenizerOptions
 from model import TransformerConfig
-from training import distributed, logs, memory, optimizer, pipeline, state
+from training import distributed, logs, memory, optimizer, pipeline, sharding, state
 from training.learner import Learner
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
@@ -308,7 +308,7 @@ def run(options, resuming, found, dist):
         f"{learner.parallel if learner.parallel != 'none' else 'one process'}")
     say(f"{learner.why}\n{kernels.explain(dist.device.type, learner.dtype, model_config.head_dim, brief=True)}")
     if options.dry_run:
-        mine = dist.each(sum(distributed.part(parameter).numel() for parameter in learner.model.parameters()))
+        mine = dist.each(sum(sharding.part(parameter).numel() for parameter in learner.model.parameters()))
         say(f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}")
         say(memory.table(model_config, options, learner.parallel, dist.world, micro, learner.dtype))
         return

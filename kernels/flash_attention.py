@@ -44,7 +44,8 @@ HEAD_DIMS = (32, 64, 80, 96, 128)
 
 # Tiles: (BLOCK_M rows, BLOCK_N columns, warps, pipeline stages[, most registers]) by kernel, padded head dimension (up to 64 or
 # 128) and bytes per number. Found by compiling: large ones that neither spill a register nor need more shared memory than the GPU
-# has, whatever is switched on (python -m kernels.compile). python -m kernels.tune times them and others.
+# has, whatever is switched on (python -m kernels.compile). Those of 90 for 16-bit numbers are the fastest that kernels.tune found
+# on an H100: small ones, of which several programs run on a core at once (results/tune_h100-80gb-hbm3.json).
 FLOAT32 = {("forward", 64, 4): (32, 32, 8, 2), ("forward", 128, 4): (16, 32, 8, 2),
            ("keys", 64, 4): (16, 32, 4, 2), ("keys", 128, 4): (16, 32, 8, 2),
            ("queries", 64, 4): (16, 32, 4, 2), ("queries", 128, 4): (16, 16, 8, 2)}
@@ -53,8 +54,9 @@ CONSUMER = {("forward", 64, 2): (128, 64, 8, 3), ("forward", 128, 2): (128, 64, 
             ("queries", 64, 2): (128, 64, 8, 2), ("queries", 128, 2): (64, 64, 8, 2), **FLOAT32}
 TILES = {86: CONSUMER,  # GeForce 30, 40, 50, A10, L4, L40: 99 KB of shared memory a program
          80: {**CONSUMER, ("forward", 128, 2): (128, 64, 8, 3)},  # A100: 163 KB
-         90: {**CONSUMER, ("forward", 64, 2): (128, 128, 8, 2), ("forward", 128, 2): (128, 128, 8, 2),  # H100, H200: 227 KB
-              ("keys", 64, 2): (64, 128, 8, 2), ("keys", 128, 2): (32, 128, 8, 2), ("queries", 128, 2): (128, 64, 8, 2)}}
+         90: {("forward", 64, 2): (64, 64, 4, 3), ("forward", 128, 2): (64, 64, 4, 3),  # H100, H200: 227 KB
+              ("keys", 64, 2): (64, 64, 4, 3), ("keys", 128, 2): (64, 128, 8, 3),
+              ("queries", 64, 2): (64, 64, 4, 3), ("queries", 128, 2): (64, 32, 4, 3), **FLOAT32}}
 
 
 @triton.jit

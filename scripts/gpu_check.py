@@ -27,7 +27,7 @@ import twist  # noqa: E402
 from checkpoints import files  # noqa: E402
 from corpus.loader import Batch  # noqa: E402
 from model import TransformerConfig, generate  # noqa: E402
-from training import distributed, pipeline, state  # noqa: E402
+from training import distributed, pipeline, sharding, state  # noqa: E402
 from training.learner import Learner  # noqa: E402
 
 PACKAGES = ("triton", "numpy", "safetensors", "tqdm", "soundfile", "cffi", "pytest", "hypothesis", "transformers")
@@ -181,7 +181,7 @@ def group(options, rows):
         state.load(Path(options.out) / "group", again)
         saved, loaded = state.named(learner), state.named(again)
         same = saved.keys() == loaded.keys() and all(
-            torch.equal(distributed.part(tensor), distributed.part(loaded[name])) for name, tensor in saved.items())
+            torch.equal(sharding.part(tensor), sharding.part(loaded[name])) for name, tensor in saved.items())
         rows.add("a state comes back", f"{len(saved)} tensors", same)
         after = [update(one, batch).read()[0] for one in (learner, again)]
         rows.add("and goes on with losses", after, abs(after[0] - after[1]) < 1e-3)

@@ -6,12 +6,15 @@ import ast
 import dataclasses
 import functools
 import importlib
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench.__main__
 import config
@@ -148,6 +151,13 @@ def test_only_declared_packages_are_imported(path):
 def test_what_windows_lacks_is_imported_where_it_is_used(path):
     names = {alias.name for node in parse(path).body if isinstance(node, ast.Import) for alias in node.names}
     assert not names & {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
+def test_a_command_imports_nothing_that_its_first_second_does_not_need():
+    """FSDP, the compiler and Triton's take a second together. A PyTorch for GPUs needs Triton, and loads it."""
+    found = subprocess.run([sys.executable, "-c", "import sample, twist, sys; twist.load_speech_lm(); print(*sys.modules)"], cwd=ROOT,
+                           env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch.distributed.fsdp", "torch._dynamo", "sympy", *["triton"] * (torch.version.cuda is None)} & {*found}
 
 
 @each_file

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import kernels
 from training import optimizer as optimizers
-from training.distributed import part
 from training.learner import Learner
 from training.optimizer import join, low_bits, make_optimizer, master_weights
+from training.sharding import part
 
 
 def options(kind, peak_lr=1e-2):

@@ -20,7 +20,7 @@ from conftest import TINY
 from corpus.loader import Batch, Mixture, UnitLoader
 from corpus.shards import UnitShards
 from model import alibi_slopes
-from training import distributed, pipeline, state
+from training import distributed, pipeline, sharding, state
 from training.learner import Learner
 
 SMALL = dataclasses.replace(TINY, vocab_size=22)
@@ -45,7 +45,7 @@ def rows(folder):
 
 def kept(ours):
     """Copies of everything that an update may change, as a state holds it."""
-    return {name: distributed.part(tensor).clone() for name, tensor in state.named(ours).items()}
+    return {name: sharding.part(tensor).clone() for name, tensor in state.named(ours).items()}
 
 
 def same(first, second):

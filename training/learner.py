@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import twist
 from checkpoints.fill import fill
 from kernels.dtypes import DTYPES, hardware_bfloat16, training_dtype
-from training import distributed
+from training import distributed, sharding
 from training.optimizer import low_bits, make_optimizer, master_weights
 from training.pipeline import Late
 
@@ -46,8 +46,8 @@ class Learner:
                 block.compile(fullgraph=True, dynamic=False)  # rows never change: one graph for training, one for validation
         self.model = model.bfloat16() if options.optimizer == "split" else model
         if self.parallel in ("fsdp", "hsdp"):
-            distributed.deal_out(self.model, self.parallel, dist, self.dtype, options.shard_size, options.reshard)
-        self.parts = distributed.shards(next(self.model.parameters()))
+            sharding.deal_out(self.model, self.parallel, dist, self.dtype, options.shard_size, options.reshard)
+        self.parts = sharding.shards(next(self.model.parameters()))
 
     def fill(self, tensors):
         """Weights from (name, whole tensor) pairs, and a fresh optimizer; None: a state (state.py) will bring the numbers."""
@@ -55,7 +55,7 @@ class Learner:
         lows = {}  # of --optimizer=split: this process's part of the bits that bfloat16 loses
         if tensors is not None:
             fill(self.model, self.rounded(tensors, lows) if self.options.optimizer == "split" else tensors, "the start",
-                 distributed.copy_part)
+                 sharding.copy_part)
         self.replica = self.model  # what forward calls: under ddp its backward averages gradients
         if self.parallel == "ddp":
             self.replica = DistributedDataParallel(
@@ -67,7 +67,7 @@ class Learner:
     def rounded(self, tensors, lows):
         for name, tensor in tensors:
             high, low = low_bits(tensor.float())
-            lows[name] = distributed.part_of(low, self.model.get_parameter(name))
+            lows[name] = sharding.part_of(low, self.model.get_parameter(name))
             yield name, high
 
     def autocast(self):
@@ -116,7 +116,7 @@ class Learner:
 
     def norm(self):
         """Norm of this process's part of the gradients, () float32."""
-        gradients = [distributed.part(p.grad) for p in self.model.parameters() if p.grad is not None]
+        gradients = [sharding.part(p.grad) for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(  # for those in bfloat16 stand their norms, in float32
             g if g.dtype == torch.float32 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g.numel())
 
@@ -161,4 +161,4 @@ class Learner:
 
     def weights(self):
         """{name: whole float32 tensor on the CPU} on rank 0, {} elsewhere."""
-        return distributed.gathered(master_weights(self.model, self.optimizer), self.dist)
+        return sharding.gathered(master_weights(self.model, self.optimizer), self.dist)

@@ -21,7 +21,7 @@ import torch
 from torch.optim.adamw import adamw
 
 import kernels
-from training.distributed import part
+from training.sharding import part
 
 KINDS = ("adamw", "split")
 PIECE = 2**24  # elements updated at once by split, a multiple of every vector width: bounds the float32 copies to some 400 MB
