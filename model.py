@@ -235,8 +235,9 @@ class Block(nn.Module):
 
 
 def table(rows, width):
-    """nn.Embedding, whose own constructor imports all of PyTorch's compiler where there is no memory to draw in (meta)."""
-    return nn.Embedding.from_pretrained(torch.randn(rows, width), freeze=False)
+    """nn.Embedding. Its own constructor, drawing where there is no memory (meta), imports all of PyTorch's compiler."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
 
 
 class Transformer(nn.Module):

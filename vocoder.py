@@ -156,9 +156,10 @@ class Vocoder(nn.Module):
         self.speakers, self.styles = [], []  # names of the voices, where the checkpoint brings them
         width, edge = config.upsample_initial_channel, dict(kernel_size=EDGE_KERNEL, padding=EDGE_KERNEL // 2)
         blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes))
+        sizes = config.num_embeddings, config.num_speakers, config.num_styles
+        tables = (torch.empty(rows, config.embedding_dim) for rows in sizes)
         self.dict, self.spkr, self.style = (  # as model.py's table()
-            nn.Embedding.from_pretrained(torch.randn(rows, config.embedding_dim), freeze=False) if rows else None
-            for rows in (config.num_embeddings, config.num_speakers, config.num_styles))
+            nn.Embedding.from_pretrained(x if x.is_meta else x.normal_(), freeze=False) if len(x) else None for x in tables)
         self.conv_pre = Conv1d(config.model_in_dim, width, **edge)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(config.upsample_rates, config.upsample_kernel_sizes):
