@@ -337,14 +337,14 @@ def command(main):
     except BrokenPipeError:  # whoever reads has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if os.environ.get("TWIST_TRACEBACK") == "1" or isinstance(error, RuntimeError) and not sentence(error):
+    except (ValueError, OSError, MemoryError, RuntimeError, SystemExit) as error:
+        said, fault = isinstance(error, SystemExit), isinstance(error, RuntimeError) and not sentence(error)
+        if said and error.code != 2 or os.environ.get("TWIST_TRACEBACK") == "1" or fault:
             raise
         program = Path(sys.argv[0])
         name = f"python -m {program.parent.name}" if program.stem == "__main__" else program.name
-        print(f"{name}: error: {sentence(error)}", file=sys.stderr)
+        print(end="" if said else f"{name}: error: {sentence(error)}\n", file=sys.stderr)
         group = sys.modules.get("torch.distributed")
         if group and group.is_available() and group.is_initialized():  # its threads may abort a Python that is taken down
-            sys.stdout.flush()
-            os._exit(2)
+            sys.stdout.flush(), os._exit(2)
         raise SystemExit(2) from None
