@@ -27,7 +27,7 @@ def ahead(make, steps, device):
 def in_thread(make, steps):
     """Yields make(step) for each of steps; a thread makes the next one meanwhile. What make raises comes when its turn does."""
     steps = iter(steps)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, "batches") as pool:
         made = [pool.submit(make, step) for step in islice(steps, 1)]
         while made:
             batch = made.pop().result()
