@@ -95,10 +95,16 @@ def as_named(files, folder):
     base, current = os.path.realpath(folder), os.getcwd()  # the folder may be linked
     here, origin = os.path.relpath(".", base), Path(folder, "named_from.txt")
     origin = os.fsdecode(origin.read_bytes()) if origin.exists() else here
-    inside = known(os.path.normpath(os.path.join(base, origin, name)) for name in names_in(folder))
+    inside = known(whole_paths(names_in(folder), os.path.join(base, origin)))
     for block in blocks(files):
-        paths = [os.path.normpath(os.path.join(current, file)) for file in block]
+        paths = [*whole_paths(block, current)]
         yield from itertools.compress(block if origin == here else paths, ~held(hashes(paths), inside))
+
+
+def whole_paths(names, folder):
+    """Yields the whole path of each name, relative ones counted from a whole folder; join() would take a tenth of a listing."""
+    before = os.path.join(folder, "")
+    return (os.path.normpath(name if name.startswith(os.sep) else before + name) for name in names)
 
 
 def tried(function, *arguments):
