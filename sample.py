@@ -5,12 +5,15 @@
     python sample.py prompt.wav                                  # the pocket models; writes samples/prompt_0.wav
     python sample.py a.wav b.flac --model=runs/pocket/model --num-samples=4 --seed=1 --out=samples
     python sample.py prompt.wav --resynth                        # encode and decode, no language model: what the vocoder can do
+    python sample.py prompt.wav --num-samples=3 --page           # also samples/index.html: to hear and to see, in a browser
 
 Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice, faded
 out. It is replaced only by the same sampling; any other (model, seed, prompt of the same name, ...) is written beside it:
 prompt_0-2.wav.
 Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn among the 50 likeliest units).
 """
+import itertools
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -49,6 +52,9 @@ class SampleConfig(TokenizerOptions, twist.SpeechLMOptions):
     seed: int = 0  # the same seed gives the same continuations
     resynth: bool = False  # units of the whole prompt back to speech, without the language model
     continuation_only: bool = False  # also write the continuation without the prompt
+    page: str | None = None  # also a page to listen to, index.html: beside (the wavs; --page alone) | inline (all in one file)
+    ALONE = {"page": "beside"}
+    CHOICES = {"page": ("beside", "inline")}
     RANGES = {"prompt_seconds": (0, 1e6), "max_new_units": (1, config.MOST), "num_samples": (1, 1000), "top_k": (1, config.MOST),
               "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
     NEEDS = dict.fromkeys(("model", "dtype", "prompt_seconds", "max_new_units", "temperature", "num_samples",
@@ -93,17 +99,41 @@ def fit_window(path, units, runs, options, slm, vocab, vocoder, notes):
     return units, runs, room
 
 
-def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None, autocast=nullcontext, notes=None):
+@torch.no_grad()
+def surprisal(slm, vocab, units, runs):
+    """Bits that each of units (T,) costs the model after those before it: (T,), NaN for the first where nothing is before it.
+
+    A model of frames pays for a unit of runs (T,) frames in each of them.
+    """
+    frames = units if vocab.dedup else units.repeat_interleave(runs)
+    ids = vocab.encode(frames, bos=vocab.bos is not None).to(slm.wte.weight.device)
+    bits = -slm(ids[None, :-1])[0].float().log_softmax(dim=1).gather(1, ids[1:, None])[:, 0].cpu() / math.log(2)
+    bits = torch.cat([bits.new_full((len(frames) - len(bits),), math.nan), bits])
+    return bits if vocab.dedup else torch.stack([part.sum() for part in bits.split(runs.tolist())])
+
+
+def prompt_again(path, units, runs, options, seconds, vocoder):
+    """What a page plays beside a continuation: the prompt as it was recorded, and spoken by the vocoder in its own timing."""
+    original, total = read_wav(path), int(runs.sum()) * vocoder.config.code_hop_size
+    original = original[:round(seconds * SAMPLE_RATE) if seconds else None]
+    if len(original) > total + 2 * vocoder.config.code_hop_size:  # the model hears its end alone
+        original = original[-total:]
+    again = vocoder(units, runs, options.speaker, options.style).cpu()
+    return {f"{Path(path).stem}_original": original, f"{Path(path).stem}_respoken": again}
+
+
+def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, heard=None, autocast=nullcontext, notes=None,
+                    page=None):
     """Continuations of one prompt, spoken; returns the files and the number of new units.
 
     write: False where another process writes the same files: the model alone runs. heard: (units, runs) of the prompt, if it was
     encoded before. autocast: what the model, and it alone, runs in. The networks may lie on different devices. notes: see
-    fit_window.
+    fit_window. page: gets what a page shows of the prompt, {path: [Clip, ...]}; the prompt itself is written, too.
     """
     notes = {} if notes is None else notes
     units, runs = heard or listen(path, encoder, options.prompt_seconds, vocab.dedup, notes)
     units, runs, room = fit_window(path, units, runs, options, slm, vocab, vocoder, notes)
-    device = slm.wte.weight.device
+    device, hop, stem = slm.wte.weight.device, vocoder.config.code_hop_size, Path(path).stem
     ids = vocab.encode(units, bos=vocab.bos is not None).to(device).repeat(options.num_samples, 1)  # (B, T)
     generator = torch.Generator(device).manual_seed(options.seed)
     with packed(slm), autocast():  # at once where that is done already
@@ -119,13 +149,25 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
             timing[: len(runs)] = runs
         else:  # a model of frames has said how long each unit lasts
             spoken, timing = deduplicate(spoken)
-        said += spoken, timing
-        name = f"{Path(path).stem}_{i}"
-        wavs[name] = faded(vocoder(spoken, timing, options.speaker, options.style).cpu())
+        said.append((spoken, timing))
+        wavs[f"{stem}_{i}"] = faded(vocoder(spoken, timing, options.speaker, options.style).cpu())
         if options.continuation_only:
-            wavs[f"{name}_continuation"] = wavs[name][int(runs.sum()) * vocoder.config.code_hop_size:]
-    record = record_of(path, options, (*SAMPLING, *VOICE), said)
-    return write_spoken(options.out, wavs, record), new_units
+            wavs[f"{stem}_{i}_continuation"] = wavs[f"{stem}_{i}"][int(runs.sum()) * hop:]
+    record = record_of(path, options, (*SAMPLING, *VOICE), itertools.chain(*said))
+    if page is None:
+        return write_spoken(options.out, wavs, record), new_units
+    from pages.listening import Clip
+
+    prompt = (units, runs) if vocab.dedup else deduplicate(units)
+    wavs |= prompt_again(path, *prompt, options, options.prompt_seconds, vocoder)
+    files = write_spoken(options.out, wavs, record)
+    shown = [("prompt", f"{stem}_original", *prompt), ("the prompt, spoken again from its units", f"{stem}_respoken", *prompt)]
+    shown += [(f"continuation {i + 1}", f"{stem}_{i}", *spoken, len(prompt[0]), surprisal(slm, vocab, *spoken))
+              for i, spoken in enumerate(said)]
+    where = dict(zip(wavs, files))
+    page[path] = [Clip(label, wavs[name], where[name], units, runs * hop / SAMPLE_RATE, *more)
+                  for label, name, units, runs, *more in shown]
+    return files, new_units
 
 
 def hear(paths, encoder, dedup, seconds=SampleConfig.prompt_seconds):
@@ -154,11 +196,17 @@ def load_voice(options, vocab=None, device="cpu"):
     return encoder, vocoder.to(device)
 
 
-def resynthesize(path, options, encoder, vocoder, notes):
+def resynthesize(path, options, encoder, vocoder, notes, page=None):
     units, _ = listen(path, encoder, 0.0, True, notes)
     wav = vocoder(units, None, options.speaker, options.style).cpu()
-    record = record_of(path, options, VOICE, (units, len(wav)))
-    return write_spoken(options.out, {f"{Path(path).stem}_resynth": wav}, record), len(units)
+    record, name = record_of(path, options, VOICE, (units, len(wav))), f"{Path(path).stem}_resynth"
+    files = write_spoken(options.out, {name: wav}, record)
+    if page is not None:
+        from pages.listening import Clip
+
+        timing = vocoder.durations(units).cpu() * vocoder.config.code_hop_size / SAMPLE_RATE
+        page[path] = [Clip("recording", read_wav(path)), Clip("spoken again from its units", wav, files[0], units, timing)]
+    return files, len(units)
 
 
 def recordings(prompts):
@@ -180,15 +228,16 @@ def main(argv=None):
     encoder, vocoder = load_voice(options, vocab, device)
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     prompts = recordings(options.prompts)
-    files, units, failed, notes, begin = [], 0, 0, {}, time.perf_counter()
+    files, units, failed, notes, begin = [], 0, [], {}, time.perf_counter()
+    page = {} if options.page else None
     with packed(encoder), nullcontext() if options.resynth else packed(slm):
         for path in config.progress(prompts, desc="speaking", unit="prompt"):
             try:
-                written, count = (resynthesize(path, options, encoder, vocoder, notes) if options.resynth else
-                                  continue_prompt(path, options, encoder, vocoder, slm, vocab, notes=notes))
+                written, count = (resynthesize(path, options, encoder, vocoder, notes, page) if options.resynth else
+                                  continue_prompt(path, options, encoder, vocoder, slm, vocab, notes=notes, page=page))
             except (ValueError, OSError, torch.OutOfMemoryError) as error:  # the other prompts still get their continuations
-                print(f"sample.py: error: {config.sentence(error)}", file=sys.stderr)
-                failed += 1
+                failed.append(config.sentence(error))
+                print(f"sample.py: error: {failed[-1]}", file=sys.stderr)
                 continue
             files, units = files + written, units + count
     seconds = time.perf_counter() - begin
@@ -196,8 +245,15 @@ def main(argv=None):
     if files:
         print(f"{units} units in {seconds:.1f} s, {units / seconds:.0f} units per second (encoding and vocoder included)")
         print("\n".join(map(str, dict.fromkeys(files))))  # the same prompt may have been given twice
+    if page:
+        from pages import listening
+
+        told = (*VOICE, "tokenizer") if options.resynth else (*SAMPLING, "prompt_seconds", *VOICE, "tokenizer")
+        title = "Prompts, spoken again" if options.resynth else "Prompts, and how the model goes on"
+        print(listening.write(options.out, title, page, [(name, getattr(options, name)) for name in told],
+                              [*notes.values(), *failed], options.page == "inline"))
     if failed:
-        print(f"{failed} of {len(prompts)} prompts could not be spoken")
+        print(f"{len(failed)} of {len(prompts)} prompts could not be spoken")
         raise SystemExit(2)
 
 

@@ -10,6 +10,7 @@ the product of the upsample rates: 640 at 25 Hz, 320 at 50 Hz.
     python vocoder.py units.jsonl --out=speech                     # one wav a line, named after its file_name
     python vocoder.py units/mine --out=speech --use-durations      # a shard folder; the recorded timing
     python vocoder.py units.jsonl --vocoder=hubert-base-ls960 --speaker=3   # one of several voices, by number or name
+    python vocoder.py units.jsonl --page                        # also speech/index.html, to hear and to see in a browser
 
 A vocoder of many voices has a table of speakers, and perhaps one of styles; their rows are appended to every frame's
 embedding. Modules carry the published parameter names, so a released checkpoint and its config.json load as they are.
@@ -31,11 +32,9 @@ import config
 from checkpoints import files, recognise
 from checkpoints.fill import fill
 from checkpoints.pretrained import fold_weight_norm
-from corpus import foreign
-from corpus.shards import UnitShards, check_recipe
+from corpus.shards import read_units
 from speech.audio import SAMPLE_RATE
 from speech.channels_last import Conv1d, ConvTranspose1d, lay_out
-from speech.encoder import deduplicate
 from speech.precision import exactly
 from speech.spoken import record_of, write_spoken
 
@@ -306,23 +305,9 @@ class SpeakConfig:
     style: str | None = None  # number or name of the speaking style, where the vocoder has several
     out: str = "speech"  # folder for the wav files; one that holds other speech stays, and the new one gets a number
     use_durations: bool = False  # speak with the recorded run lengths instead of predicted ones
+    page: str | None = None  # also a page to listen to, index.html: beside (the wavs; --page alone) | inline (all in one file)
     device: str = "cpu"  # auto | cpu | cuda | cuda:N
-
-
-def read_units(path, vocoder):
-    """Yields (name, units, runs or None) from a shard folder or a jsonl file, as the vocoder takes them."""
-    if path.is_dir():
-        shards = UnitShards(path)
-        if vocoder.recipe:
-            check_recipe(shards.recipe, vocoder.recipe, path, but=("dedup", "precision"))
-        # repeats that were not collapsed would each be spoken as long as a unit lasts
-        collapsing = vocoder.dur_predictor is not None and not shards.recipe.get("dedup", True)
-        for name, units, runs in shards:
-            yield name, *(deduplicate(units) if collapsing else (units, runs))
-        return
-    if not path.is_file():
-        raise FileNotFoundError(f"no units at {path}; name a .jsonl file or a shard folder")
-    yield from foreign.read_jsonl(path, vocoder.config.num_embeddings)
+    ALONE, CHOICES = {"page": "beside"}, {"page": ("beside", "inline")}
 
 
 def main(argv=None):
@@ -330,7 +315,8 @@ def main(argv=None):
     if not options.units:
         raise ValueError("no units given; name .jsonl files or shard folders, as in vocoder.py units.jsonl --out=DIR")
     vocoder, taken, failures = load_vocoder(options.vocoder).to(config.choose_device(options.device, False)), {}, []
-    rows = (row for path in options.units for row in read_units(Path(path), vocoder))
+    K, collapse, page = vocoder.config.num_embeddings, vocoder.dur_predictor is not None, {}
+    rows = (row for path in options.units for row in read_units(Path(path), K, vocoder.recipe, collapse))
     for name, units, runs in config.progress(rows, desc="speaking", unit="file"):
         if options.use_durations and runs is None:
             raise ValueError(f"{name} has no run lengths; leave out --use-durations")
@@ -338,9 +324,19 @@ def main(argv=None):
         stem = next(stem for stem in stems if stem not in taken)  # two folders may hold recordings of one name
         wav = vocoder(units, runs if options.use_durations else None, options.speaker, options.style)
         record = record_of(name, options, ("vocoder", "speaker", "style"), (units, runs if options.use_durations else len(wav)))
-        write_spoken(options.out, {stem: wav}, record, failures)
+        files = write_spoken(options.out, {stem: wav}, record, failures)
         taken[stem] = len(wav) / SAMPLE_RATE
+        if options.page:
+            from pages import listening  # nothing else needs it
+
+            units = integers(units, "units")
+            frames = torch.as_tensor(runs) if options.use_durations else vocoder.durations(units)
+            seconds = frames * vocoder.config.code_hop_size / SAMPLE_RATE
+            page[stem] = [listening.Clip("speech", wav, files[0], units, seconds)]
     print(f"{len(taken) - len(failures)} files, {sum(taken.values()):.1f} s of speech in {options.out}")
+    if page:
+        told = [(name, getattr(options, name)) for name in ("vocoder", "speaker", "style", "use_durations")]
+        print(listening.write(options.out, "Units, spoken", page, told, map(str, failures), options.page == "inline"))
     if failures:
         raise SystemExit(2)
 

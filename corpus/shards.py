@@ -25,7 +25,9 @@ import numpy as np
 
 from checkpoints.files import read_json, write_bytes
 from checkpoints.recognise import check_values, recognise
+from corpus.foreign import read_jsonl
 from corpus.listing import blocks
+from speech.encoder import deduplicate
 
 RECIPE = {"kind": str, "num_units": int, "layer": int, "frame_rate": float, "pad": int, "chunking": str, "dedup": bool,
           "precision": str}
@@ -283,3 +285,21 @@ def check_recipe(recipe, expected, where, but=()):
                 f"one of them is the pocket tokenizer that was replaced: `git worktree add ../before {old}` brings it back, "
                 "with all that belongs to it" if old else
                 "encode the audio with the matching --tokenizer and its options"))
+
+
+def read_units(path, num_units, recipe=None, collapse=False):
+    """Yields (name, units, runs or None) from a shard folder, or a jsonl file of units below num_units, as a vocoder takes them.
+
+    recipe: that of the units which it speaks. collapse: repeats that were not collapsed, of which each would be spoken as long as
+    a unit lasts.
+    """
+    if path.is_dir():
+        shards = UnitShards(path)
+        if recipe:
+            check_recipe(shards.recipe, recipe, path, but=("dedup", "precision"))
+        for name, units, runs in shards:
+            yield name, *(deduplicate(units) if collapse and not shards.recipe.get("dedup", True) else (units, runs))
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"no units at {path}; name a .jsonl file or a shard folder")
+    yield from read_jsonl(path, num_units)

@@ -17,11 +17,12 @@ from pages.html import address, data_address, escape, player, png, sound
 from speech.audio import SAMPLE_RATE
 
 PIXELS = 100  # a second
+MOST_SECONDS = 60  # that are drawn
 HOP, WINDOW, BANDS = 320, 640, 64  # samples between columns of the spectrogram and in each of them; mel bands
 RANGE = 6.0  # log10 of power between white and black
 LEVELS = 48  # colours of the spectrogram: more would only make the file larger
 PICTURE, STRIP, LINE = 96, 22, 56  # heights: spectrogram, units, surprisal
-MOST_BITS = 10.0  # at the top of the line; what is above it is drawn there
+MOST_BITS = 16.0  # at the top of the line; what is above it is drawn there
 # The colour map, dark to light: an own ramp of rising lightness, so that it can be read in grey, too.
 RAMP = ((13, 12, 34), (60, 28, 98), (137, 45, 104), (214, 81, 76), (245, 156, 66), (252, 238, 170))
 
@@ -92,31 +93,36 @@ def line(clip, top, height):
     steps = [f"{'L' if i and not math.isnan(clip.bits[i - 1]) else 'M'}{ends[i] * PIXELS:.1f} {y:.1f}H{ends[i + 1] * PIXELS:.1f}"
              for i, bits in enumerate(clip.bits) if not math.isnan(bits)
              for y in [top + height * (1 - min(float(bits), MOST_BITS) / MOST_BITS)]]
-    marks = "".join(f'<line class="grid" x1="0" x2="100%" y1="{y:.0f}" y2="{y:.0f}"/><text x="2" y="{y - 2:.0f}">{bits} bits</text>'
-                    for bits in (0, 5) for y in [top + height * (1 - bits / MOST_BITS)])
+    marks = "".join(f'<line class="grid" x1="0" x2="100%" y1="{y:.0f}" y2="{y:.0f}"/>'
+                    f'<text x="2" y="{y - 2:.0f}">{bits} bits</text>'
+                    for bits in (0, 8) for y in [top + height * (1 - bits / MOST_BITS)])
     return f'{marks}<path class="bits" d="{"".join(steps)}"/>'
 
 
 def figure(clip, folder, name, inline=False):
-    """A clip as HTML, for a page in `folder`; name: of its prompt, as a screen reader says it. inline: the sound inside the page."""
+    """A clip as HTML, for a page in `folder`.
+
+    name: that of its prompt, as a screen reader says it. inline: the sound inside the page. Of a long one the first MOST_SECONDS
+    are drawn.
+    """
     source = sound(clip.wav) if inline or clip.path is None else address(clip.path, folder)
-    units = len(clip.units)
-    length = max(len(clip.wav) / SAMPLE_RATE, sum(map(float, clip.seconds)))
+    seconds, units = len(clip.wav) / SAMPLE_RATE, len(clip.units)
+    drawn = min(max(seconds, sum(map(float, clip.seconds))), MOST_SECONDS)
     height = PICTURE + bool(units) * (4 + STRIP) + (clip.bits is not None) * (4 + LINE)
-    parts = [f'<image href="{spectrogram(clip.wav)}" width="{len(clip.wav) / SAMPLE_RATE * PIXELS:.1f}" height="{PICTURE}" '
-             'preserveAspectRatio="none"/>']
+    parts = [f'<image href="{spectrogram(clip.wav[:MOST_SECONDS * SAMPLE_RATE])}" width="{min(seconds, drawn) * PIXELS:.1f}" '
+             f'height="{PICTURE}" preserveAspectRatio="none"/>']
     if units:
         parts.append(boxes(clip, PICTURE + 4, STRIP))
     if clip.bits is not None:
         parts.append(line(clip, PICTURE + STRIP + 8, LINE))
-    if clip.heard < units and clip.heard:
+    if 0 < clip.heard < units:
         end = sum(map(float, clip.seconds[:clip.heard])) * PIXELS
-        parts.append(f'<line class="seam" x1="{end:.1f}" x2="{end:.1f}" y1="0" y2="{height}"/>'
+        parts.append(f'<line class="seam" x1="{end:.1f}" x2="{end:.1f}" y1="0" y2="{PICTURE + 4 + STRIP}"/>'
                      f'<text class="seam" x="{end + 4:.1f}" y="12">the model goes on</text>')
-    label = escape(f"{clip.label} of {name}")
-    return (f'<figure class="clip"><figcaption>{escape(clip.label)} <small>{length:.1f} s'
-            f'{f", {units} units" if units else ""}</small></figcaption>{player(source, f"{clip.label} of {name}")}'
-            f'<div class="along"><svg role="img" tabindex="0" width="{length * PIXELS:.0f}" height="{height}" '
-            f'aria-label="{label}: spectrogram and units; arrow keys step through the units and play them">{"".join(parts)}'
+    about = f"{seconds:.1f} s" + f", {units} units" * bool(units) + f", drawn: the first {drawn} s" * (drawn < seconds)
+    return (f'<figure class="clip"><figcaption>{escape(clip.label)} <small>{about}</small></figcaption>'
+            f'{player(source, f"{clip.label} of {name}")}<div class="along"><svg role="img" tabindex="0" '
+            f'width="{drawn * PIXELS:.0f}" height="{height}" aria-label="{escape(f"{clip.label} of {name}")}: spectrogram'
+            f'{" and units; arrow keys step through the units and play them" if units else ""}">{"".join(parts)}'
             f'<line class="cursor" x1="-9" x2="-9" y1="0" y2="{height}"/></svg></div>'
             f'<output class="unit" aria-live="polite"></output></figure>')

@@ -68,7 +68,7 @@ def data_address(kind, content):
 
 
 def sound(wav):
-    """Samples (S,) in [-1, 1] -> an address that holds them all: FLAC of 16 bits, which every browser plays, exact as a wav is."""
+    """Samples (S,) in [-1, 1] -> an address that holds them all: FLAC of 16 bits, exact as the wav is, and known to browsers."""
     out = io.BytesIO()
     soundfile.write(out, torch.as_tensor(wav).cpu().numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return data_address("audio/flac", out.getvalue())
