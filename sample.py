@@ -5,7 +5,7 @@
     python sample.py prompt.wav                                  # the pocket models; writes samples/prompt_0.wav
     python sample.py a.wav b.flac --model=runs/pocket/model --num-samples=4 --seed=1 --out=samples
     python sample.py prompt.wav --resynth                        # encode and decode, no language model: what the vocoder can do
-    python sample.py prompt.wav --num-samples=3 --page           # also samples/index.html: to hear and to see, in a browser
+    python sample.py prompt.wav --num-samples=3 --page           # also samples/index.html, to hear and to see in a browser
 
 Each file holds the first --prompt-seconds of the prompt, re-spoken by the vocoder, and the continuation in the same voice, faded
 out. It is replaced only by the same sampling; any other (model, seed, prompt of the same name, ...) is written beside it:
@@ -128,7 +128,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
 
     write: False where another process writes the same files: the model alone runs. heard: (units, runs) of the prompt, if it was
     encoded before. autocast: what the model, and it alone, runs in. The networks may lie on different devices. notes: see
-    fit_window. page: gets what a page shows of the prompt, {path: [Clip, ...]}; the prompt itself is written, too.
+    fit_window. page: a pages.listening.Page that shows them and the prompt, which is written, too.
     """
     notes = {} if notes is None else notes
     units, runs = heard or listen(path, encoder, options.prompt_seconds, vocab.dedup, notes)
@@ -156,8 +156,6 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     record = record_of(path, options, (*SAMPLING, *VOICE), itertools.chain(*said))
     if page is None:
         return write_spoken(options.out, wavs, record), new_units
-    from pages.listening import Clip
-
     prompt = (units, runs) if vocab.dedup else deduplicate(units)
     wavs |= prompt_again(path, *prompt, options, options.prompt_seconds, vocoder)
     files = write_spoken(options.out, wavs, record)
@@ -165,8 +163,8 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     shown += [(f"continuation {i + 1}", f"{stem}_{i}", *spoken, len(prompt[0]), surprisal(slm, vocab, *spoken))
               for i, spoken in enumerate(said)]
     where = dict(zip(wavs, files))
-    page[path] = [Clip(label, wavs[name], where[name], units, runs * hop / SAMPLE_RATE, *more)
-                  for label, name, units, runs, *more in shown]
+    page.add(path, [(label, wavs[name], where[name], units, runs * hop / SAMPLE_RATE, *more)
+                    for label, name, units, runs, *more in shown])
     return files, new_units
 
 
@@ -202,10 +200,8 @@ def resynthesize(path, options, encoder, vocoder, notes, page=None):
     record, name = record_of(path, options, VOICE, (units, len(wav))), f"{Path(path).stem}_resynth"
     files = write_spoken(options.out, {name: wav}, record)
     if page is not None:
-        from pages.listening import Clip
-
         timing = vocoder.durations(units).cpu() * vocoder.config.code_hop_size / SAMPLE_RATE
-        page[path] = [Clip("recording", read_wav(path)), Clip("spoken again from its units", wav, files[0], units, timing)]
+        page.add(path, [("recording", read_wav(path)), ("spoken again from its units", wav, files[0], units, timing)])
     return files, len(units)
 
 
@@ -229,7 +225,11 @@ def main(argv=None):
     vocoder.voice(options.speaker, options.style)  # a voice that does not exist is an error before the work begins
     prompts = recordings(options.prompts)
     files, units, failed, notes, begin = [], 0, [], {}, time.perf_counter()
-    page = {} if options.page else None
+    page = None
+    if options.page:
+        from pages import listening  # nothing else needs it
+
+        page = listening.Page(options.out, options.page)
     with packed(encoder), nullcontext() if options.resynth else packed(slm):
         for path in config.progress(prompts, desc="speaking", unit="prompt"):
             try:
@@ -246,12 +246,9 @@ def main(argv=None):
         print(f"{units} units in {seconds:.1f} s, {units / seconds:.0f} units per second (encoding and vocoder included)")
         print("\n".join(map(str, dict.fromkeys(files))))  # the same prompt may have been given twice
     if page:
-        from pages import listening
-
         told = (*VOICE, "tokenizer") if options.resynth else (*SAMPLING, "prompt_seconds", *VOICE, "tokenizer")
         title = "Prompts, spoken again" if options.resynth else "Prompts, and how the model goes on"
-        print(listening.write(options.out, title, page, [(name, getattr(options, name)) for name in told],
-                              [*notes.values(), *failed], options.page == "inline"))
+        print(page.write(title, [(name, getattr(options, name)) for name in told], [*notes.values(), *failed]))
     if failed:
         print(f"{len(failed)} of {len(prompts)} prompts could not be spoken")
         raise SystemExit(2)

@@ -315,7 +315,11 @@ def main(argv=None):
     if not options.units:
         raise ValueError("no units given; name .jsonl files or shard folders, as in vocoder.py units.jsonl --out=DIR")
     vocoder, taken, failures = load_vocoder(options.vocoder).to(config.choose_device(options.device, False)), {}, []
-    K, collapse, page = vocoder.config.num_embeddings, vocoder.dur_predictor is not None, {}
+    K, collapse, page = vocoder.config.num_embeddings, vocoder.dur_predictor is not None, None
+    if options.page:
+        from pages import listening  # nothing else needs it
+
+        page = listening.Page(options.out, options.page)
     rows = (row for path in options.units for row in read_units(Path(path), K, vocoder.recipe, collapse))
     for name, units, runs in config.progress(rows, desc="speaking", unit="file"):
         if options.use_durations and runs is None:
@@ -326,17 +330,14 @@ def main(argv=None):
         record = record_of(name, options, ("vocoder", "speaker", "style"), (units, runs if options.use_durations else len(wav)))
         files = write_spoken(options.out, {stem: wav}, record, failures)
         taken[stem] = len(wav) / SAMPLE_RATE
-        if options.page:
-            from pages import listening  # nothing else needs it
-
+        if page:
             units = integers(units, "units")
             frames = torch.as_tensor(runs) if options.use_durations else vocoder.durations(units)
-            seconds = frames * vocoder.config.code_hop_size / SAMPLE_RATE
-            page[stem] = [listening.Clip("speech", wav, files[0], units, seconds)]
+            page.add(stem, [("speech", wav, files[0], units, frames * vocoder.config.code_hop_size / SAMPLE_RATE)])
     print(f"{len(taken) - len(failures)} files, {sum(taken.values()):.1f} s of speech in {options.out}")
     if page:
         told = [(name, getattr(options, name)) for name in ("vocoder", "speaker", "style", "use_durations")]
-        print(listening.write(options.out, "Units, spoken", page, told, map(str, failures), options.page == "inline"))
+        print(page.write("Units, spoken", told, map(config.sentence, failures)))
     if failures:
         raise SystemExit(2)
 

@@ -8,8 +8,9 @@
 A box knows its time by where it stands, PIXELS a second; the script (listening.js) plays it when it is clicked, and arrow keys
 step through them. Shapes: S samples, T units, F frames.
 """
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -108,9 +109,11 @@ def figure(clip, folder, name, inline=False):
     source = sound(clip.wav) if inline or clip.path is None else address(clip.path, folder)
     seconds, units = len(clip.wav) / SAMPLE_RATE, len(clip.units)
     drawn = min(max(seconds, sum(map(float, clip.seconds))), MOST_SECONDS)
+    some = sum(end < drawn for end in itertools.accumulate(map(float, clip.seconds))) + 1
+    clip = replace(clip, units=clip.units[:some], seconds=clip.seconds[:some], bits=None if clip.bits is None else clip.bits[:some])
     height = PICTURE + bool(units) * (4 + STRIP) + (clip.bits is not None) * (4 + LINE)
-    parts = [f'<image href="{spectrogram(clip.wav[:MOST_SECONDS * SAMPLE_RATE])}" width="{min(seconds, drawn) * PIXELS:.1f}" '
-             f'height="{PICTURE}" preserveAspectRatio="none"/>']
+    parts = [f'<image href="{spectrogram(clip.wav[:MOST_SECONDS * SAMPLE_RATE])}" height="{PICTURE}" '
+             f'width="{min(seconds, drawn) * PIXELS:.1f}" preserveAspectRatio="none"/>']
     if units:
         parts.append(boxes(clip, PICTURE + 4, STRIP))
     if clip.bits is not None:
@@ -119,7 +122,8 @@ def figure(clip, folder, name, inline=False):
         end = sum(map(float, clip.seconds[:clip.heard])) * PIXELS
         parts.append(f'<line class="seam" x1="{end:.1f}" x2="{end:.1f}" y1="0" y2="{PICTURE + 4 + STRIP}"/>'
                      f'<text class="seam" x="{end + 4:.1f}" y="12">the model goes on</text>')
-    about = f"{seconds:.1f} s" + f", {units} units" * bool(units) + f", drawn: the first {drawn} s" * (drawn < seconds)
+    about = (f"{seconds:.1f} s" + f", {units} units" * bool(units) + f", the first {drawn} s drawn" * (drawn < seconds)
+             + ", red: bits that each cost the model" * (clip.bits is not None))
     return (f'<figure class="clip"><figcaption>{escape(clip.label)} <small>{about}</small></figcaption>'
             f'{player(source, f"{clip.label} of {name}")}<div class="along"><svg role="img" tabindex="0" '
             f'width="{drawn * PIXELS:.0f}" height="{height}" aria-label="{escape(f"{clip.label} of {name}")}: spectrogram'

@@ -209,15 +209,17 @@ def duration(path):
     return total
 
 
-def write_wav(path, samples, rate=SAMPLE_RATE, comment=""):
-    """Write (S,) float samples as 16-bit PCM; values beyond [-1, 1] are clipped. The file appears whole or not at all (OSError).
-
-    comment: a text for its header.
-    """
+def wav_bytes(samples, rate=SAMPLE_RATE, comment=""):
+    """(S,) float samples as a wav file of 16-bit PCM; values beyond [-1, 1] are clipped. comment: a text for its header."""
     array = torch.as_tensor(samples).detach().float().clamp(-1, 1).cpu().numpy()
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", rate, 1, "PCM_16", format="WAV") as sound:
         if comment:
             sound.comment = comment
         sound.write(array)
-    files.write_bytes(path, content.getvalue())
+    return content.getvalue()
+
+
+def write_wav(path, samples, rate=SAMPLE_RATE, comment=""):
+    """The same as a file, which appears whole or not at all (OSError)."""
+    files.write_bytes(path, wav_bytes(samples, rate, comment))
