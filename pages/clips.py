@@ -110,7 +110,8 @@ def figure(clip, folder, name, inline=False):
     seconds, units = len(clip.wav) / SAMPLE_RATE, len(clip.units)
     drawn = min(max(seconds, sum(map(float, clip.seconds))), MOST_SECONDS)
     some = sum(end < drawn for end in itertools.accumulate(map(float, clip.seconds))) + 1
-    clip = replace(clip, units=clip.units[:some], seconds=clip.seconds[:some], bits=None if clip.bits is None else clip.bits[:some])
+    clip = replace(clip, units=clip.units[:some], seconds=clip.seconds[:some],
+                   bits=None if clip.bits is None else clip.bits[:some])
     height = PICTURE + bool(units) * (4 + STRIP) + (clip.bits is not None) * (4 + LINE)
     parts = [f'<image href="{spectrogram(clip.wav[:MOST_SECONDS * SAMPLE_RATE])}" height="{PICTURE}" '
              f'width="{min(seconds, drawn) * PIXELS:.1f}" preserveAspectRatio="none"/>']

@@ -49,7 +49,7 @@ for (const clip of document.querySelectorAll("figure.clip")) {
   svg.addEventListener("keydown", event => {
     const steps = {ArrowRight: current + 1, ArrowLeft: Math.max(0, current - 1), Home: 0, End: boxes.length - 1, Enter: Math.max(0, current)};
     if (event.key === " ") {
-      if (audio.paused) play(times[current]?.[0] ?? 0, null); else audio.pause();
+      if (audio.paused || end !== null) play(times[current]?.[0] ?? 0, null); else audio.pause();
     } else if (event.key in steps) choose(steps[event.key]);
     else return;
     event.preventDefault();

@@ -120,8 +120,10 @@ class Page:
         return [event["params"] for event in own if event["method"] == method]
 
     def addresses(self):
-        """Of everything that the page asked for."""
-        return [event["request"]["url"] for event in self.messages("Network.requestWillBeSent")]
+        """Of everything that the page asked for and its policy did not forbid."""
+        forbidden = {event["requestId"] for event in self.messages("Network.loadingFailed") if event.get("blockedReason") == "csp"}
+        sent = self.messages("Network.requestWillBeSent")
+        return [event["request"]["url"] for event in sent if event["requestId"] not in forbidden]
 
     def complaints(self):
         """Errors of scripts, and what the page's policy forbade."""
