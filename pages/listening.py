@@ -30,7 +30,7 @@ class Page:
             self.left_out += 1
             return
         figures = (figure(Clip(*clip), self.folder, name, self.inline) for clip in clips)
-        self.sections.append("\n".join([f"<section><h2>{html.escape(name)}</h2>", *figures, "</section>"]))
+        self.sections.append("\n".join([f'<section class="clips"><h2>{html.escape(name)}</h2>', *figures, "</section>"]))
 
     def write(self, title, facts=(), notes=()):
         """FOLDER/index.html; returns its path. facts: (name, value) pairs; notes: sentences, such as what was skipped.

@@ -121,7 +121,8 @@ class Page:
 
     def addresses(self):
         """Of everything that the page asked for and its policy did not forbid."""
-        forbidden = {event["requestId"] for event in self.messages("Network.loadingFailed") if event.get("blockedReason") == "csp"}
+        failed = self.messages("Network.loadingFailed")
+        forbidden = {event["requestId"] for event in failed if event.get("blockedReason") == "csp"}
         sent = self.messages("Network.requestWillBeSent")
         return [event["request"]["url"] for event in sent if event["requestId"] not in forbidden]
 

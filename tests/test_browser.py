@@ -1,4 +1,4 @@
-"""The pages in a real browser, headless: players load, keys work, nothing leaves the machine. Skipped where there is no Chromium."""
+"""The pages in a real browser, headless: players load, keys work, nothing leaves the machine. Skipped without a Chromium."""
 import json
 import shutil
 from pathlib import Path
