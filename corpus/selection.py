@@ -81,7 +81,7 @@ class Names:
         return f"{self.met.sum()} of {len(self.met)} lines of {self.path} name some" + (f", not {first!r}" if first else "")
 
 
-@functools.lru_cache(100_000)
+@functools.lru_cache(1000)
 def drawn(group, seed):
     """The number in [0, 1) that the name of a group and the seed decide, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}\0{group}".encode("utf-8", "surrogateescape"), digest_size=8).digest()

@@ -202,8 +202,7 @@ class UnitShards:
         self.folder, self.meta = folder, read_meta(folder)
         if self.meta is None:
             remedy = ("its work/ is of an extraction that was interrupted: start the same command again"
-                      if (folder / "work").is_dir() else "its train and val do: name one of them"
-                      if (folder / "train/meta.json").exists() else "make them with python hubert_units.py AUDIO... --out=FOLDER")
+                      if (folder / "work").is_dir() else "make them with python hubert_units.py AUDIO... --out=FOLDER")
             raise FileNotFoundError(f"no meta.json in {folder}, so it holds no unit shards" + (
                 f": it {said}" if (said := recognise(folder)) else f"; {remedy}"))
         self.recipe, self.parts = self.meta["recipe"], []
