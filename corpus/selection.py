@@ -28,10 +28,11 @@ def folders(options):
     Raises: ValueError if a call of the other kind wrote there.
     """
     out, parts = options.out, [os.path.join(options.out, part) for part in ("train", "val")]
-    if not options.hold_out and all(map(read_meta, parts)):
-        raise ValueError(f"{out} holds train and val of a call with --hold-out; repeat that option, or choose another --out")
-    if options.hold_out and (read_meta(out) or os.path.exists(os.path.join(out, "work"))):
-        raise ValueError(f"{out} holds units of a call without --hold-out; choose another --out for train and val")
+    for begun in (part for part in [out, *parts] if read_meta(part) or os.path.exists(os.path.join(part, "work"))):
+        if options.hold_out and begun == out:
+            raise ValueError(f"{out} holds units of a call without --hold-out; choose another --out for train and val")
+        if not options.hold_out and begun != out:
+            raise ValueError(f"{begun} holds units, perhaps of a call with --hold-out; repeat that, or choose another --out")
     return parts if options.hold_out else [out]
 
 

@@ -282,7 +282,7 @@ def test_recordings_that_are_added_go_to_their_sides_and_none_changes_sides(here
                         ("--hold-out=0.01 --keep=keep.txt", "u/train holds .*/1034/")):
         with pytest.raises(ValueError, match=f"{held}.*not for it.*--overwrite"):
             encode("LibriSpeech", "--out=u", *words.split())
-    with pytest.raises(ValueError, match="u holds train and val of a call with --hold-out"):
+    with pytest.raises(ValueError, match="u/train holds units, perhaps of a call with --hold-out; repeat"):
         encode("LibriSpeech", "--out=u")
     assert {path: path.read_bytes() for path in Path("u").rglob("*.*")} == before
     encode("LibriSpeech", "--out=u", "--hold-out=keep.txt", "--overwrite")
@@ -299,6 +299,9 @@ def test_a_folder_of_a_call_without_hold_out_is_not_divided_afterwards(here):
     with pytest.raises(ValueError, match="u holds .*0001.flac, which is not for it by this --keep"):
         encode("LibriSpeech", "--out=u", "--keep=keep.txt")
     assert sorted(Path("u").rglob("*")) == before
+    Path("w/val/work").mkdir(parents=True)  # of a call with --hold-out that was interrupted
+    with pytest.raises(ValueError, match="w/val holds units, perhaps of a call with --hold-out"):
+        encode("LibriSpeech", "--out=w")
 
 
 @pytest.mark.parametrize("share, part", [("1e-9", "val"), ("0.999999", "train")])
