@@ -14,6 +14,7 @@ folder of shards keeps what it holds: recordings of other paths are added, and u
 
     python hubert_units.py recordings/ more.flac --out=units/mine         # any tree of audio -> unit shards
     torchrun --nproc-per-node=8 hubert_units.py recordings/ --out=units/mine         # files divided over the processes
+    python hubert_units.py LibriSpeech/ --out=units/libri --hold-out=0.01 --by=speaker   # units/libri/train and units/libri/val
     python hubert_units.py --inspect=units/mine                           # what is in a folder of shards
     python hubert_units.py recordings/ --fit=500 --layer=9 --out=kmeans.safetensors  # k-means of one layer's features
 
@@ -21,7 +22,7 @@ Sources: HuBERT, Hsu et al. 2021 (arXiv 2106.07447) section III; deduplication, 
 batch, S samples, F frames, C width, K centres, T units.
 """
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,8 +31,8 @@ import torch
 import config
 from checkpoints import download
 from checkpoints.files import find, find_model, note, read_kmeans, refuse_existing, write_tensors
-from corpus import inspector
-from corpus.extract import as_named, encode_files, find_audio, list_audio, sample_features
+from corpus import inspector, selection
+from corpus.extract import encode_files, find_audio, sample_features
 from kernels.dtypes import hardware_bfloat16
 from kernels.packed import packed
 from speech.audio import SAMPLE_RATE, read_wav
@@ -172,6 +173,9 @@ class UnitsConfig(TokenizerOptions):
     audio: tuple[str, ...] = ()  # files and folders (searched recursively)
     out: str = "units/mine"  # folder for the shards, to which new recordings are added; with --fit the k-means file
     overwrite: bool = False  # replace the units, with --fit the k-means, that --out holds
+    keep: str | None = None  # only the recordings that this file names, one a line: by paths or file names, also without endings
+    hold_out: str | None = None  # a share (0.01), or a file of names, goes to OUT/val, all others to OUT/train: for validation
+    by: str | None = None  # what is held out whole: speaker (by default, of a share), folder, or file (by default, of a list)
     dedup: bool = True  # collapse runs of equal units (--no-dedup keeps every frame)
     budget: float = 0.0  # seconds of audio in one forward; 0: 60 on a CPU, 960 on a GPU
     workers: int = 0  # threads that decode ahead of the encoder; 0: 2 on a CPU, beside a GPU up to 12, by the cores
@@ -179,11 +183,12 @@ class UnitsConfig(TokenizerOptions):
     inspect: str | None = None  # print what is in this folder of shards, and do nothing else
     fit: int | None = None  # fit k-means with that many centres instead of encoding
     fit_frames: int = 200_000  # frames that k-means is fitted to, a random sample of all
-    seed: int = 0  # of that sample and of the fit
+    seed: int = 0  # of that sample and of the fit; of the share that is held out
     RANGES = {"workers": (0, 1000), "fit": (1, config.MOST), "fit_frames": (1, config.MOST)}
+    CHOICES = {"by": selection.GROUPS}
     FILES = {"out": "the k-means of --fit"}
-    NEEDS = {"audio": "inspect=None", "out": "inspect=None", "fit_frames": "fit", "seed": "fit",
-             **dict.fromkeys(("dedup", "kmeans", "k", "budget"), "fit=None")}
+    NEEDS = {"audio": "inspect=None", "out": "inspect=None", "fit_frames": "fit", "by": "hold_out",
+             **dict.fromkeys(("dedup", "kmeans", "k", "budget", "keep", "hold_out"), "fit=None")}
 
 
 def fit(files, options, dist):
@@ -217,19 +222,21 @@ def main(argv=None):
     dist = distributed.setup(device, timedelta(days=30))  # one process may be done days before the last
     if options.fit:
         return fit(find_audio(options.audio), options, dist)
-    files = list_audio(options.audio, options.out)
+    parts, names, done = selection.folders(options), {}, {}
+    dist.from_main(lambda: names.update(selection.divide(options)))  # one process goes through the folders
     encoder = load_tokenizer(options, device=dist.device)
     encoder.budget = options.budget or BUDGET_SECONDS[dist.device.type]
     with packed(encoder):
-        meta, added = encode_files(files if options.overwrite else as_named(files, options.out), encoder, options, dist)
-    if dist.is_main:
+        for part in parts:
+            done[part] = encode_files(names.get(part, ()), encoder, replace(options, out=part), dist)
+    for part, (meta, added) in done.items() if dist.is_main else ():
         waste = 1 - encoder.seconds[0] / encoder.seconds[1] if encoder.seconds[1] else 0.0
         print(f"{meta['files']} files, {meta['hours']:.3f} h, {meta['units']} units "
-              f"({meta['units'] / max(meta['hours'] * 3600, 1e-9):.1f} per second) in {options.out}; "
+              f"({meta['units'] / max(meta['hours'] * 3600, 1e-9):.1f} per second) in {part}; "
               + (f"{added or 'none'} of the files are new; " if added < meta["files"] else "") + f"padding {waste:.1%}; "
-              f"{meta['failures']} failures" + (f", listed in {options.out}/failures.csv" if meta["failures"] else ""))
+              f"{meta['failures']} failures" + (f", listed in {part}/failures.csv" if meta["failures"] else ""))
         if meta["files"] == 0:
-            raise ValueError(f"none of the {meta['failures']} files could be encoded; see {options.out}/failures.csv")
+            raise ValueError(f"none of the {meta['failures']} files could be encoded; see {part}/failures.csv")
     distributed.leave()
 
 

@@ -92,13 +92,22 @@ def as_named(files, folder):
     """Yields the names of those files that a folder of shards does not hold, which knows a recording by its path: as they were
     given, or the whole path if an earlier call was made in another working folder, from which relative names count
     (named_from.txt)."""
-    base, current = os.path.realpath(folder), os.getcwd()  # the folder may be linked
-    here, origin = os.path.relpath(".", base), Path(folder, "named_from.txt")
-    origin = os.fsdecode(origin.read_bytes()) if origin.exists() else here
-    inside = known(whole_paths(names_in(folder), os.path.join(base, origin)))
+    here, origin = os.path.relpath(".", os.path.realpath(folder)), named_from(folder)
+    inside = recordings_held(folder)
     for block in blocks(files):
-        paths = [*whole_paths(block, current)]
+        paths = [*whole_paths(block, os.getcwd())]
         yield from itertools.compress(block if origin == here else paths, ~held(hashes(paths), inside))
+
+
+def named_from(folder):
+    """Where the relative names in a folder of shards count from, as a path from that folder; an empty one's: from here."""
+    file = Path(folder, "named_from.txt")
+    return os.fsdecode(file.read_bytes()) if file.exists() else os.path.relpath(".", os.path.realpath(folder))
+
+
+def recordings_held(folder):
+    """Sorted hashes of the whole paths of the recordings in a folder of shards, which may be linked."""
+    return known(whole_paths(names_in(folder), os.path.join(os.path.realpath(folder), named_from(folder))))
 
 
 def whole_paths(names, folder):

@@ -31,19 +31,26 @@ def in_order(paths, folder):
 
     At most RUN are held. More are merged from unnamed files in folder, or the nearest above it that exists; a kill leaves none.
     """
-    place = next(above for above in (Path(folder), *Path(os.path.abspath(folder)).parents) if above.is_dir())
     keys = (path.replace(os.sep, "\0") for path in paths)
-    runs = [run if len(run) < RUN else set_aside(run, place) for run in map(sorted, blocks(keys, RUN))]
+    runs = [run if len(run) < RUN else Aside(folder, run) for run in map(sorted, blocks(keys, RUN))]
     return (key.replace("\0", os.sep) for key in heapq.merge(*runs))
 
 
-def set_aside(names, folder):
-    """Yields names again, from an unnamed file that they are written to now."""
-    file = tempfile.TemporaryFile("w+", dir=folder)
-    for block in blocks(names):
-        print(json.dumps(block), file=file)
-    file.seek(0)
-    return itertools.chain.from_iterable(map(json.loads, file))
+class Aside:
+    """Names in an unnamed file, in folder or the nearest above it that exists; gone through when all are added."""
+
+    def __init__(self, folder, names=()):
+        place = next(above for above in (Path(folder), *Path(os.path.abspath(folder)).parents) if above.is_dir())
+        self.file = tempfile.TemporaryFile("w+", dir=place)
+        self.add(names)
+
+    def add(self, names):
+        for block in blocks(names):
+            print(json.dumps(block), file=self.file)
+
+    def __iter__(self):
+        self.file.seek(0)
+        return itertools.chain.from_iterable(map(json.loads, self.file))
 
 
 def hashes(names):
