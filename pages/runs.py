@@ -121,8 +121,9 @@ def body_of(run, place):
     pictures = [both_axes("Loss", losses[::-1], "nats per token")]
     pictures += [both_axes(title, [(title.lower(), *run.curves[column])], y_label)
                  for column, (title, y_label) in OTHERS.items() if column in run.curves]
+    options = f"<section><details><summary>All options</summary>{html.facts(run.options.items())}</details></section>"
     return (f'{html.facts(results(run))}{SWITCH}<div class="charts">{"".join(pictures)}</div>{KEYS}{samples(run, place)}'
-            f"<section><details><summary>All options</summary>{html.facts(run.options.items())}</details></section>")
+            + options * bool(run.options))
 
 
 def write(folder, out=None):
