@@ -1,10 +1,10 @@
-"""Two folders of units of the same recordings: where do they differ?
+"""Two folders of units of the same recordings, and where they differ.
 
     folders --matched--> pairs of documents --at_equal_times--> two rows of frame units --agreement--> shares, mutual information
             --compare--> HTML
 
-K, the centres and even the frame rate may be others; then units are compared by what they tell of each other, and where they
-differ is where a unit has not the partner that it has most often. Shapes: F, G, N frames.
+K, the centres and even the frame rate may be others; then units are compared by what they tell of each other. Shapes: F, G, N
+frames.
 """
 import os
 
@@ -43,28 +43,39 @@ def at_equal_times(parts, rates):
     return [part[(times * its).astype(int)] for part, its in zip(parts, rates)]
 
 
+def partners(a, b, frames):
+    """Of pairs of units (N,), (N,) that stand together in so many frames (N,): which b each a has most often, (65536,)."""
+    found, order = np.arange(2**16), np.argsort(frames, kind="stable")
+    found[a[order]] = b[order]  # of several the last one stays
+    return found
+
+
 def agreement(first, second, same):
     """How well two rows of frame units (F,), (F,) agree, F > 0, as numbers by name.
 
-    same: whether equal numbers mean the same; else what is expected beside a unit is what stands there most often.
-    Returns: equal, as_expected: shares of the frames; information: mutual information in bits; nmi: that over the mean of both
-        entropies; expected: array over units of the first; confused: [(unit, unit, frames, share of the first one's), ...].
+    same: whether equal numbers mean the same. Else two units agree if one of them is what most often stands beside the other, so
+        that a unit which is several in the other folder agrees with them all.
+    Returns: equal, agreeing: shares of the frames; information: mutual information in bits; nmi: that over the mean of both
+        entropies; agree: function of two rows -> where they agree; confused: [(unit, unit, frames, share of the first's), ...].
     """
     pairs, frames = np.unique(first.astype(np.int64) << 16 | second, return_counts=True)
     a, b = pairs >> 16, pairs & 0xFFFF
-    of_a = np.bincount(a, frames)
+    beside_a, beside_b = (np.arange(2**16),) * 2 if same else (partners(a, b, frames), partners(b, a, frames))
+
+    def agree(first, second):
+        return (beside_a[first] == second) | (beside_b[second] == first)
+
+    of_a, right = np.bincount(a, frames), agree(a, b)
     x, y, both = (float(-(p * np.log2(p)).sum()) for n in (of_a, np.bincount(b, frames), frames) for p in [n[n > 0] / len(first)])
-    order, expected = np.argsort(frames, kind="stable"), np.arange(len(of_a))
-    if not same:
-        expected[a[order]] = b[order]  # of several b the last, most frequent one stays
-    wrong = [i for i in order[::-1] if b[i] != expected[a[i]]][:CONFUSED]
-    return {"equal": frames[a == b].sum() / len(first), "as_expected": frames[b == expected[a]].sum() / len(first),
-            "information": x + y - both, "nmi": (x + y - both) / ((x + y) / 2) if x + y else 1.0, "expected": expected,
+    information = max(0.0, x + y - both)  # rounding may leave it below
+    wrong = [i for i in np.argsort(-frames, kind="stable") if not right[i]][:CONFUSED]
+    return {"equal": frames[a == b].sum() / len(first), "agreeing": frames[right].sum() / len(first), "agree": agree,
+            "information": information, "nmi": 2 * information / (x + y) if x + y else 1.0,
             "confused": [(int(a[i]), int(b[i]), int(frames[i]), frames[i] / of_a[a[i]]) for i in wrong]}
 
 
 def compare(x, y, pairs):
-    """Two folders, matched documents -> HTML, and the `expected` of their agreement()."""
+    """Two folders, matched documents -> HTML, and where their units agree: `agree` of agreement()."""
     rates, rows, other = [shards.recipe["frame_rate"] for shards in (x, y)], ([], []), 0
     for pair in config.progress(pairs, desc="comparing", unit="file"):
         parts = [np.repeat(*shards.document(i)) for shards, i in zip((x, y), pair)]
@@ -80,13 +91,13 @@ def compare(x, y, pairs):
     said = html.facts([
         ("compared", f"{len(pairs):,} recordings, {len(first):,} frames, at equal times"),
         ("lengths", f"{other:,} of these recordings differ by over 0.2 s: are they the same?" if other else None),
-        ("equal units", f"{found['equal']:.2%} of the frames" if alike else None),
-        ("as expected", f"{found['as_expected']:.2%} of the frames: beside each unit " + (
-            "the same" if same else "what stands there most often, since their numbers mean different things")),
+        ("equal units", f"{100 * found['equal']:.2f} % of the frames" if alike else None),
+        ("agreeing units", None if same else f"{100 * found['agreeing']:.2f} % of the frames: one of both units is what most "
+         "often stands beside the other; equal numbers mean nothing, for the centres are others"),
         ("mutual information", f"{found['information']:.3f} bits a frame; normalised by the mean of both entropies "
          f"{found['nmi']:.4f}")])
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in (x.folder, y.folder, "frames", "of the first one's"))
-    lines = "".join(f"<tr><td>{a}</td><td>{b}</td><td>{frames:,}</td><td>{share:.1%}</td></tr>"
+    lines = "".join(f"<tr><td>{a}</td><td>{b}</td><td>{frames:,}</td><td>{100 * share:.1f} %</td></tr>"
                     for a, b, frames, share in found["confused"])
-    return (f"<section><h2>Where they differ</h2>{said}<h3>Units that are confused most</h3>"
-            f'<div class="along"><table><tr>{head}</tr>{lines}</table></div></section>'), found["expected"]
+    table = f'<h3>Confused most</h3><div class="along"><table><tr>{head}</tr>{lines}</table></div>' if lines else ""
+    return f"<section><h2>Where they differ</h2>{said}{table}</section>", found["agree"]

@@ -25,7 +25,7 @@ from corpus.inspector import measure, summary
 from corpus.shards import UnitShards
 from pages import charts, html
 from pages.clips import BANDS, HOP, PICTURE, PIXELS, RANGE, STRIP, Clip, boxes, colour, mel, ramp, spectrogram
-from pages.differences import FRAMES, at_equal_times, compare, matched, paths_of
+from pages.differences import at_equal_times, compare, matched, paths_of
 from pages.listening import KEYS
 from speech.audio import SAMPLE_RATE, read_blocks
 
@@ -130,11 +130,12 @@ def cards(m, found, rate, folder):
     used = np.argsort(-m["counts"], kind="stable")[:min(CARDS, len(m["counts"]) - m["never"])]
     (spectra, frames), places, parts = mean_spectra(found, used, rate), places_of(found, rate), []
     pictures = (spectra / spectra.max().clamp(min=1e-6) * (SHADES - 1)).round().to(torch.uint8).flip(1)
+    palette = ramp(SHADES)
     for unit, picture, count in zip(used.tolist(), pictures, frames.tolist()):
-        share = m["counts"][unit] / m["units"]
-        parts.append(f'<li><i style="background:{colour(unit)}"></i><b>{unit}</b> <small>{share:.2%}</small>')
+        share = 100 * m["counts"][unit] / m["units"]
+        parts.append(f'<li><i style="background:{colour(unit)}"></i><b>{unit}</b> <small>{share:.2f} %</small>')
         if count:
-            source = html.data_address("image/png", html.png(picture, ramp(SHADES)))
+            source = html.data_address("image/png", html.png(picture, palette))
             parts.append(f'<img src="{source}" alt="mean spectrum around {count} frames of unit {unit}">')
         for seconds, begin, number in places.get(unit, ())[:max(1, min(PLACES, PLAYERS // len(used)))]:
             source, said = found[number].address(folder), f"{begin:.2f} s in {Path(found[number].name).name}"
@@ -189,7 +190,7 @@ def write(folder, page="index.html", beside=None):
         raise ValueError(f"--page={page}: expected the name of a page, such as index.html")
     shards, numbers = zip(*map(measured, folders))
     pairs = evenly(matched(*shards), COMPARED) if beside else evenly([(i,) for i in range(len(shards[0]))], READ)
-    differing, expected = compare(*shards, pairs) if beside else ("", None)
+    differing, agree = compare(*shards, pairs) if beside else ("", None)
     pairs, rates = evenly(pairs, READ), [some.recipe["frame_rate"] for some in shards]
     found = documents(shards[0], [pair[0] for pair in pairs])
     there, figures = [one for one in zip(found, pairs) if one[0].wav is not None], []
@@ -197,8 +198,8 @@ def write(folder, page="index.html", beside=None):
         parts, edges = [some.document(i) for some, i in zip(shards, pair)], np.zeros(0)
         if beside:
             first, second = at_equal_times([np.repeat(*part) for part in parts], rates)
-            seen = slice(min(FRAMES, round(SECONDS * max(rates))))
-            edges = np.flatnonzero(np.diff(expected[first[seen]] != second[seen], prepend=False, append=False)) / max(rates)
+            seen = slice(round(SECONDS * max(rates)))
+            edges = np.flatnonzero(np.diff(~agree(first[seen], second[seen]), prepend=False, append=False)) / max(rates)
         figures.append(drawing(document, [within(*part, rate) for part, rate in zip(parts, rates)], path.parent,
                                [*zip(edges[::2], edges[1::2])]))
     listed, count = cards(numbers[0], found, rates[0], path.parent)
@@ -207,9 +208,9 @@ def write(folder, page="index.html", beside=None):
                     for recipe in [", ".join(f"{key} {value}" for key, value in some.recipe.items())])
     occur, said = len(numbers[0]["counts"]) - numbers[0]["never"], (
         f"{len(there)} of {len(found)} recordings, chosen evenly, are at hand; their first {SECONDS:g} s are used. {KEYS}"
-        if there else f"None of {len(found)} recordings, chosen evenly, is at hand (the first: {html.escape(found[0].path)}), so there is "
-        "nothing to hear and there are no spectra; nothing is synthesised in their place.") + (
-        f" Above: {html.escape(folders[0])}; below: {html.escape(folders[1])}; red marks: not as expected." if beside else "")
+        if there else f"None of {len(found)} recordings, chosen evenly, is at hand (the first: {html.escape(found[0].path)}), so "
+        "there is nothing to hear and there are no spectra; nothing is synthesised in their place.") + (
+        f" Above: {html.escape(folders[0])}; below: {html.escape(folders[1])}; marks: where they do not agree." if beside else "")
     html.write(path, html.document(f"Units in {' and '.join(folders)}", (
         f'<div class="charts">{facts}</div>{pictures(folders, numbers, [some.lengths for some in shards])}{differing}'
         f'<section><h2>Recordings</h2><p class="notes">{said}</p>{"".join(figures)}</section>'

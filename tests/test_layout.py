@@ -49,7 +49,7 @@ MOST_ROOMS, MOST_ARROWS = 22, 86  # 80 until scripts checked updates of real bat
 # Chapters and core had 9,000 until they read audio to its real end (speech/containers.py), recognised what is no model, added to
 # folders instead of replacing them, checked what is resumed, and gave every option its range; 10,700 until names of millions of
 # recordings were listed outside memory, a token was drawn without a look at the device, an update was launched while the last one
-# ran, and kernels were tuned where they run; 11,900 until a folder of units became a page. bench had 1,700 until it measured that.
+# ran, and kernels were tuned where they run; 11,900 until units became a page. bench had 1,700 until it measured that.
 LINES = {"each chapter": 350, "each core file": 450, "chapters and core": 11_920, "bench": 2_200, "pocket": 2_800,
          "experiments": 1_200, "pages": 1_500}
 MOST_WORDS_AT_THE_DOOR = 1_250  # of README.md's prose: commands, output, tables and the picture are not counted
