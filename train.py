@@ -8,8 +8,8 @@
     python train.py --init=resume --out=runs/pocket                 # go on after an interruption, to the same bits
     python train.py configs/llama-7b.toml --dry-run                 # what it would take: data, steps, memory
 
-Under --out: config.toml (resolved options), log.csv (logs.py), step_NNNNNN/ (state.py: resumable on any number of processes),
-samples/ (spoken continuations), model/ (what sample.py and transformers open). The batch of step s depends on (seed, s) alone.
+Under --out: config.toml (resolved options), log.csv (logs.py), report.html (its curves), step_NNNNNN/ (state.py: any number of
+processes can go on), samples/ (spoken), model/ (for sample.py and transformers). The batch of step s depends on (seed, s) alone.
 A text LM is trained by the same loop: its shards hold bytes in place of units (see pocket/build.py).
 
 Source: TWIST (arXiv 2305.13009) section 3.
@@ -32,7 +32,8 @@ from corpus.loader import PACKINGS, UnitLoader, mixed
 from corpus.shards import UnitShards, check_recipe
 from hubert_units import TokenizerOptions
 from model import TransformerConfig
-from training import distributed, logs, memory, optimizer, pipeline, sharding, state
+from pages.runs import Report
+from training import distributed, logs, memory, optimizer, pipeline, state
 from training.learner import Learner
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
@@ -86,6 +87,7 @@ class TrainConfig(TokenizerOptions):
     prompts: tuple[str, ...] = ("pocket/prompt.wav",)  # recordings that are continued
     vocoder: str = "pocket"  # for the continuations: folder or weight file, `pocket`, or a known name (mhubert-base-25hz)
     tensorboard: bool = False  # also event files under --out/events (pip install tensorboard)
+    report: bool = True  # keep --out/report.html current: curves and samples of the run (python -m pages compares several)
     wandb: str | None = None  # also to this Weights & Biases project (pip install wandb)
     dtype: str = "auto"  # auto | float32 | bfloat16: of products; weights stay float32; auto: bfloat16 if hardware multiplies it
     optimizer: str = "adamw"  # adamw | split: bfloat16 weights and their low 16 bits, 14 bytes a parameter, same updates
@@ -308,9 +310,7 @@ def run(options, resuming, found, dist):
         f"{learner.parallel if learner.parallel != 'none' else 'one process'}")
     say(f"{learner.why}\n{kernels.explain(dist.device.type, learner.dtype, model_config.head_dim, brief=True)}")
     if options.dry_run:
-        mine = dist.each(sum(sharding.part(parameter).numel() for parameter in learner.model.parameters()))
-        say(f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}")
-        say(memory.table(model_config, options, learner.parallel, dist.world, micro, learner.dtype))
+        say(memory.plan_of(learner, options, micro))
         return
     voice = listen(options, vocab, dist, say) if options.sample_interval else None
     learner.fill(tensors)
@@ -321,7 +321,8 @@ def run(options, resuming, found, dist):
         saver.remove_all()  # of a run that --overwrite replaces
     if dist.is_main:
         files.write_text(out / "config.toml", config.to_toml(dataclasses.replace(options, overwrite=False)))
-    log = logs.Log(out, found["step"], dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options))
+    log = logs.Log(out, found["step"], dist.is_main, options.tensorboard, options.wandb, dataclasses.asdict(options),
+                   Report(out, say) if options.report else None)
 
     step, val_loss, seconds = train(learner, loader, val_loader, saver, log, voice, facts, options, say)
     log.close()
@@ -334,7 +335,6 @@ def run(options, resuming, found, dist):
         twist.save_tensors(model_config, weights, vocab, out / "model")
     dist.barrier()
     say(logs.summary(step, val_loss, seconds, memories, dist, facts, options))
-    say(f"listen: python sample.py pocket/prompt.wav --model={out / 'model'}")
 
 
 def main(argv=None):

@@ -32,12 +32,16 @@ def tiny_world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def train_arguments(tiny_world, tmp_path):
+def arguments_of_a_run(world, out):
     """Options of a run of a few seconds."""
-    return [f"--lm={tiny_world}/text_lm", f"--data={tiny_world}/train", f"--val-data={tiny_world}/val", f"--out={tmp_path}/run",
+    return [f"--lm={world}/text_lm", f"--data={world}/train", f"--val-data={world}/val", f"--out={out}",
             "--steps=12", "--tokens-per-step=128", "--block-size=32", "--warmup=2", "--eval-interval=6", "--save-interval=5",
             "--eval-rows=4", "--threads=1", "--peak-lr=1e-2", "--dtype=float32"]
+
+
+@pytest.fixture
+def train_arguments(tiny_world, tmp_path):
+    return arguments_of_a_run(tiny_world, tmp_path / "run")
 
 
 @pytest.fixture(autouse=True)

@@ -77,13 +77,15 @@ def derived(row, learner, facts, options):
 
 
 def summary(steps, val_loss, seconds, memories, dist, facts, options):
-    """What a finished run says: its validation loss, what it cost, what it held. memories: GB of each process."""
+    """What a finished run says: its validation loss, what it cost, what it held, what is next. memories: GB of each process."""
     units, process_seconds = spent(facts, options, steps, seconds, dist.world)
     unit = "GPU" if dist.device.type == "cuda" else "process"
     return (f"validation loss {val_loss:.4f} nats per token, stream perplexity {math.exp(val_loss):.3f}, {steps} steps in "
             f"{seconds:.0f} s\ncost: {process_seconds / 3600:.3f} {unit}-hours for {units:,} units, "
             f"{units / facts.units_per_second_of_speech / 3600:.1f} hours of speech\n"
-            f"most memory held by the processes, GB: {', '.join(f'{most:.2f}' for most in memories)}")
+            f"most memory held by the processes, GB: {', '.join(f'{most:.2f}' for most in memories)}\n"
+            f"listen: python sample.py pocket/prompt.wav --model={os.path.join(options.out, 'model')}"
+            + (f"\nlook: {os.path.join(options.out, 'report.html')}" if options.report else ""))
 
 
 def services(tensorboard, wandb):
@@ -104,11 +106,12 @@ class Log:
     """log.csv in the run folder, one flushed row a step. On resume, rows past the restored step are dropped.
 
     Args: folder; first: step to go on from; on: whether this process writes; tensorboard: also event files under folder/events;
-        wandb: project name, or None.
+        wandb: project name, or None; report: called after each validation, and with last=True at the end.
     """
 
-    def __init__(self, folder, first, on, tensorboard=False, wandb=None, options=None):
+    def __init__(self, folder, first, on, tensorboard=False, wandb=None, options=None, report=None):
         self.file = self.board = self.run = None
+        self.report = report
         self.step = first  # of the newest row
         if not on:
             return
@@ -140,8 +143,12 @@ class Log:
                 self.board.add_scalar(key, value, row["step"])
         if self.run:
             self.run.log(numbers, step=row["step"])
+        if self.report and "val_loss" in numbers:
+            self.report()
 
     def close(self):
         for part, end in ((self.file, "close"), (self.board, "close"), (self.run, "finish")):
             if part:
                 getattr(part, end)()
+        if self.file and self.report:
+            self.report(last=True)

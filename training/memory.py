@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import twist
 from model import Transformer
+from training import sharding
 
 RECOMPUTE = ("none", "selective", "full")
 STATES = {"adamw": (4, 4, 8), "split": (2, 2, 10)}  # bytes a parameter: weight, gradient, optimizer; see optimizer.py
@@ -172,3 +173,10 @@ def table(config, options, parallel, world, micro_rows, dtype):
         row = "  ".join(f"{getattr(made, name) / 1e9:>{len(name)}.2f}" for name in names)
         lines.append(f"{recompute:<10}  {row}{'  <- --recompute' if recompute == options.recompute else ''}")
     return "\n".join(lines)
+
+
+def plan_of(learner, options, micro_rows):
+    """How many of a Learner's parameters each process holds, and its plan, as text; all call it. options: those of train.py."""
+    mine = learner.dist.each(sum(sharding.part(parameter).numel() for parameter in learner.model.parameters()))
+    return (f"parameters in each process: {', '.join(f'{count:,.0f}' for count in mine)}\n"
+            + table(learner.config, options, learner.parallel, learner.dist.world, micro_rows, learner.dtype))
