@@ -15,7 +15,7 @@ folder of shards keeps what it holds: recordings of other paths are added, and u
     python hubert_units.py recordings/ more.flac --out=units/mine         # any tree of audio -> unit shards
     torchrun --nproc-per-node=8 hubert_units.py recordings/ --out=units/mine         # files divided over the processes
     python hubert_units.py LibriSpeech/ --out=units/libri --hold-out=0.01 --by=speaker   # units/libri/train and units/libri/val
-    python hubert_units.py --inspect=units/mine                           # what is in a folder of shards
+    python hubert_units.py --inspect=units/mine --page                    # what is in a folder of shards, to see and hear, too
     python hubert_units.py recordings/ --fit=500 --layer=9 --out=kmeans.safetensors  # k-means of one layer's features
 
 Sources: HuBERT, Hsu et al. 2021 (arXiv 2106.07447) section III; deduplication, TWIST (arXiv 2305.13009) section 3. Shapes: B
@@ -181,14 +181,17 @@ class UnitsConfig(TokenizerOptions):
     workers: int = 0  # threads that decode ahead of the encoder; 0: 2 on a CPU, beside a GPU up to 12, by the cores
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     inspect: str | None = None  # print what is in this folder of shards, and do nothing else
+    page: str | None = None  # with --inspect: also write a page of it, index.html in that folder; or name the .html file
+    beside: str | None = None  # with --page: another folder of the same recordings; where do their units differ?
     fit: int | None = None  # fit k-means with that many centres instead of encoding
     fit_frames: int = 200_000  # frames that k-means is fitted to, a random sample of all
     seed: int = 0  # of that sample and of the fit; of the share that is held out
     RANGES = {"workers": (0, 1000), "fit": (1, config.MOST), "fit_frames": (1, config.MOST)}
     CHOICES = {"by": selection.GROUPS}
+    ALONE = {"page": "index.html"}
     FILES = {"out": "the k-means of --fit"}
-    NEEDS = {"audio": "inspect=None", "out": "inspect=None", "fit_frames": "fit", "by": "hold_out",
-             **dict.fromkeys(("dedup", "kmeans", "k", "budget", "keep", "hold_out"), "fit=None")}
+    NEEDS = {"audio": "inspect=None", "out": "inspect=None", "fit_frames": "fit", "by": "hold_out", "page": "inspect",
+             "beside": "inspect page", **dict.fromkeys(("dedup", "kmeans", "k", "budget", "keep", "hold_out"), "fit=None")}
 
 
 def fit(files, options, dist):
@@ -217,6 +220,9 @@ def main(argv=None):
     options = config.load(UnitsConfig, argv, positional="audio")
     if options.inspect:
         print(inspector.inspect(options.inspect))
+        if options.page:
+            from pages.inspector import write
+            print(f"\nwrote {write(options.inspect, options.page, options.beside)}")
         return
     device = config.choose_device(options.device, language_model=False)
     dist = distributed.setup(device, timedelta(days=30))  # one process may be done days before the last

@@ -50,24 +50,30 @@ def table(title, rows, whole, longest):
                          for label, number in rows)]
 
 
+def summary(shards, m):
+    """What measure() found of UnitShards in a few lines, as (name, text)."""
+    seconds, used = m["seconds"], f"perplexity {m['perplexity']:.1f} of {len(m['counts'])} units, {m['never']} never used"
+    longest = next(itertools.islice(shards.each_file(), int(shards.lengths.argmax()), None))["file_name"]
+    return [
+        ("speech", f"{seconds / 3600:,.3f} hours in {m['documents']:,} documents; {m['failures']:,} recordings failed"),
+        ("units", f"{m['units']:,}" + (f" ({m['units_per_second']:.2f} per second of speech)" if seconds else "")),
+        ("documents", f"mean {m['document_mean']:,.1f} units, median {m['document_median']:,.1f}, "
+         f"longest {m['document_longest']:,} ({longest})"),
+        ("unigram", f"{m['entropy']:.3f} bits a unit, {used}"
+         + (f"; {m['bits_per_second']:.1f} bits per second of speech" if seconds else "")),
+        ("runs", f"mean {m['run_mean']:.2f} frames, median {m['run_median']}, 95 % at most {m['run_95']}, "
+         f"longest {m['run_max']}")]
+
+
 def inspect(folder):
     """What is in a shard folder, as text."""
     shards = UnitShards(folder)
     m = measure(shards)
-    counts, K, units, seconds = m["counts"], len(m["counts"]), m["units"], m["seconds"]
-    used = np.argsort(-counts, kind="stable")[:K - m["never"]]  # the most frequent first
-    longest = next(itertools.islice(shards.each_file(), int(shards.lengths.argmax()), None))["file_name"]
+    counts, units = m["counts"], m["units"]
+    used = np.argsort(-counts, kind="stable")[:len(counts) - m["never"]]  # the most frequent first
     name, first, _ = next(iter(shards))
     recipe = ", ".join(f"{key} {value}" for key, value in shards.recipe.items())
-    lines = [f"{shards.folder}: {recipe}", "",
-             f"speech     {seconds / 3600:,.3f} hours in {m['documents']:,} documents; {m['failures']:,} recordings failed",
-             f"units      {units:,}" + (f" ({m['units_per_second']:.2f} per second of speech)" if seconds else ""),
-             f"documents  mean {m['document_mean']:,.1f} units, median {m['document_median']:,.1f}, "
-             f"longest {m['document_longest']:,} ({longest})",
-             f"unigram    {m['entropy']:.3f} bits a unit, perplexity {m['perplexity']:.1f} of {K} units, {m['never']} never used"
-             + (f"; {m['bits_per_second']:.1f} bits per second of speech" if seconds else ""),
-             f"runs       mean {m['run_mean']:.2f} frames, median {m['run_median']}, 95 % at most {m['run_95']}, "
-             f"longest {m['run_max']}"]
+    lines = [f"{shards.folder}: {recipe}", "", *(f"{name:<10} {text}" for name, text in summary(shards, m))]
     lines += table("  frames  share of the runs", m["run_ranges"].items(), units, units)
     for title, some in (("most", used[:10]), ("least", used[::-1][:10])):
         lines += table(f"    unit  share, the {title} frequent", [(unit, counts[unit]) for unit in some], units, counts.max())

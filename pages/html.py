@@ -75,9 +75,9 @@ def sound(wav):
     return data_address("audio/flac", out.getvalue())
 
 
-def player(source, label):
+def player(source, label, preload="metadata"):
     """source: an address. A browser's own controls, which need no script; label: what a screen reader says."""
-    return f'<audio controls preload="metadata" src="{escape(source)}" aria-label="{escape(label)}"></audio>'
+    return f'<audio controls preload="{preload}" src="{escape(source)}" aria-label="{escape(label)}"></audio>'
 
 
 def png(pixels, palette):

@@ -55,3 +55,16 @@ for (const clip of document.querySelectorAll("figure.clip")) {
     event.preventDefault();
   });
 }
+
+// A place in a recording, #t=begin,end: browsers stop at its end once; here it is heard from its beginning every time.
+document.addEventListener("play", event => {
+  const audio = event.target, [begin, end] = audio.src.split("#t=")[1]?.split(",").map(Number) ?? [];
+  if (end === undefined) return;
+  if (playing && playing !== audio) playing.pause();
+  playing = audio;
+  if (audio.currentTime < begin || audio.currentTime >= end - 0.01) audio.currentTime = begin;
+  const follow = () => {
+    if (audio.currentTime >= end) audio.pause(); else if (!audio.paused) requestAnimationFrame(follow);
+  };
+  follow();
+}, true);
