@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 import config
-from corpus.extract import whole_paths
+from corpus.extract import named_from, whole_paths
 from pages import html
 
 FRAMES = 10_000  # of a document that are compared, at most: 400 s at 25 Hz
@@ -20,9 +20,8 @@ CONFUSED = 20  # rows of that table
 
 def paths_of(shards):
     """Yields the whole path of every document's recording; names count from where the encoding was started (named_from.txt)."""
-    origin, names = shards.folder / "named_from.txt", (file["file_name"] for file in shards.each_file())
-    base = os.path.join(os.path.realpath(shards.folder), os.fsdecode(origin.read_bytes())) if origin.exists() else os.getcwd()
-    return whole_paths(names, base)
+    base = os.path.join(os.path.realpath(shards.folder), named_from(shards.folder))
+    return whole_paths((file["file_name"] for file in shards.each_file()), base)
 
 
 def matched(x, y):
