@@ -28,8 +28,7 @@ from kernels.dtypes import DTYPES, weights_dtype
 from kernels.packed import packed
 from model import generate
 from speech.audio import SAMPLE_RATE, read_wav
-from speech.encoder import deduplicate
-from speech.spoken import faded, record_of, write_spoken
+from speech.spoken import faded, record_of, timed, write_spoken
 from vocoder import load_vocoder
 
 
@@ -113,12 +112,7 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     for i, row in enumerate(rows.cpu() if write else ()):
         spoken = vocab.decode(row)
         new_units += len(spoken) - len(units)
-        # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing
-        if vocab.dedup:
-            timing = vocoder.durations(spoken).cpu()
-            timing[: len(runs)] = runs
-        else:  # a model of frames has said how long each unit lasts
-            spoken, timing = deduplicate(spoken)
+        spoken, timing = timed(spoken, runs, vocoder, vocab.dedup)
         said += spoken, timing
         name = f"{Path(path).stem}_{i}"
         wavs[name] = faded(vocoder(spoken, timing, options.speaker, options.style).cpu())
