@@ -7,6 +7,7 @@
     python eval.py --task=ppl --data=units/val --model=runs/mine/model
     python eval.py --task=sblimp --data=sLM21-dataset --model=TWIST-350M --tokenizer=mhubert-base-25hz --train-data=units/train
     python eval.py --task=sstorycloze --data=sSC.zip --model=runs/mine/model --versus=runs/cold/model
+    python eval.py --task=generation --recognise="python hear.py"          # what a recogniser of yours hears, docs/evaluation.md
     torchrun --nproc-per-node=8 eval.py --task=all --data=benchmarks/ ...  # encoding and scoring divided over the processes
 
 What --data may hold: see the head of evaluation/sets.py; for ppl and generation it is a folder of unit shards or recordings.

@@ -33,7 +33,6 @@ from evaluation.speaking import HELD_OUT, ORIGINAL, WHOLE
 from model import generate
 
 ROWS = 128  # prompts that are continued together
-AGAINST = {"reference": "what was said", ORIGINAL: "what is heard in the original"}  # of word error
 
 
 def ngrams(sequence, n):
@@ -97,8 +96,6 @@ def continue_all(model, vocab, prompts, options):
     return results
 
 
-# ---------------------------------------------------------------------------------------------- words
-
 def rows_of(name, subset, system, count, numbers):
     """{measure: number} of one system -> rows without an interval."""
     return [reports.row(name, subset, system, measure, Estimate(value, None, None, count)) for measure, value in numbers.items()]
@@ -127,14 +124,14 @@ def describe_words(name, said, scorer):
 def describe_errors(name, said, references, options):
     """Rows of the word error of originals and re-synthesis. said: as above; references: {document: text}."""
     found, texts = [], {system: {each.name: each.text for each in some} for system, some in said.items()}
-    for system, against in ((ORIGINAL, "reference"), (WHOLE, "reference"), (WHOLE, ORIGINAL)):
-        known = references if against == "reference" else texts.get(ORIGINAL, {})
+    for system, against, known in ((ORIGINAL, "what was said", references), (WHOLE, "what was said", references),
+                                   (WHOLE, "what is heard in the original", texts.get(ORIGINAL, {}))):
         pairs = [(transcripts.words_of(known[document]), transcripts.words_of(text))
                  for document, text in texts.get(system, {}).items() if document in known]
         counts = np.array([(*transcripts.word_errors(*pair), len(pair[0])) for pair in pairs if pair[0]], dtype=np.float64)
         if not len(counts):
             continue
-        subset, words = f"word error, against {AGAINST[against]}", counts[:, 3]
+        subset, words = f"word error, against {against}", counts[:, 3]
         rate = accuracy.estimate([(counts[:, :3].sum(1), words)], options.resamples, options.seed)
         found.append(reports.row(name, subset, system, "%", rate.through(lambda share: 100 * share)))
         parts = {f"% {part}": float(100 * each.sum() / words.sum())
@@ -150,13 +147,12 @@ def listen(evaluation, vocoder, folder, documents, sequences, prompt, references
     spoken = speaking.speak(evaluation, vocoder, documents, sequences, prompt, whole, originals)
     texts = transcripts.recognise(options.recognise, [each.path for each in spoken], options.workers)
     found = [transcripts.Transcript(each.system, each.name, text) for each, text in zip(spoken, texts) if text is not None]
-    write_beside(Path(options.out) / "transcripts.jsonl", transcripts.as_lines(found))
+    lines = [json.dumps({"system": each.system, "name": each.name, "text": each.text}) + "\n" for each in found]
+    write_beside(Path(options.out) / "transcripts.jsonl", "".join(lines))
     return found, (f"heard by `{options.recognise}`: {len(found)} of {len(spoken)} recordings in {options.out}/spoken"
                    + (f", the other {len(spoken) - len(found)} could not be recognised" if len(found) < len(spoken) else "")
                    + f"; {options.out}/transcripts.jsonl is for --transcripts. Words are those of prompt and continuation")
 
-
-# ---------------------------------------------------------------------------------------------- the task
 
 def run(evaluation, folder):
     """Continuations of held-out prompts, beside what really follows; and what a recogniser hears in them, here or before."""
@@ -175,6 +171,9 @@ def run(evaluation, folder):
     if not evaluation.dist.is_main:
         return None
     name, (documents, T) = f"generation {Path(folder).name}", prompts_of(shards, options.prompts, options.prompt_seconds)
+    stems = Counter(Path(source).stem for source, *_ in documents.values())
+    if twice := [stem for stem, count in stems.items() if count > 1 and stem in references]:
+        raise ValueError(f"--references={options.references} has one text of {twice[0]}, and two documents are called so")
     if references and not references.keys() & documents:
         raise ValueError(f"--references={options.references} has no text of any of the {len(documents)} documents, such as "
                          f"{next(iter(documents))}; names count without folder and ending")
@@ -195,7 +194,8 @@ def run(evaluation, folder):
         said, notes[0] = listen(evaluation, vocoder, folder, documents, sequences, T, references)
     by_system = {system: [each for each in said if each.system == system] for system in dict.fromkeys(x.system for x in said)}
     if references:
-        notes.append(f"--references has a text of {len(references.keys() & documents)} of the {len(documents)} documents")
+        notes.append(f"--references has a text of {len(references.keys() & documents)} of the {len(documents)} documents"
+                     + ("" if WHOLE in by_system else ", but no transcript is of a whole document"))
     rows = [row for system, each in sequences.items() for row in rows_of(name, "units", system, len(each), describe(each))]
     rows += describe_words(name, by_system, scorer) + describe_errors(name, by_system, references, options)
     return {"title": f"generation: {len(prompts)} prompts of {T} units ({options.prompt_seconds:g} s) from {folder}, temperature "

@@ -5,9 +5,11 @@
 
 No speech recogniser is in here, and no tokenizer of text: docs/evaluation.md has recipes for both.
 
-The words of a text, for all measures: lower case, compatibility forms made plain (NFKC), ’ as '; a word is a run of letters and
-digits, with apostrophes inside (don't, o'clock). So hyphens divide words, other punctuation vanishes, and numbers stay as they
-are written: "3" is not "three". Word error is (substitutions + deletions + insertions) / words of the reference.
+The words of a text, for all measures: lower case, compatibility forms made plain (NFKC), ’ as '; a word is a run of letters,
+their marks and digits, with apostrophes inside (don't, o'clock). So hyphens divide words, other punctuation vanishes, and numbers
+stay as they are written: "3" is not "three". Scripts without spaces are not divided.
+
+Word error is (substitutions + deletions + insertions) / words of the reference.
 """
 import importlib.util
 import json
@@ -30,8 +32,7 @@ from checkpoints.pretrained import lm_architecture, read_settings
 from checkpoints.recognise import check_values
 
 PATIENCE = 600  # seconds that a recogniser may take for one recording
-PLACE = re.compile(r"\{(?:wav)?\}")  # of the file's name in the command
-WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+PLACE = re.compile(r"\{(?:wav)?\}")  # of the file's name in the command; without one it comes last
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Transcript:
     scored: tuple[float, float] | None = None  # (nats, tokens): its log-probability under a text LM that is not here
 
 
-# ---------------------------------------------------------------------------------------------- words
-
 def words_of(text):
     """The words of a text, as the head of this file says."""
-    return WORD.findall(unicodedata.normalize("NFKC", text).lower().replace("’", "'"))
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    kept = (each if each == "'" or unicodedata.category(each)[0] in "LMN" else " " for each in text)
+    return [word for part in "".join(kept).split() if (word := part.strip("'"))]
 
 
 def word_errors(said, heard):
@@ -69,8 +70,6 @@ def word_errors(said, heard):
     return errors - gaps, (gaps + missing) // 2, (gaps - missing) // 2
 
 
-# ---------------------------------------------------------------------------------------------- files
-
 def read_transcripts(path, option="transcripts"):
     """A .jsonl of {"name", "text"} or lines of name<TAB>text -> list of Transcripts.
 
@@ -91,12 +90,11 @@ def read_transcripts(path, option="transcripts"):
         try:
             if path.suffix == ".jsonl":
                 row = json.loads(line)
-                name, text, nats, tokens = row["name"], row["text"], row.get("log_probability"), row.get("tokens")
-                system = row.get("system", "model")
+                system, name, text = row.get("system", "model"), row["name"], row["text"]
+                nats, tokens = row.get("log_probability"), row.get("tokens")
             else:
-                name, text, *numbers = line.split("\t")
+                system, (name, text, *numbers) = "model", line.split("\t")
                 nats, tokens = map(float, numbers[:2]) if numbers else (None, None)
-                system = "model"
             if ({*map(type, (name, text, system))} != {str} or (nats is None) != (tokens is None)
                     or (nats is not None and not (nats <= 0 < tokens))):
                 raise ValueError
@@ -121,15 +119,8 @@ def read_references(path):
     return {Path(name).stem: text for name, text in texts.items()} | texts  # a name without an ending may have a dot
 
 
-def as_lines(transcripts):
-    """Transcripts -> the .jsonl that read_transcripts reads."""
-    return "".join(json.dumps({"system": each.system, "name": each.name, "text": each.text}) + "\n" for each in transcripts)
-
-
-# ---------------------------------------------------------------------------------------------- recognisers
-
 def parse_command(command):
-    """A command line -> its words. Raises: ValueError if there is no such program."""
+    """A command line -> its words, one of them with a PLACE. Raises: ValueError if there is no such program."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -137,16 +128,14 @@ def parse_command(command):
     if not words or shutil.which(words[0]) is None:
         raise ValueError(f"--recognise={command}: no program {words[0] if words else ''!r} is here; give a command line that "
                          "prints the transcript of a wav, as docs/evaluation.md shows")
-    return words
+    return words if any(map(PLACE.search, words)) else [*words, "{}"]
 
 
 def hear(words, path):
-    """One recording -> (transcript, "") or (None, why there is none). The name stands where the command has {} or {wav}, else
-    last."""
-    line = [PLACE.sub(lambda _: str(path), word) for word in words]
+    """One recording -> (its transcript, "") or (None, why there is none)."""
     try:
-        done = subprocess.run(line if line != words else [*words, str(path)], stdin=subprocess.DEVNULL, capture_output=True,
-                              encoding="utf-8", errors="replace", timeout=PATIENCE)
+        done = subprocess.run([PLACE.sub(lambda _: str(path), word) for word in words], stdin=subprocess.DEVNULL,
+                              capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return None, f"nothing came within {PATIENCE} s"
     except OSError as error:
@@ -161,7 +150,7 @@ def recognise(command, paths, workers=0):
 
     What failed is said on screen, and the others go on. Raises: ValueError if there is no such command, or all failed.
     """
-    words, found, first = parse_command(command), [], ""
+    words, found = parse_command(command), []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = ThreadPoolExecutor(workers or cores)
     try:
@@ -170,15 +159,12 @@ def recognise(command, paths, workers=0):
             found.append(text)
             if text is None:
                 print(f"{path} was not recognised: {why}", file=sys.stderr)
-                first = first or why
     finally:
         pool.shutdown(cancel_futures=True)
     if paths and found.count(None) == len(paths):
-        raise ValueError(f"--recognise={command} failed for each of {len(paths)} recordings; for {paths[0]}: {first}")
+        raise ValueError(f"--recognise={command} failed for each of {len(paths)} recordings; for {path}: {why}")
     return found
 
-
-# ---------------------------------------------------------------------------------------------- tokens
 
 def open_tokenizer(folder, name, file=None):
     """What a text LM reads: what its token is called, and a function from a text to its ids (T,), as a list.
@@ -207,11 +193,11 @@ def open_tokenizer(folder, name, file=None):
         raise ValueError(f"{path} is no tokenizer.json: it has no `model`; copy it from where the text LM is from")
     import tokenizers  # optional, and slow to import
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    most = max(tokenizer.get_vocab().values(), default=0)
 
     def ids_of(text):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if max(ids, default=0) >= rows:
-            raise ValueError(f"{path} has tokens up to {most}, --text-lm={name} {rows} rows: they do not belong together")
+            raise ValueError(f"{path} has a token {max(ids)}, --text-lm={name} has {rows} rows: they do not belong together")
         return begin + ids
+
     return f"token of {Path(name).name}", ids_of
