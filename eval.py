@@ -215,8 +215,6 @@ class Evaluation:
             found[system] = [counts.log_probabilities(units, order, self.main.bos, options.eos)[:cut] for units in documents]
         return found
 
-    # ---- what is said
-
     def load_vocoder(self):
         """The one that speaks the units of the model, in a voice that it has."""
         vocoder = load_vocoder(self.options.vocoder)

@@ -11,10 +11,9 @@ GenPPL = exp(mean over transcripts of their mean negative log-likelihood per tok
 either the transcripts come with a log-probability (nats) and a number of tokens each, from any model, or --text-lm reads them;
 perplexity per byte and per token of a 128 K vocabulary are different things.
 
-Word error is that of re-synthesis, units -> speech: what the tokenizer and the vocoder lose before any language model speaks. It
-is held against what was said (--references) and, where the recordings are at hand, against what is heard in those; the originals
-against what was said are the recogniser's own errors. Errors of all recordings over words of all references; the interval is a
-bootstrap over recordings. A recording whose reference has no word is left out.
+Word error is that of re-synthesis, units -> speech: what is lost before any language model speaks. It is held against what was
+said (--references) and, where the recordings are at hand, against what is heard in those; the originals against what was said are
+the recogniser's own errors. Errors of all recordings over the words of all references; references without a word are left out.
 
 Sources: auto-BLEU, Lakhotia et al. 2021 (arXiv 2102.01192), section on generation metrics; GenPPL as in Slam (arXiv 2502.15814).
 """
@@ -108,11 +107,8 @@ def describe_words(name, said, scorer):
     """
     found, said = [], {system: each for system, each in said.items() if system not in (WHOLE, ORIGINAL)}
     every = [each for some in said.values() for each in some]
-    token, scored = "token of the file's own model", [each.scored for each in every]
-    if scorer:
-        token, score = scorer
-        scored = score([each.text for each in every])
-    scored = iter(scored)
+    token, score = scorer or ("token of the file's own model", None)
+    scored = iter(score([each.text for each in every]) if score else [each.scored for each in every])
     for system, some in said.items():
         losses = [-nats / tokens for nats, tokens in itertools.islice(scored, len(some)) if tokens]  # an empty text has none
         perplexity = {f"GenPPL per {token}": float(np.exp(np.mean(losses))) if losses else None}
@@ -197,6 +193,9 @@ def run(evaluation, folder):
         notes.append(f"--references has a text of {len(references.keys() & documents)} of the {len(documents)} documents"
                      + ("" if WHOLE in by_system else ", but no transcript is of a whole document"))
     rows = [row for system, each in sequences.items() for row in rows_of(name, "units", system, len(each), describe(each))]
-    rows += describe_words(name, by_system, scorer) + describe_errors(name, by_system, references, options)
+    rows += describe_words(name, by_system, scorer)
+    if errors := describe_errors(name, by_system, references, options):
+        notes.append(f"intervals: 95 %, bootstrap over recordings, {options.resamples} resamples, seed {options.seed}")
+    rows += errors
     return {"title": f"generation: {len(prompts)} prompts of {T} units ({options.prompt_seconds:g} s) from {folder}, temperature "
                      f"{options.temperature:g}", "notes": notes, "rows": rows}

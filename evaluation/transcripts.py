@@ -3,8 +3,6 @@
     wavs --a command of the user's, several at once--> Transcripts --transcripts.jsonl--> read_transcripts, the next time
     reference, transcript --words_of--> words --word_errors--> substitutions, deletions, insertions
 
-No speech recogniser is in here, and no tokenizer of text: docs/evaluation.md has recipes for both.
-
 The words of a text, for all measures: lower case, compatibility forms made plain (NFKC), ’ as '; a word is a run of letters,
 their marks and digits, with apostrophes inside (don't, o'clock). So hyphens divide words, other punctuation vanishes, and numbers
 stay as they are written: "3" is not "three". Scripts without spaces are not divided.
@@ -171,9 +169,8 @@ def open_tokenizer(folder, name, file=None):
 
     They begin with the beginning token that config.json names, which is given and not scored; where it names none, the first
     token of the text is not scored. Tokens are bytes where the config says so, else those of `file`, or of the folder's
-    tokenizer.json, by the package tokenizers; special tokens that it would add are left out.
+    tokenizer.json, by the package tokenizers; special tokens that it would add are left out. name: the folder to the user.
 
-    Args: folder: of the text LM; name: what the user calls it.
     Raises: FileNotFoundError or ValueError that says what is missing.
     """
     settings = read_settings(folder)

@@ -123,7 +123,7 @@ def test_all_systems_are_spoken_heard_and_reported_and_transcripts_come_back(par
         [50, 100 * expected.low, 100 * expected.high, 2]) and rows[*name, "%"]["low"] < 50 < rows[*name, "%"]["high"]
     for measure, value in (("% substitutions", 12.5), ("% deletions", 25), ("% insertions", 12.5), ("words", 8)):
         assert rows[*name, measure]["value"] == pytest.approx(value)
-    assert "21 of 21 recordings" in notes and "a text of 3 of the 6 documents" in notes
+    assert "21 of 21 recordings" in notes and "a text of 3 of the 6 documents" in notes and "bootstrap over recordings" in notes
     again, _ = evaluate(tmp_path / "again", parts, *arguments, f"--transcripts={tmp_path}/out/transcripts.jsonl")
     assert again == rows and not (tmp_path / "again/spoken").exists()
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.wav")}
