@@ -200,9 +200,8 @@ def test_what_cannot_be_recognised_is_said_and_the_rest_goes_on(parts, recognise
     said = capsys.readouterr().err
     for name in failing:
         assert f"{tmp_path}/out/spoken/{name}.wav was not recognised: exit code 3: no speech in it\n" in said
-    every = {f"{system}/{i}": None for system in ("model", "held-out_speech") for i in range(6)}
-    with pytest.raises(ValueError, match="failed for each of 12 recordings; for .*held-out_speech/5.wav: exit code 3: no speech"):
-        evaluate(tmp_path / "out", parts, f"--recognise={recogniser(every)}")
+    with pytest.raises(ValueError, match="failed for each of 2 recordings; for .*model/4.wav: exit code 3: no speech in it"):
+        transcripts.recognise(recogniser(failing), [tmp_path / f"out/spoken/model/{i}.wav" for i in (0, 4)])
 
 
 @pytest.mark.parametrize("command, sentence", [
@@ -230,10 +229,10 @@ def test_a_command_that_cannot_be_started_is_an_error(tmp_path):
         transcripts.recognise(f"{tmp_path}/broken", ["a.wav"])
 
 
-@pytest.mark.parametrize("words, expected", [
-    ("", ["{}"]), ("--in {}", ["--in", "{}"]), ("--in={wav} -v", ["--in={}", "-v"]), ("'a b' \"it's\"", ["a b", "it's", "{}"]),
-    ("$HOME;ls |x", ["$HOME;ls", "|x", "{}"])])
-@pytest.mark.parametrize("name", ["a b.wav", "it's \"{}\" $(x).wav", "{wav}\n;&.wav"])
+@pytest.mark.parametrize("words, expected, name", [
+    ("", ["{}"], "a b.wav"), ("--in {}", ["--in", "{}"], "it's \"{}\" $(x).wav"),
+    ("--in={wav} -v", ["--in={}", "-v"], "{wav}\n;&.wav"),
+    ("'a b' \"it's\"", ["a b", "it's", "{}"], "{}"), ("$HOME;ls |x", ["$HOME;ls", "|x", "{}"], "-.wav")])
 def test_the_name_of_a_recording_stands_in_its_place_whatever_it_is(words, expected, name):
     code = "import json, sys; print(json.dumps(sys.argv[1:]))"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {words}"
@@ -318,7 +317,7 @@ def write_text_lm(folder, bos):
     return tokenizer
 
 
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("bos", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_genppl_per_token_is_that_of_transformers(bos, parts, tmp_path):
     tokenizer = write_text_lm(tmp_path / "mine", bos)
     import transformers
