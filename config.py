@@ -10,7 +10,7 @@ A command declares its options as a frozen dataclass with one field a line and a
     ALONE    {"name": "value"}           what --name means without a value; true/false options are switches: --name, --no-name
     RENAMED  {"old_name": "new_name"}    the old name is taken, and the new one is said
     FILES    {"out": "..."}              --out may be a file; else, before any work, a folder must be possible there
-    NEEDS    {"name": "a b=x|y"}         where it has an effect: a is set and b is x or y; elsewhere it is said to have none
+    NEEDS    {"name": "a|b c=x|y"}       where it has an effect: a or b is set and c is x or y; elsewhere it is said to have none
 
 Keys may be written with - or _. The file, wherever it stands, is the word that ends in .toml. An option that is given twice has
 its last value. Commas divide lists, but not the name of a path that exists, and not after a backslash; in the file a list holds
@@ -121,11 +121,11 @@ def say_idle(options, names):
     """Print which of these options have no effect beside the others (NEEDS)."""
     for name in names:
         for other, equals, wanted in (need.partition("=") for need in declared(type(options), "NEEDS").get(name, "").split()):
-            value = getattr(options, other)
+            value = max((getattr(options, each) for each in other.split("|")), key=bool)  # the first that is set
             if str(value) not in wanted.split("|") if equals else not value:
-                off, said = value is None or value is False, "" if type(value) is bool else f"={value}"
-                print(f"--{name.replace('_', '-')} has no effect {'without' if off else 'with'} --{other.replace('_', '-')}"
-                      + said * (not off), file=sys.stderr)
+                off, shown = value is None or value is False, other.replace("_", "-").replace("|", " or --")
+                print(f"--{name.replace('_', '-')} has no effect {'without' if off else 'with'} --{shown}"
+                      + ("" if off or type(value) is bool else f"={value}"), file=sys.stderr)
                 break
 
 

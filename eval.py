@@ -7,6 +7,7 @@
     python eval.py --task=ppl --data=units/val --model=runs/mine/model
     python eval.py --task=sblimp --data=sLM21-dataset --model=TWIST-350M --tokenizer=mhubert-base-25hz --train-data=units/train
     python eval.py --task=sstorycloze --data=sSC.zip --model=runs/mine/model --versus=runs/cold/model
+    python eval.py --task=generation --recognise="python hear.py"          # what a recogniser of yours hears, docs/evaluation.md
     torchrun --nproc-per-node=8 eval.py --task=all --data=benchmarks/ ...  # encoding and scoring divided over the processes
 
 What --data may hold: see the head of evaluation/sets.py; for ppl and generation it is a folder of unit shards or recordings.
@@ -17,6 +18,7 @@ result. A sequence beyond the model's window is cut off in a pair (and counted i
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,16 +29,17 @@ import config
 import hubert_units
 import twist
 from checkpoints import download
-from checkpoints.files import POCKET, find
+from checkpoints.files import POCKET, find, find_model
 from checkpoints.recognise import recognise
 from corpus.extract import encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe, names_in
-from evaluation import generation, pairs, perplexity, reports, sets
+from evaluation import generation, pairs, perplexity, reports, sets, transcripts
 from evaluation.likelihood import UnitCounts, log_probabilities
 from kernels.dtypes import DTYPES, free_memory, weights_dtype
 from kernels.packed import packed
 from speech.encoder import BUDGET_SECONDS
 from training import distributed
+from vocoder import load_vocoder
 
 TASKS = ("all", "ppl", *sets.TASKS, "generation")
 POCKET_BENCHMARKS = POCKET / "benchmarks"
@@ -63,7 +66,7 @@ class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     resamples: int = 2000  # of the bootstrap
     seed: int = 0  # of the bootstrap, the paired test and generation
     cache: str | None = None  # folder that keeps units of recordings, by recipe and files; default units/ in NANOTWIST_HOME
-    workers: int = 0  # threads that decode recordings ahead; 0: as hubert_units.py
+    workers: int = 0  # threads that decode recordings ahead, 0: as hubert_units.py; recognisers at once, 0: one a core
     budget: int = 0  # tokens in one forward; 0: a default for the device
     prompts: int = 100  # generation: number of held-out documents that are continued
     prompt_seconds: float = 3.0  # generation: what the model hears of each, turned into units at the average rate
@@ -71,14 +74,22 @@ class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     temperature: float = 0.8  # generation: 0 takes the likeliest unit each time
     top_k: int | None = None  # generation: draw among the k likeliest units only
     top_p: float | None = None  # generation: draw among the likeliest units that together reach this probability
-    transcripts: str | None = None  # generation: what was said, .jsonl (name, text) or lines name<TAB>text
-    text_lm: str = "pocket"  # generation: text LM over bytes that scores transcripts without log-probabilities of their own
+    transcripts: str | None = None  # generation: what was heard, .jsonl (name, text) or lines name<TAB>text
+    recognise: str | None = None  # generation: command that prints the transcript of a wav, named last or at {}; all is spoken
+    references: str | None = None  # generation: what was said in the documents, as --transcripts: word error of re-synthesis
+    text_lm: str = "pocket"  # generation: text LM that scores transcripts without log-probabilities of their own
+    text_tokenizer: str | None = None  # generation: its tokenizer.json, if not in its folder; the pocket's reads bytes
+    vocoder: str = "pocket"  # generation: speaks for --recognise: folder or weight file, `pocket`, or a known name
+    speaker: str | None = None  # generation: number or name of the voice, where the vocoder has several
+    style: str | None = None  # generation: number or name of the speaking style, where the vocoder has several
     CHOICES = {"task": TASKS, "split": ("dev", "test"), "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"),
                "score": ("whole", "ending"), "long": ("truncate", "slide")}
-    NEEDS = {"split": "task=all|swuggy|sblimp", "text_lm": "transcripts"} | dict.fromkeys(
+    NEEDS = {"split": "task=all|swuggy|sblimp"} | dict.fromkeys(
         ("voices", "norm", "ties", "score", "long"), "task=" + "|".join(("all", *sets.TASKS))) | dict.fromkeys(
-        ("prompts", "prompt_seconds", "max_new_units", "temperature", "transcripts"), "task=all|generation") | dict.fromkeys(
-        ("top_k", "top_p"), "task=all|generation temperature")
+        ("prompts", "prompt_seconds", "max_new_units", "temperature", "transcripts", "recognise"),
+        "task=all|generation") | dict.fromkeys(("top_k", "top_p"), "task=all|generation temperature") | dict.fromkeys(
+        ("references", "text_lm", "text_tokenizer"), "task=all|generation recognise|transcripts") | dict.fromkeys(
+        ("vocoder", "speaker", "style"), "task=all|generation recognise")
     RANGES = {"ties": (0, 1), "resamples": (100, 1_000_000), "workers": (0, 1000), "prompts": (1, config.MOST),
               "prompt_seconds": (config.ABOVE_0, 1e6), "max_new_units": (1, config.MOST), "top_k": (1, config.MOST),
               "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
@@ -98,11 +109,11 @@ class SpeechLM:
 
 
 def of_option(option, function, *arguments):
-    """function(*arguments) about a speech LM; if there is no such thing, the option that names it is said."""
+    """function(*arguments) about a language model; if there is no such thing, the option that names it is said."""
     try:
         return function(*arguments)
     except FileNotFoundError as error:
-        raise FileNotFoundError(str(error).replace("--model=", f"--{option}=")) from None
+        raise FileNotFoundError(re.sub("^--(model|lm)=", f"--{option}=", str(error))) from None
 
 
 def load_model(option, options, dtype, device):
@@ -204,19 +215,28 @@ class Evaluation:
             found[system] = [counts.log_probabilities(units, order, self.main.bos, options.eos)[:cut] for units in documents]
         return found
 
-    def score_bytes(self, texts):
-        """What a token is, and [(nats, bytes)] of each text, by the text LM over bytes."""
-        name = str(find("pocket", "lm")) if self.options.text_lm == "pocket" else self.options.text_lm
-        dtype, _ = weights_dtype(self.options.dtype, "cpu", of_option("text-lm", twist.count_parameters, name))
-        model, vocab = twist.load_speech_lm(name, DTYPES[dtype])
-        if (vocab.recipe or {}).get("kind") != "bytes":
-            raise ValueError(f"--text-lm={self.options.text_lm} reads tokens of a tokenizer that is not here, only text LMs over "
-                             "bytes can be used; score the transcripts with it elsewhere and give log_probability and tokens in "
-                             "--transcripts")
-        rows = [vocab.encode(torch.tensor(list(text.encode())), bos=vocab.bos is not None) for text in texts]
-        alone = distributed.Dist(0, 1, torch.device("cpu"))
-        scored = log_probabilities(model, rows, alone, label="transcripts")
-        return reports.shown("byte", dtype), [(float(values.sum()), len(values)) for values in scored]
+    def load_vocoder(self):
+        """The one that speaks the units of the model, in a voice that it has."""
+        vocoder = load_vocoder(self.options.vocoder)
+        vocoder.voice(self.options.speaker, self.options.style)
+        if vocoder.recipe:
+            check_recipe(vocoder.recipe, self.main.vocab.expected(vocoder.recipe), f"--vocoder={self.options.vocoder}",
+                         but=("dedup", "precision"))
+        return vocoder.to(config.beside(self.dist.device))
+
+    def text_scorer(self):
+        """What a token of --text-lm is, and a function: texts -> [(nats, tokens)]. It loads the model, which is checked here."""
+        folder = of_option("text-lm", find_model, self.options.text_lm, "lm")
+        token, ids_of = transcripts.open_tokenizer(folder, self.options.text_lm, self.options.text_tokenizer)
+        dtype, _ = weights_dtype(self.options.dtype, "cpu", twist.count_parameters(folder))
+
+        def score(texts):
+            rows = [torch.tensor(ids_of(text), dtype=torch.int64) for text in texts]
+            alone = distributed.Dist(0, 1, torch.device("cpu"))
+            scored = log_probabilities(twist.load_text_lm(folder, DTYPES[dtype]), rows, alone, label="transcripts")
+            return [(float(values.sum()), len(values)) for values in scored]
+
+        return reports.shown(token, dtype), score
 
 
 def stamp(path):

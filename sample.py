@@ -31,8 +31,7 @@ from kernels.dtypes import DTYPES, weights_dtype
 from kernels.packed import packed
 from model import generate
 from speech.audio import SAMPLE_RATE, read_wav
-from speech.encoder import deduplicate
-from speech.spoken import faded, record_of, write_spoken
+from speech.spoken import faded, record_of, timed, write_spoken
 from vocoder import load_vocoder
 
 
@@ -143,14 +142,8 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     for i, row in enumerate(rows.cpu() if write else ()):
         spoken = vocab.decode(row)
         new_units += len(spoken) - len(units)
-        # one pass over prompt and continuation, so there is no seam; the prompt keeps its own timing
-        if vocab.dedup:
-            timing = vocoder.durations(spoken).cpu()
-            timing[: len(runs)] = runs
-        else:  # a model of frames has said how long each unit lasts
-            spoken, timing = deduplicate(spoken)
-        said.append((spoken, timing))
-        wavs[f"{stem}_{i}"] = faded(vocoder(spoken, timing, options.speaker, options.style).cpu())
+        said.append(timed(spoken, runs, vocoder, vocab.dedup))
+        wavs[f"{stem}_{i}"] = faded(vocoder(*said[-1], options.speaker, options.style).cpu())
         if options.continuation_only:
             wavs[f"{stem}_{i}_continuation"] = wavs[f"{stem}_{i}"][int(runs.sum()) * hop:]
     record = record_of(path, options, (*SAMPLING, *VOICE), itertools.chain(*said))

@@ -1,21 +1,24 @@
-"""What generated speech looks like in numbers: repetition, diversity, length; and the perplexity of its transcripts.
+"""What generated speech looks like in numbers: repetition, diversity, length; what is understood of it, and how likely that is.
 
     held-out document --its beginning--> prompt --generate--> units --> auto-BLEU, distinct n-grams, lengths
-    transcripts that the user brings --> the same over words, and GenPPL by a text LM (no speech recogniser in here)
+      --speaking.py--> wavs --transcripts.py: a recogniser of the user's--> words --> the same over words, GenPPL, word error
 
 auto-BLEU(n) of one sequence is the share of its n-grams that occur in it more than once: babble that repeats itself is likely
 under any language model, so a low GenPPL means nothing without it. distinct-n is the number of different n-grams over the
 number of all, the continuations taken together.
 
 GenPPL = exp(mean over transcripts of their mean negative log-likelihood per token), the token being that of whoever scores:
-either the file gives a log-probability (nats) and a number of tokens for each text, from any model, or a text LM over bytes
-(the pocket's) reads the bytes; perplexity per byte and per token of a 128 K vocabulary are different things.
+either the transcripts come with a log-probability (nats) and a number of tokens each, from any model, or --text-lm reads them;
+perplexity per byte and per token of a 128 K vocabulary are different things.
+
+Word error is that of re-synthesis, units -> speech: what is lost before any language model speaks. It is held against what was
+said (--references) and, where the recordings are at hand, against what is heard in those; the originals against what was said are
+the recogniser's own errors. Errors of all recordings over the words of all references; references without a word are left out.
 
 Sources: auto-BLEU, Lakhotia et al. 2021 (arXiv 2102.01192), section on generation metrics; GenPPL as in Slam (arXiv 2502.15814).
 """
 import itertools
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -23,12 +26,12 @@ import numpy as np
 import torch
 
 from checkpoints.files import write_beside
-from evaluation import reports
+from evaluation import accuracy, reports, speaking, transcripts
 from evaluation.accuracy import Estimate
+from evaluation.speaking import HELD_OUT, ORIGINAL, WHOLE
 from model import generate
 
 ROWS = 128  # prompts that are continued together
-WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # letters and digits, with apostrophes inside
 
 
 def ngrams(sequence, n):
@@ -58,27 +61,30 @@ def describe(sequences):
 
 
 def prompts_of(shards, count, seconds):
-    """How the first `count` documents that are long enough begin, and what follows there: [(name, prompt (T,), rest)] in units.
+    """The first `count` documents that are longer than a prompt, {name: (file_name, units, runs)}, and the T units of a prompt.
 
-    T is the same for all, so that they are continued together: the units of so many seconds at the folder's average rate.
+    T is the same for all, so that they are continued together: the units of so many seconds at the folder's average rate. The
+    name is that of the file, without folder and ending; of two of one name the second is called NAME_2.
     """
     total = shards.meta["hours"] * 3600
     T = round(seconds * int(shards.lengths.sum()) / total) if total else 0
     if T < 1:
         raise ValueError(f"{shards.folder}: no unit is spoken in {seconds:g} s; raise --prompt-seconds, or give units of speech")
-    longer = ((name, units[:T], units[T:]) for name, units, _ in shards if len(units) > T)
-    found = list(itertools.islice(longer, count))
+    found = {}
+    for source, *document in itertools.islice((each for each in shards if len(each[1]) > T), count):
+        names = (f"{Path(source).stem}_{copy}".removesuffix("_1") for copy in itertools.count(1))
+        found[next(name for name in names if name not in found)] = (source, *document)
     if not found:
         raise ValueError(f"{shards.folder} has no document longer than a prompt of {T} units; lower --prompt-seconds")
-    return found
+    return found, T
 
 
 def continue_all(model, vocab, prompts, options):
-    """New units of each prompt, a list of (n,) arrays. options: max_new_units, temperature, top_k, top_p, seed."""
+    """New units of each of the prompts (T,), a list of (n,) arrays. options: max_new_units, temperature, top_k, top_p, seed."""
     device, results = model.wte.weight.device, []
     generator = torch.Generator(device).manual_seed(options.seed)
     for begin in range(0, len(prompts), ROWS):
-        ids = torch.stack([vocab.encode(prompt, bos=vocab.bos is not None) for _, prompt, _ in prompts[begin:begin + ROWS]])
+        ids = torch.stack([vocab.encode(prompt, bos=vocab.bos is not None) for prompt in prompts[begin:begin + ROWS]])
         room = min(options.max_new_units, model.config.block_size - ids.shape[1])
         if room < 1:
             raise ValueError(f"prompts of {ids.shape[1]} units fill the model's context of {model.config.block_size}; "
@@ -89,75 +95,107 @@ def continue_all(model, vocab, prompts, options):
     return results
 
 
-def read_transcripts(path):
-    """A .jsonl of {"name", "text"} or lines of name<TAB>text -> texts, and of each (nats, tokens) or None.
+def rows_of(name, subset, system, count, numbers):
+    """{measure: number} of one system -> rows without an interval."""
+    return [reports.row(name, subset, system, measure, Estimate(value, None, None, count)) for measure, value in numbers.items()]
 
-    nats, tokens: the text's log-probability and number of tokens under any text LM: keys `log_probability` and `tokens`, or two
-    more columns; None where the file has neither.
+
+def describe_words(name, said, scorer):
+    """Rows of the words that each system said, but for whole documents.
+
+    Args: said: {system: [Transcript]}. scorer: what a token is and a function, texts -> [(nats, tokens)]; None if they have them.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--transcripts={path}: no such file")
-    texts, scored = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    found, said = [], {system: each for system, each in said.items() if system not in (WHOLE, ORIGINAL)}
+    every = [each for some in said.values() for each in some]
+    token, score = scorer or ("token of the file's own model", None)
+    scored = iter(score([each.text for each in every]) if score else [each.scored for each in every])
+    for system, some in said.items():
+        losses = [-nats / tokens for nats, tokens in itertools.islice(scored, len(some)) if tokens]  # an empty text has none
+        perplexity = {f"GenPPL per {token}": float(np.exp(np.mean(losses))) if losses else None}
+        numbers = describe([transcripts.words_of(each.text) for each in some])
+        found += rows_of(name, "words", system, len(some), numbers | perplexity)
+    return found
+
+
+def describe_errors(name, said, references, options):
+    """Rows of the word error of originals and re-synthesis. said: as above; references: {document: text}."""
+    found, texts = [], {system: {each.name: each.text for each in some} for system, some in said.items()}
+    for system, against, known in ((ORIGINAL, "what was said", references), (WHOLE, "what was said", references),
+                                   (WHOLE, "what is heard in the original", texts.get(ORIGINAL, {}))):
+        pairs = [(transcripts.words_of(known[document]), transcripts.words_of(text))
+                 for document, text in texts.get(system, {}).items() if document in known]
+        counts = np.array([(*transcripts.word_errors(*pair), len(pair[0])) for pair in pairs if pair[0]], dtype=np.float64)
+        if not len(counts):
             continue
-        try:
-            if path.suffix == ".jsonl":
-                row = json.loads(line)
-                _, text, nats, tokens = row["name"], row["text"], row.get("log_probability"), row.get("tokens")
-            else:
-                _, text, *numbers = line.split("\t")
-                nats, tokens = map(float, numbers[:2]) if numbers else (None, None)
-            if not isinstance(text, str) or (nats is None) != (tokens is None) or (nats is not None and not (nats <= 0 < tokens)):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: expected name and text, and either nothing more or log_probability (nats, "
-                             'at most 0) and tokens; as {"name": ..., "text": ...} in a .jsonl, else divided by tabs') from None
-        texts.append(text)
-        scored.append(None if nats is None else (nats, tokens))
-    if not texts:
-        raise ValueError(f"{path} holds no transcripts")
-    if None in scored and any(scored):
-        raise ValueError(f"{path}: some transcripts have a log_probability and some have none; give all or none")
-    return texts, scored
+        subset, words = f"word error, against {against}", counts[:, 3]
+        rate = accuracy.estimate([(counts[:, :3].sum(1), words)], options.resamples, options.seed)
+        found.append(reports.row(name, subset, system, "%", rate.through(lambda share: 100 * share)))
+        parts = {f"% {part}": float(100 * each.sum() / words.sum())
+                 for part, each in zip(("substitutions", "deletions", "insertions"), counts.T)}
+        found += rows_of(name, subset, system, len(counts), {**parts, "words": float(words.sum())})
+    return found
+
+
+def listen(evaluation, vocoder, folder, documents, sequences, prompt, references):
+    """Speak every system's units and have them recognised -> Transcripts, and a sentence about what was heard."""
+    options, originals = evaluation.options, not (Path(folder) / "meta.json").exists()  # recordings are at hand, not shards
+    whole = [document for document in documents if originals or document in references]
+    spoken = speaking.speak(evaluation, vocoder, documents, sequences, prompt, whole, originals)
+    texts = transcripts.recognise(options.recognise, [each.path for each in spoken], options.workers)
+    found = [transcripts.Transcript(each.system, each.name, text) for each, text in zip(spoken, texts) if text is not None]
+    lines = [json.dumps({"system": each.system, "name": each.name, "text": each.text}) + "\n" for each in found]
+    write_beside(Path(options.out) / "transcripts.jsonl", "".join(lines))
+    return found, (f"heard by `{options.recognise}`: {len(found)} of {len(spoken)} recordings in {options.out}/spoken"
+                   + (f", the other {len(spoken) - len(found)} could not be recognised" if len(found) < len(spoken) else "")
+                   + f"; {options.out}/transcripts.jsonl is for --transcripts. Words are those of prompt and continuation")
 
 
 def run(evaluation, folder):
-    """Continuations of held-out prompts, beside what really follows; and transcripts, if the user brings some."""
-    options = evaluation.options
-    brought = read_transcripts(options.transcripts) if options.transcripts else None  # what is wrong with them shows at once
+    """Continuations of held-out prompts, beside what really follows; and what a recogniser hears in them, here or before."""
+    options, said, references, scorer, vocoder = evaluation.options, [], {}, None, None
+    if options.recognise and options.transcripts:
+        raise ValueError("--recognise makes transcripts and --transcripts brings some; give one of them")
+    if options.transcripts:  # what is wrong with them, and with all that follows here, shows before the work begins
+        said = transcripts.read_transcripts(options.transcripts)
+    if options.recognise:
+        vocoder, _ = evaluation.load_vocoder(), transcripts.parse_command(options.recognise)
+    if options.recognise or said and not said[0].scored:
+        scorer = evaluation.text_scorer()
+    if options.references and (options.recognise or said):
+        references = transcripts.read_references(options.references)
     shards = evaluation.shards(folder)
     if not evaluation.dist.is_main:
         return None
-    prompts = prompts_of(shards, options.prompts, options.prompt_seconds)
-    spoken = {system: continue_all(lm.model, lm.vocab, prompts, options) for system, lm in evaluation.lms.items()}
-    most = max(len(units) for units in spoken["model"])
-    spoken["held-out speech"] = [rest[:most] for _, _, rest in prompts]
-    found = [("units", system, len(sequences), describe(sequences)) for system, sequences in spoken.items()]
-    lines = [json.dumps({"units": [int(unit) for unit in (*prompt, *more)], "file_name": f"{Path(source).stem}.wav"}) + "\n"
-             for (source, prompt, _), more in zip(prompts, spoken["model"])]
+    name, (documents, T) = f"generation {Path(folder).name}", prompts_of(shards, options.prompts, options.prompt_seconds)
+    stems = Counter(Path(source).stem for source, *_ in documents.values())
+    if twice := [stem for stem, count in stems.items() if count > 1 and stem in references]:
+        raise ValueError(f"--references={options.references} has one text of {twice[0]}, and two documents are called so")
+    if references and not references.keys() & documents:
+        raise ValueError(f"--references={options.references} has no text of any of the {len(documents)} documents, such as "
+                         f"{next(iter(documents))}; names count without folder and ending")
+    prompts = [units[:T] for _, units, _ in documents.values()]
+    sequences = {system: continue_all(lm.model, lm.vocab, prompts, options) for system, lm in evaluation.lms.items()}
+    most = max(len(units) for units in sequences["model"])
+    sequences[HELD_OUT] = [units[T:T + most] for _, units, _ in documents.values()]
+    lines = [json.dumps({"units": [int(unit) for unit in (*prompt, *more)], "file_name": f"{document}.wav"}) + "\n"
+             for document, prompt, more in zip(documents, prompts, sequences["model"])]
     write_beside(Path(options.out) / "continuations.jsonl", "".join(lines))
-    if brought:
-        texts, scored = brought
-        token = "token of the file's own model"
-        if None in scored:
-            token, scored = evaluation.score_bytes(texts)
-        losses = [-nats / tokens for nats, tokens in scored if tokens]  # an empty transcript has none
-        perplexity = float(np.exp(np.mean(losses))) if losses else None
-        words = [WORD.findall(text.lower()) for text in texts]
-        found.append(("words", "model", len(texts), {**describe(words), f"GenPPL per {token}": perplexity}))
-    rows = [reports.row(f"generation {Path(folder).name}", subset, system, measure, Estimate(value, None, None, count))
-            for subset, system, count, numbers in found for measure, value in numbers.items()]
-    note = (f"prompts and continuations: {options.out}/continuations.jsonl, for python vocoder.py, a recogniser of yours, "
-            "and --transcripts")
-    notes, room = [note], evaluation.window - len(prompts[0][1]) - (evaluation.main.vocab.bos is not None)
+    notes = [f"prompts and continuations: {options.out}/continuations.jsonl, for python vocoder.py, a recogniser of yours, and "
+             "--transcripts; --recognise does all of it"]
+    room = evaluation.window - T - (evaluation.main.vocab.bos is not None)
     if room < options.max_new_units:
         notes.append(f"at most {room} new units, not --max-new-units={options.max_new_units}: with the prompt they fill the "
                      f"window of {evaluation.window} ids")
-    return {"title": f"generation: {len(prompts)} prompts of {len(prompts[0][1])} units ({options.prompt_seconds:g} s) from "
-                     f"{folder}, temperature {options.temperature:g}", "notes": notes, "rows": rows}
+    if options.recognise:
+        said, notes[0] = listen(evaluation, vocoder, folder, documents, sequences, T, references)
+    by_system = {system: [each for each in said if each.system == system] for system in dict.fromkeys(x.system for x in said)}
+    if references:
+        notes.append(f"--references has a text of {len(references.keys() & documents)} of the {len(documents)} documents"
+                     + ("" if WHOLE in by_system else ", but no transcript is of a whole document"))
+    rows = [row for system, each in sequences.items() for row in rows_of(name, "units", system, len(each), describe(each))]
+    rows += describe_words(name, by_system, scorer)
+    if errors := describe_errors(name, by_system, references, options):
+        notes.append(f"intervals: 95 %, bootstrap over recordings, {options.resamples} resamples, seed {options.seed}")
+    rows += errors
+    return {"title": f"generation: {len(prompts)} prompts of {T} units ({options.prompt_seconds:g} s) from {folder}, temperature "
+                     f"{options.temperature:g}", "notes": notes, "rows": rows}

@@ -17,7 +17,6 @@ are held against what it hears in the originals, and called so.
 """
 import json
 import math
-import re
 import shlex
 import subprocess
 import tempfile
@@ -34,6 +33,7 @@ import twist
 from checkpoints import files
 from corpus.loader import UnitLoader
 from corpus.shards import UnitShards
+from evaluation.transcripts import word_errors, words_of
 from hubert_units import load_unit_encoder
 from kernels.packed import packed
 from pocket.recordings import QUIET_VOICE, Speech, split
@@ -216,21 +216,6 @@ def measure_vocoder(options):
 
 # ---------------------------------------------------------------------------------------------- words
 
-def words_of(text):
-    """Lower case, no punctuation."""
-    return re.sub(r"[^a-z0-9' ]", " ", text.lower().replace("-", " ")).split()
-
-
-def distance(said, heard):
-    """Words that must be changed, left out or put in: the edit distance of two lists."""
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(said, start=1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(heard, start=1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
-    return row[-1]
-
-
 def recognised(command, folder):
     """{stem: text} of the wav files in a folder."""
     done = subprocess.run([*shlex.split(command), str(folder)], capture_output=True, text=True)
@@ -265,7 +250,7 @@ def measure_words(options):
             reference = {i: words_of(speech.texts[i] or heard["original"].get(str(i), "")) for i in rows}
             total = sum(map(len, reference.values()))
             result[f"{folder}, against what was {group}"] = {"recordings": len(rows), "words": total} | {
-                way: sum(distance(reference[i], words_of(texts.get(str(i), ""))) for i in rows) / max(1, total)
+                way: sum(sum(word_errors(reference[i], words_of(texts.get(str(i), "")))) for i in rows) / max(1, total)
                 for way, texts in heard.items()}
     return {"tokenizer": options.tokenizer, "vocoder": options.vocoder, **result}
 

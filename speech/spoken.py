@@ -15,6 +15,7 @@ import torch
 
 from checkpoints import files
 from speech.audio import SAMPLE_RATE, soundfile, write_wav
+from speech.encoder import deduplicate
 
 FADE = 0.1  # seconds at the end of speech that is cut somewhere
 LONGEST = 1900  # characters of a comment: libsndfile reads no longer ones
@@ -26,6 +27,19 @@ def faded(wav):
     samples = min(len(wav), round(FADE * SAMPLE_RATE))
     end = wav[len(wav) - samples:] * (1 + torch.cos(torch.pi * torch.arange(1, samples + 1) / max(1, samples))) / 2
     return torch.cat([wav[:len(wav) - samples], end])
+
+
+def timed(units, runs, vocoder, dedup):
+    """How prompt and continuation are spoken in one pass, so that there is no seam -> units (T,), runs (T,).
+
+    Args: units: of both. runs: of the prompt alone, which keeps its own timing; the vocoder predicts that of the rest.
+        dedup: False for units of a model of frames, which has said how long each lasts: the runs are counted instead.
+    """
+    if not dedup:
+        return deduplicate(units)
+    timing = vocoder.durations(units).cpu()
+    timing[:len(runs)] = runs
+    return units, timing
 
 
 def record_of(source, options, names, spoken):

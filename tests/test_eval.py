@@ -19,7 +19,7 @@ import hubert_units as hubert_units
 import twist
 from conftest import RECIPE, TINY
 from corpus.shards import write_shards
-from evaluation import generation, likelihood, sets
+from evaluation import generation, likelihood, sets, transcripts
 from speech.encoder import BUDGET_SECONDS, deduplicate
 from training import distributed
 
@@ -691,7 +691,7 @@ def test_auto_bleu_and_distinct_by_hand():
 def test_transcripts_that_are_none_are_refused_by_line(tmp_path, text):
     (tmp_path / "x.tsv").write_text("ok\tfine\n" + text)
     with pytest.raises(ValueError, match="line 2"):
-        generation.read_transcripts(tmp_path / "x.tsv")
+        transcripts.read_transcripts(tmp_path / "x.tsv")
 
 
 # ---------------------------------------------------------------------------------------------- bad input

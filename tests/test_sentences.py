@@ -245,7 +245,9 @@ sample.SampleConfig --temperature=0 --top-k=5       # --top-k has no effect with
 hubert_units.UnitsConfig --fit-frames=9             # --fit-frames has no effect without --fit
 hubert_units.UnitsConfig --fit=9 --no-dedup         # --dedup has no effect with --fit=9
 eval.EvalConfig --task=ppl --ties=0                 # --ties has no effect with --task=ppl
-eval.EvalConfig --text-lm=x                         # --text-lm has no effect without --transcripts
+eval.EvalConfig --text-lm=x                         # --text-lm has no effect without --recognise or --transcripts
+eval.EvalConfig --recognise=x --task=ppl          # --recognise has no effect with --task=ppl
+eval.EvalConfig --transcripts=x --vocoder=x         # --vocoder has no effect without --recognise
 twist.TwistConfig --seed=3                          # --seed has no effect without --out
 train.TrainConfig --vocoder=x                       # --vocoder has no effect with --sample-interval=0
 train.TrainConfig --cooldown=0.5                    # --cooldown has no effect with --schedule=cosine
@@ -269,7 +271,7 @@ def test_every_number_has_a_range(module, name):
     for table in ("RANGES", "CHOICES", "ALONE", "NEEDS"):
         assert set(config.declared(options, table)) <= set(fields), table
     needed = [need.partition("=")[::2] for needs in config.declared(options, "NEEDS").values() for need in needs.split()]
-    for other, values in needed:  # and what is needed can be given
+    for other, values in ((each, values) for others, values in needed for each in others.split("|")):  # and that can be given
         assert other in fields and set(values.split("|")) <= {*config.declared(options, "CHOICES").get(other, values.split("|"))}
     for field in fields.values():
         if {int, float} & {field.type, *getattr(field.type, "__args__", ())}:
