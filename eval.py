@@ -33,7 +33,7 @@ from checkpoints.files import POCKET, find, find_model
 from checkpoints.recognise import recognise
 from corpus.extract import encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe, names_in
-from evaluation import generation, pairs, perplexity, reports, sets, transcripts
+from evaluation import generation, pairs, perplexity, reports, sets, speaking, transcripts
 from evaluation.likelihood import UnitCounts, log_probabilities
 from kernels.dtypes import DTYPES, free_memory, weights_dtype
 from kernels.packed import packed
@@ -79,17 +79,20 @@ class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     references: str | None = None  # generation: what was said in the documents, as --transcripts: word error of re-synthesis
     text_lm: str = "pocket"  # generation: text LM that scores transcripts without log-probabilities of their own
     text_tokenizer: str | None = None  # generation: its tokenizer.json, if not in its folder; the pocket's reads bytes
-    vocoder: str = "pocket"  # generation: speaks for --recognise: folder or weight file, `pocket`, or a known name
+    vocoder: str = "pocket"  # generation: speaks for --recognise and --page: folder or weight file, `pocket`, or a known name
     speaker: str | None = None  # generation: number or name of the voice, where the vocoder has several
     style: str | None = None  # generation: number or name of the speaking style, where the vocoder has several
+    page: str | None = None  # generation: a page to listen to in --out, index.html: beside (the wavs; --page alone) | inline
+    ALONE = {"page": "beside"}
     CHOICES = {"task": TASKS, "split": ("dev", "test"), "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"),
-               "score": ("whole", "ending"), "long": ("truncate", "slide")}
+               "score": ("whole", "ending"), "long": ("truncate", "slide"),
+               "page": ("beside", "inline")}
     NEEDS = {"split": "task=all|swuggy|sblimp"} | dict.fromkeys(
         ("voices", "norm", "ties", "score", "long"), "task=" + "|".join(("all", *sets.TASKS))) | dict.fromkeys(
-        ("prompts", "prompt_seconds", "max_new_units", "temperature", "transcripts", "recognise"),
+        ("prompts", "prompt_seconds", "max_new_units", "temperature", "transcripts", "recognise", "page"),
         "task=all|generation") | dict.fromkeys(("top_k", "top_p"), "task=all|generation temperature") | dict.fromkeys(
         ("references", "text_lm", "text_tokenizer"), "task=all|generation recognise|transcripts") | dict.fromkeys(
-        ("vocoder", "speaker", "style"), "task=all|generation recognise")
+        ("vocoder", "speaker", "style"), "task=all|generation recognise|page")
     RANGES = {"ties": (0, 1), "resamples": (100, 1_000_000), "workers": (0, 1000), "prompts": (1, config.MOST),
               "prompt_seconds": (config.ABOVE_0, 1e6), "max_new_units": (1, config.MOST), "top_k": (1, config.MOST),
               "top_p": (config.ABOVE_0, 1), "temperature": (0, 1e6)}
@@ -130,7 +133,11 @@ class Evaluation:
     """What all tasks share: options, processes, models, and what is loaded when it is first needed."""
 
     def __init__(self, options, dist):
-        self.options, self.dist = options, dist
+        self.options, self.dist, self.page = options, dist, None
+        if options.page and dist.is_main:
+            from pages.listening import Page  # nothing else needs it
+
+            self.page = Page(options.out, options.page)
         names = ["model"] + ["versus"] * bool(options.versus)
         parameters = sum(of_option(name, twist.count_parameters, getattr(options, name)) for name in names)
         free = min(dist.each(free_memory(dist.device, distributed.local_world(dist))))  # all processes take the same dtype
@@ -306,6 +313,9 @@ def main(argv=None):
         conventions = conventions_of(evaluation, {task.func for task in tasks})
         reports.write(options.out, sections, conventions, systems, options)
         print(reports.text_of(sections, conventions, systems))
+        if evaluation.page and evaluation.page.sections:
+            told = [(name, getattr(options, name)) for name in ("model", "versus", *speaking.SAMPLING, *speaking.VOICE)]
+            print(f"\nwrote {evaluation.page.write('Held-out speech, and how the models go on', told)}")
         if options.published:
             print("\n" + PUBLISHED.read_text())
         print(f"\nwrote {options.out}/result.json, result.csv")

@@ -13,7 +13,6 @@ prompt_0-2.wav.
 Defaults follow TWIST's demonstration (3 s of prompt, temperature 0.8, drawn among the 50 likeliest units).
 """
 import itertools
-import math
 import sys
 import time
 from contextlib import nullcontext
@@ -31,6 +30,7 @@ from kernels.dtypes import DTYPES, weights_dtype
 from kernels.packed import packed
 from model import generate
 from speech.audio import SAMPLE_RATE, read_wav
+from speech.encoder import deduplicate
 from speech.spoken import faded, record_of, timed, write_spoken
 from vocoder import load_vocoder
 
@@ -98,19 +98,6 @@ def fit_window(path, units, runs, options, slm, vocab, vocoder, notes):
     return units, runs, room
 
 
-@torch.no_grad()
-def surprisal(slm, vocab, units, runs):
-    """Bits that each of units (T,) costs the model after those before it: (T,), NaN for the first where nothing is before it.
-
-    A model of frames pays for a unit of runs (T,) frames in each of them.
-    """
-    frames = units if vocab.dedup else units.repeat_interleave(runs)
-    ids = vocab.encode(frames, bos=vocab.bos is not None).to(slm.wte.weight.device)
-    bits = -slm(ids[None, :-1])[0].float().log_softmax(dim=1).gather(1, ids[1:, None])[:, 0].cpu() / math.log(2)
-    bits = torch.cat([bits.new_full((len(frames) - len(bits),), math.nan), bits])
-    return bits if vocab.dedup else torch.stack([part.sum() for part in bits.split(runs.tolist())])
-
-
 def prompt_again(path, units, runs, options, seconds, vocoder):
     """What a page plays beside a continuation: the prompt as it was recorded, and spoken by the vocoder in its own timing."""
     original, total = read_wav(path), int(runs.sum()) * vocoder.config.code_hop_size
@@ -149,6 +136,8 @@ def continue_prompt(path, options, encoder, vocoder, slm, vocab, write=True, hea
     record = record_of(path, options, (*SAMPLING, *VOICE), itertools.chain(*said))
     if page is None:
         return write_spoken(options.out, wavs, record), new_units
+    from evaluation.likelihood import surprisal  # a page alone needs it
+
     prompt = (units, runs) if vocab.dedup else deduplicate(units)
     wavs |= prompt_again(path, *prompt, options, options.prompt_seconds, vocoder)
     files = write_spoken(options.out, wavs, record)

@@ -30,6 +30,7 @@ from evaluation import accuracy, reports, speaking, transcripts
 from evaluation.accuracy import Estimate
 from evaluation.speaking import HELD_OUT, ORIGINAL, WHOLE
 from model import generate
+from speech.audio import SAMPLE_RATE
 
 ROWS = 128  # prompts that are continued together
 
@@ -136,11 +137,8 @@ def describe_errors(name, said, references, options):
     return found
 
 
-def listen(evaluation, vocoder, folder, documents, sequences, prompt, references):
-    """Speak every system's units and have them recognised -> Transcripts, and a sentence about what was heard."""
-    options, originals = evaluation.options, not (Path(folder) / "meta.json").exists()  # recordings are at hand, not shards
-    whole = [document for document in documents if originals or document in references]
-    spoken = speaking.speak(evaluation, vocoder, documents, sequences, prompt, whole, originals)
+def listen(options, spoken):
+    """What is spoken is recognised -> Transcripts, and a sentence about what was heard."""
     texts = transcripts.recognise(options.recognise, [each.path for each in spoken], options.workers)
     found = [transcripts.Transcript(each.system, each.name, text) for each, text in zip(spoken, texts) if text is not None]
     lines = [json.dumps({"system": each.system, "name": each.name, "text": each.text}) + "\n" for each in found]
@@ -158,7 +156,9 @@ def run(evaluation, folder):
     if options.transcripts:  # what is wrong with them, and with all that follows here, shows before the work begins
         said = transcripts.read_transcripts(options.transcripts)
     if options.recognise:
-        vocoder, _ = evaluation.load_vocoder(), transcripts.parse_command(options.recognise)
+        transcripts.parse_command(options.recognise)
+    if options.recognise or options.page:
+        vocoder = evaluation.load_vocoder()
     if options.recognise or said and not said[0].scored:
         scorer = evaluation.text_scorer()
     if options.references and (options.recognise or said):
@@ -186,8 +186,13 @@ def run(evaluation, folder):
     if room < options.max_new_units:
         notes.append(f"at most {room} new units, not --max-new-units={options.max_new_units}: with the prompt they fill the "
                      f"window of {evaluation.window} ids")
+    if vocoder:
+        originals = not (Path(folder) / "meta.json").exists()  # recordings are at hand, not shards
+        whole = [document for document in documents if originals or document in references]
+        spoken = speaking.speak(evaluation, vocoder, documents, sequences, T, whole, originals)
+        speaking.show(evaluation, spoken, vocoder.config.code_hop_size / SAMPLE_RATE)
     if options.recognise:
-        said, notes[0] = listen(evaluation, vocoder, folder, documents, sequences, T, references)
+        said, notes[0] = listen(options, spoken)
     by_system = {system: [each for each in said if each.system == system] for system in dict.fromkeys(x.system for x in said)}
     if references:
         notes.append(f"--references has a text of {len(references.keys() & documents)} of the {len(documents)} documents"

@@ -11,6 +11,8 @@ The n-gram models are what a language model must beat. p(b | a) = (count(a b) + 
 
 Shapes: B sequences of a batch, T tokens, V vocabulary, K units.
 """
+import math
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -75,6 +77,19 @@ def log_probabilities(model, rows, dist, stride=None, budget=None, label="scorin
                          "its weights are damaged, or it needs --dtype=bfloat16 or float32")
     scored = np.split(scored, ends[1:-1])
     return [scored[i] for i in places]
+
+
+@torch.no_grad()
+def surprisal(model, vocab, units, runs):
+    """Bits that each of units (T,) costs a model after those before it: (T,), NaN for the first where nothing is before it.
+
+    They fit its window. A model of frames pays for a unit of runs (T,) frames in each of them.
+    """
+    frames = units if vocab.dedup else units.repeat_interleave(runs)
+    ids = vocab.encode(frames, bos=vocab.bos is not None).to(model.wte.weight.device)
+    bits = -model(ids[None, :-1])[0].float().log_softmax(dim=1).gather(1, ids[1:, None])[:, 0].cpu() / math.log(2)
+    bits = torch.cat([bits.new_full((len(frames) - len(bits),), math.nan), bits])
+    return bits if vocab.dedup else torch.stack([part.sum() for part in bits.split(runs.tolist())])
 
 
 class UnitCounts:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import config
+from evaluation.likelihood import surprisal
 from speech.audio import read_wav
 from speech.encoder import deduplicate
 from speech.spoken import faded, record_of, timed, write_spoken
@@ -59,3 +60,18 @@ def speak(evaluation, vocoder, documents, sequences, prompt, whole, originals):
                              record_of(source, options, told, (units, runs, len(wav))))
         found.append(Spoken(system, name, units, runs, given, path, len(wav)))
     return found
+
+
+def show(evaluation, spoken, frame):
+    """Put what is spoken on the evaluation's page, a document's systems together. frame: seconds.
+
+    The units of models, and of held-out speech, have what they cost a model beside them; held-out speech: the first model.
+    """
+    groups = {}
+    for each in spoken if evaluation.page else ():
+        lm = evaluation.lms.get("model" if each.system == HELD_OUT else each.system)
+        bits = surprisal(lm.model, lm.vocab, each.units, each.runs) if lm else None
+        groups.setdefault(each.name, []).append(
+            (each.system, read_wav(each.path), each.path, each.units, each.runs * frame, each.prompt, bits))
+    for name, clips in groups.items():
+        evaluation.page.add(name, clips)

@@ -17,11 +17,12 @@ import pytest
 import soundfile
 import torch
 
+import eval as evaluate
 import sample
 import twist
 import vocoder
 from corpus.shards import write_shards
-from evaluation.likelihood import log_probabilities
+from evaluation.likelihood import log_probabilities, surprisal
 from hubert_units import load_unit_encoder, speech_to_units
 from pages import clips, html, listening
 from speech.audio import read_wav
@@ -106,9 +107,9 @@ def test_a_model_of_frames_pays_for_a_unit_in_all_of_its_frames():
     slm, vocab = twist.load_speech_lm("pocket")
     units, runs = torch.tensor([3, 7, 3]), torch.tensor([2, 1, 3])
     frames = torch.tensor([3, 3, 7, 3, 3, 3])
-    each = sample.surprisal(slm, vocab, frames, torch.ones(6))
+    each = surprisal(slm, vocab, frames, torch.ones(6))
     vocab = dataclasses.replace(vocab, recipe={**vocab.recipe, "dedup": False})
-    torch.testing.assert_close(sample.surprisal(slm, vocab, units, runs),
+    torch.testing.assert_close(surprisal(slm, vocab, units, runs),
                                torch.stack([each[:2].sum(), each[2], each[3:].sum()]))
 
 
@@ -219,3 +220,12 @@ def test_a_picture_can_be_read_back():
     rows = np.frombuffer(zlib.decompress(found[b"IDAT"]), np.uint8).reshape(3, 5)
     assert struct.unpack(">II", found[b"IHDR"][:8]) == (4, 3) and not rows[:, 0].any()
     assert np.array_equal(rows[:, 1:], pixels) and found[b"PLTE"] == palette.numpy().tobytes() and b"IEND" in found
+
+
+def test_an_evaluation_shows_both_models_beside_what_follows(tmp_path):
+    evaluate.main(["--task=generation", "--prompts=2", "--max-new-units=12", "--versus=pocket", f"--out={tmp_path}", "--page"])
+    page = Elements((tmp_path / "index.html").read_text())
+    assert len(page.all("section")) == 2
+    assert page.all("audio", "src")[:3] == [f"spoken/{system}/story_20000000_val0.wav"
+                                            for system in ("model", "versus", "held-out_speech")]
+    assert all((tmp_path / source).is_file() for source in page.all("audio", "src")) and len(page.all("path", "d")) == 6
