@@ -67,11 +67,16 @@ def data_address(kind, content):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def sound(wav):
-    """Samples (S,) in [-1, 1] -> an address that holds them all: FLAC of 16 bits, which every browser plays, exact as a wav is."""
+def flac(wav):
+    """Samples (S,) in [-1, 1] -> bytes of a FLAC file of 16 bits, which every browser plays, exact as a wav is, without a comment."""
     out = io.BytesIO()
     soundfile.write(out, torch.as_tensor(wav).cpu().numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return data_address("audio/flac", out.getvalue())
+    return out.getvalue()
+
+
+def sound(wav):
+    """Samples (S,) in [-1, 1] -> an address that holds them all."""
+    return data_address("audio/flac", flac(wav))
 
 
 def player(source, label):

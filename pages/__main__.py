@@ -1,0 +1,16 @@
+"""Static pages made from the command line: python -m pages rate ..."""
+import sys
+
+import config
+from pages import rating
+
+
+def main(argv=None):
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] != ["rate"]:
+        raise ValueError("python -m pages rate --systems=NAME=FOLDER,...; --help after `rate` lists its options")
+    rating.main(words[1:])
+
+
+if __name__ == "__main__":
+    config.command(main)
