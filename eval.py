@@ -47,7 +47,7 @@ PUBLISHED = Path(__file__).parent / "evaluation/published.txt"
 @dataclass(frozen=True)
 class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     task: str = "all"  # all | ppl | swuggy | sblimp | sstorycloze | tstorycloze | salmon | pairs | generation | mmos
-    data: str | None = None  # folder or zip of evaluation sets; ppl, generation: unit shards, recordings; mmos: see pages; default the pocket's
+    data: str | None = None  # sets, folder or zip; ppl, generation: unit shards, recordings; mmos: ratings; default the pocket's
     versus: str | None = None  # a second speech LM of the same units: differences, with a paired test
     out: str = "runs/eval"  # folder for result.json, result.csv, scores of pairs, submission/; older ones: result-1.json, ...
     published: bool = False  # print published numbers and their conventions too

@@ -68,7 +68,7 @@ def data_address(kind, content):
 
 
 def flac(wav):
-    """Samples (S,) in [-1, 1] -> bytes of a FLAC file of 16 bits, which every browser plays, exact as a wav is, without a comment."""
+    """Samples (S,) in [-1, 1] -> bytes of a FLAC file of 16 bits without a comment: every browser plays it, exact as a wav is."""
     out = io.BytesIO()
     soundfile.write(out, torch.as_tensor(wav).cpu().numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return out.getvalue()

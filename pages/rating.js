@@ -45,23 +45,19 @@ const refresh = () => {
 const toggle = sound => {
   if (!sound.paused) return sound.pause();
   sounds.forEach(other => other.pause());
+  sound.from = sound.currentTime;
+  if (!sound.from) state.answers[state.now].plays[sounds.indexOf(sound)] += 1;
   sound.play().catch(refresh);
 };
 const player = (source, i) => {  // without the browser's own controls: they would let one skip to the end
   const sound = new Audio(source), row = document.createElement("div"), mine = state.answers[state.now];
-  let from = 0;
   sound.preload = "auto";
   sound.button = Object.assign(document.createElement("button"), {className: "play", id: `play-${"AB"[i]}`});
   sound.bar = Object.assign(document.createElement("progress"), {max: 1, value: 0});
   sound.bar.setAttribute("aria-label", "how much of it was played");
   sound.button.addEventListener("click", () => toggle(sound));
-  sound.addEventListener("play", () => {
-    from = sound.currentTime;
-    if (!from) mine.plays[i] += 1;
-    refresh();
-  });
   sound.addEventListener("pause", () => {
-    mine.seconds = Math.round(100 * (mine.seconds + sound.currentTime - from)) / 100;
+    mine.seconds = Math.round(100 * (mine.seconds + sound.currentTime - sound.from)) / 100;
     keep();
     refresh();
   });
@@ -71,7 +67,7 @@ const player = (source, i) => {  // without the browser's own controls: they wou
     keep();
     refresh();
   });
-  for (const event of ["timeupdate", "error"]) sound.addEventListener(event, refresh);
+  for (const event of ["play", "timeupdate", "error"]) sound.addEventListener(event, refresh);
   row.className = "player";
   row.append(sound.button, sound.bar, sound);
   at("players").append(row);

@@ -11,12 +11,9 @@ A page and its sounds say nothing of the systems: sounds are made anew, without 
 loudness, under codes; study.json alone knows them, and stays at home. docs/rating.md says what the paper had and what is ours.
 """
 import hashlib
-import itertools
 import json
-import math
 import random
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,24 +21,24 @@ import torch
 
 import config
 from checkpoints import files
+from evaluation.study import plan
 from pages import html
-from speech.audio import read_wav
+from speech.audio import SAMPLE_RATE, read_wav
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
 MADE = re.compile(r"(?:(_\d+)?_(?:resynth|original|continuation)|(_\d+))(?:-\d+)?$")  # what sample.py puts behind a prompt's name
 NUMBER = re.compile(r"_\d+$")
 LOUDEST = 0.99  # of a sample
-QUESTION = {"opinion": "How natural and meaningful is this speech?", "preference": "Which of the two is more natural and meaningful?"}
-ANSWERS = {  # the wording is ours
+QUESTION = {"opinion": "How natural and meaningful is this speech?",
+            "preference": "Which of the two is more natural and meaningful?"}
+ANSWERS = {  # this wording, and that of TOLD, is ours: the paper's was not at hand
     "opinion": {5: "wholly: a person could have said this, and it makes sense", 4: "mostly", 3: "partly", 2: "little",
                 1: "not at all: it sounds like no person, or makes no sense"},
     "preference": {"A": "A is better", "B": "B is better", "neither": "neither is better"}}
-TOLD = {"opinion": "You will hear short pieces of speech, one at a time. Judge two things together: does it sound like a person "
-                   "speaking, and does what is said make sense, from its beginning to its end? A piece may break off at its end; "
-                   "that does not count against it.",
-        "preference": "You will hear short pieces of speech in pairs, A and B, that begin alike. Judge two things together: which "
-                      "sounds more like a person speaking, and in which does what is said make more sense, to its end? A piece may "
-                      "break off at its end; that does not count against it."}
+TOLD = ("You will hear short pieces of speech, {}. Judge two things together: {} like a person speaking, and {} what is said "
+        "make {}sense, from its beginning to its end? A piece may break off at its end; that does not count against it.")
+HEARD = {"opinion": ("one at a time", "does it sound", "does", ""),
+         "preference": ("in pairs, A and B, that begin alike", "which sounds more", "in which does", "more ")}
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,12 @@ class RateConfig:
 # ---------------------------------------------------------------------------------------------- which recordings
 
 def folders_of(systems):
-    """NAME=FOLDER texts -> {name: folder}. Raises: ValueError for fewer than two, a name or a folder given twice, or no folder."""
+    """NAME=FOLDER texts -> {name: folder}. Raises: ValueError for fewer than two, what is given twice, and no folder."""
     pairs = [system.partition("=")[::2] for system in systems]
     found = {name.strip(): Path(folder).expanduser() for name, folder in pairs}
     if len(found) < 2 or len(found) < len(pairs) or len({folder.resolve() for folder in found.values()}) < len(found):
-        raise ValueError(f"--systems={','.join(systems)}: expected two systems or more, NAME=FOLDER,NAME=FOLDER, each with a name "
-                         "and a folder of its own")
+        raise ValueError(f"--systems={','.join(systems)}: expected two systems or more, NAME=FOLDER,NAME=FOLDER, each with a "
+                         "name and a folder of its own")
     for name, folder in found.items():
         if not name or not folder.is_dir():
             raise ValueError(f"--systems: {name}={folder} is no name with a folder of recordings; write NAME=FOLDER")
@@ -82,104 +79,22 @@ def match(folders):
     """{system: folder} -> {prompt: {system: path}}, and a sentence about what each system has that is not rated.
 
     A prompt is a name that every system has: the stem, without what sample.py puts behind it (_resynth, -2, ...). The number of a
-    continuation counts among systems that have one: a_0 meets a_0, a and a_resynth, but never a_1; a further a_1 is left out where
-    a system has but one recording of a.
+    continuation counts among systems that have one: a_0 meets a_0, a and a_resynth, never a_1; and where a system has but one
+    recording of a, a further a_1 is left out.
     """
-    found, left, prompts, used = {}, {}, {}, set()
+    found, everything, prompts, used = {}, {}, {}, set()
     for system, folder in folders.items():
-        left[system] = sorted((path for path in folder.rglob("*") if path.suffix.lower() in AUDIO and path.is_file()),
-                              key=lambda path: (len(path.stem), str(path)))
-        found[system] = {}
-        for path in left[system]:
-            found[system].setdefault(MADE.sub(r"\1\2", path.stem), path)
+        everything[system] = sorted((path for path in folder.rglob("*") if path.suffix.lower() in AUDIO and path.is_file()),
+                                    key=lambda path: (len(path.stem), str(path)))
+        found[system] = {MADE.sub(r"\1\2", path.stem): path for path in reversed(everything[system])}  # the first of a name
     for name in sorted(set().union(*found.values()), key=lambda name: (len(name), name)):
         paths = {system: named.get(name) or named.get(NUMBER.sub("", name)) for system, named in found.items()}
         if all(paths.values()) and not used & {*paths.values()}:
             prompts[name], used = paths, used | {*paths.values()}
-    notes = []
-    for system, paths in left.items():
-        names = [path.name for path in paths if path not in used]
-        if names:
-            notes.append(f"{system}: {len(names)} of {len(paths)} recordings are left out, which another system lacks, or which "
-                         f"are further ones of a prompt: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
-    return prompts, notes
-
-
-# ---------------------------------------------------------------------------------------------- who hears what
-
-def latin(raters, per_rater, prompts, treatments):
-    """Numbers (prompt, treatment) of each rater's clips, a list a rater: a Latin square that goes on as long as clips are needed.
-
-    Each prompt meets each treatment equally often, and so does each rater, to within one (a rater who hears a prompt more than
-    once: to within two). No rater has a prompt twice unless there are fewer prompts than clips, and no pair of both twice.
-    """
-    turns = treatments // math.gcd(prompts, treatments)  # laps over all prompts until they would meet the same treatments again
-    found = [[] for _ in range(raters)]
-    for k in range(raters * per_rater):
-        lap, at = divmod(k, prompts)
-        again = per_rater > prompts
-        found[k // per_rater].append((at if again else (at + lap // turns) % prompts,
-                                      (k + again * (lap % treatments // turns)) % treatments))
-    return found
-
-
-def spread(cells, rng):
-    """(prompt, treatment) cells in a random order: no prompt twice in a row, all treatments before one comes again, where possible."""
-    left, found = rng.sample(cells, len(cells)), []
-    while left:
-        prompts, treatments = (Counter(cell[i] for cell in left) for i in (0, 1))
-        free = [cell for cell in left if not found or cell[0] != found[-1][0]] or left
-        found.append(max(free, key=lambda cell: (prompts[cell[0]], treatments[cell[1]])))  # the first of equals, which is random
-        left.remove(found[-1])
-    return found
-
-
-def treatments_of(kind, systems):
-    """What is heard of one prompt: a system, or an ordered pair of them; all pairs come before the first is turned round."""
-    pairs = list(itertools.combinations(systems, 2))
-    return [(system,) for system in systems] if kind == "opinion" else pairs + [pair[::-1] for pair in pairs]
-
-
-def plan(options, systems, prompts):
-    """Items of every rater {rater: [item]}, and whether practice has prompts of its own.
-
-    An item: role (practice, rated, catch), prompt, heard: (system, whether it is turned into noise) of each sound; of a catch item
-    accept, the right answers, and perhaps ask, what the page asks for.
-    """
-    rng = random.Random(options.seed)
-    opinion, systems, prompts = options.kind == "opinion", rng.sample(systems, len(systems)), rng.sample(prompts, len(prompts))
-    treatments = treatments_of(options.kind, systems)
-    spare = max(options.practice, options.catch > 0)
-    apart = prompts[:spare] if len(prompts) >= options.per_rater + spare else []
-    rated = prompts[len(apart):]
-    if options.catch > options.per_rater or not 0 < options.per_rater <= len(rated) * len(treatments) or len(rated) < 2:
-        raise ValueError(f"--per-rater={options.per_rater}: expected at least --catch={options.catch} and, of {len(rated)} prompts "
-                         f"that all systems have (two at least), in {len(treatments)} ways, at most {len(rated) * len(treatments)}")
-    raters = {}
-    lists = latin(options.raters, options.per_rater, len(rated), len(treatments))
-    for number, cells in enumerate(rng.sample(lists, len(lists)), start=1):
-        order = [(rated[prompt], treatments[way]) for prompt, way in spread(cells, rng)]
-        items = [item("rated", prompt, way) for prompt, way in order]
-        asked = rng.sample((3, 4, 5) if opinion else ("A", "B"), 3 if opinion else 2)  # who answers all alike misses one of two
-        for c, at in reversed([*enumerate(sorted(rng.sample(range(1, len(order) + 1), options.catch)))]):
-            near = {prompt for prompt, _ in order[at - 1:at + 1]}
-            prompt, way = rng.choice(apart or [each for each in rated if each not in near] or rated), rng.choice(treatments)
-            if c % 2 == 0:
-                answer = asked[c // 2 % len(asked)]
-                items.insert(at, item("catch", prompt, way) | {"accept": [answer], "ask": answer})
-            elif opinion:
-                items.insert(at, item("catch", prompt, way, noise=0) | {"accept": [1, 2]})
-            else:
-                side = rng.randrange(2)
-                items.insert(at, item("catch", prompt, way[:1] * 2, noise=side) | {"accept": ["BA"[side]]})
-        first = apart or [prompt for prompt, _ in reversed(order)]  # else those that come last
-        raters[f"rater_{number:02d}"] = [item("practice", first[i % len(first)], treatments[(i + number) % len(treatments)])
-                                         for i in range(options.practice)] + items
-    return raters, bool(apart)
-
-
-def item(role, prompt, way, noise=None):
-    return {"role": role, "prompt": prompt, "heard": [(system, i == noise) for i, system in enumerate(way)]}
+    left = {system: [path.name for path in paths if path not in used] for system, paths in everything.items()}
+    return prompts, [f"{system}: {len(names)} of {len(everything[system])} recordings are left out, which another system lacks, "
+                     f"or which are further ones of a prompt: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+                     for system, names in left.items() if names]
 
 
 # ---------------------------------------------------------------------------------------------- sounds and pages
@@ -204,7 +119,7 @@ def body_of(kind, undecided, count):
                     for value, text in ANSWERS[kind].items() if undecided or value != "neither")
     listen = "Space plays and pauses" + ("" if kind == "opinion" else ", A and B play that one")
     return f"""<noscript><p>This page needs JavaScript, to note your answers. Nothing leaves your machine.</p></noscript>
-<section id="intro" hidden><p>{TOLD[kind]}</p>
+<section id="intro" hidden><p>{TOLD.format(*HEARD[kind])}</p>
 <p>Wear headphones, in a quiet room. There are {count}. An answer can be given once a piece was heard to its end; it may be heard
 again, and you can go back and change an answer. Now and then a sentence on the page asks for a certain answer: please follow it.
 The first ones are for practice and do not count.</p>
@@ -227,24 +142,24 @@ def main(argv=None):
     folders = folders_of(options.systems)
     prompts, notes = match(folders)
     raters, apart = plan(options, list(folders), list(prompts))
-    keys = sorted({(system, each["prompt"], noise) for items in raters.values() for each in items for system, noise in each["heard"]})
-    rng, out = random.Random(f"{options.seed} codes"), Path(options.out)
-    codes = dict(zip(keys, (f"{code:08x}" for code in rng.sample(range(2**32), len(keys)))))
-    sounds, clips = {}, {}
-    for key, code in config.progress(codes.items(), desc="sounds", unit="clip"):
-        system, prompt, noise = key
-        sounds[code] = html.flac(sound_of(prompts[prompt][system], noise, options.level, options.seed))
-        clips[code] = {"system": system, "prompt": prompt, "noise": noise, "sha256": hashlib.sha256(sounds[code]).hexdigest()}
+    heard = sorted({(system, each["prompt"], noise) for items in raters.values() for each in items
+                    for system, noise in each["heard"]})
+    codes = random.Random(f"{options.seed} codes").sample(range(2**32), len(heard))
+    codes, sounds, clips, out = {clip: f"{code:08x}" for clip, code in zip(heard, codes)}, {}, {}, Path(options.out)
+    for (system, prompt, noise), code in config.progress(codes.items(), desc="sounds", unit="clip"):
+        wav = sound_of(prompts[prompt][system], noise, options.level, options.seed)
+        sounds[code] = html.flac(wav)
+        clips[code] = {"system": system, "prompt": prompt, "noise": noise, "seconds": round(len(wav) / SAMPLE_RATE, 2),
+                       "sha256": hashlib.sha256(sounds[code]).hexdigest()}
     design = {rater: [{"role": each["role"], "clips": [codes[system, each["prompt"], noise] for system, noise in each["heard"]],
                        **{key: each[key] for key in ("accept", "ask") if key in each}} for each in items]
               for rater, items in raters.items()}
     study = {"kind": options.kind, "systems": list(folders), "prompts": list(prompts), "misses": options.catch_misses,
              "question": QUESTION[options.kind], "answers": ANSWERS[options.kind], "clips": clips, "raters": design}
-    name = hashlib.sha256(json.dumps(study).encode()).hexdigest()[:12]
-    text = json.dumps({"study": name, **study, "options": asdict(options)}, indent=1) + "\n"
-    known = out / "study.json"
+    name, known = hashlib.sha256(json.dumps(study).encode()).hexdigest()[:12], out / "study.json"
     if known.exists() and f'"study": "{name}"' not in known.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{known} is another study, which its raters' files belong to; give another --out")
+    files.write_text(known, json.dumps({"study": name, **study, "options": asdict(options)}, indent=1) + "\n")
     for code, content in sounds.items() if not options.inline else ():
         files.write_bytes(out / "sounds" / f"{code}.flac", content)
     for rater, items in design.items():
@@ -254,10 +169,11 @@ def main(argv=None):
                         for code in each["clips"]]} for each in items]}
         body = body_of(options.kind, options.undecided, f"{len(items)} {'pieces' if options.kind == 'opinion' else 'pairs'}")
         files.write_text(out / f"{rater}.html", html.document("How does it sound?", body, "rating", data))
-    files.write_text(known, text)
-    if not apart and options.practice:
-        notes.append("practice and catch clips are of prompts that are rated, too: for others, give more prompts than "
-                     f"{options.per_rater}, or lower --per-rater")
+    if not apart and options.practice + options.catch:
+        notes.append("practice and catch clips are of prompts that are rated, too, as there are no more prompts")
+    lasts = {system: [clip["seconds"] for clip in clips.values() if clip["system"] == system] for system in folders}
+    notes.append("seconds on average: " + ", ".join(f"{system} {sum(each) / len(each):.1f}"
+                                                    for system, each in lasts.items() if each))
     print("".join(f"{note}\n" for note in notes) + f"{len(raters)} pages, {options.per_rater} of {len(prompts)} prompts each: "
-          f"{out}/rater_01.html ...\nsend each rater one page" + (f" and {out}/sounds" if not options.inline else "")
+          f"{out}/rater_01.html ...\nsend each rater one page" + f" and {out}/sounds" * (not options.inline)
           + f", never study.json, which tells the systems; python eval.py --task=mmos --data={out} reads what comes back")
