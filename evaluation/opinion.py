@@ -8,7 +8,8 @@ replacement, independently; a rating counts as often as its rater times as often
 such means are too wide, since each rating's own noise enters three times (Owen 2007): so each resample is studentised by its own
 standard error, and quantiles of |t| make the interval, in which that excess cancels. The standard error is that of clustering in
 two ways: squared sums of deviations over raters, plus those over prompts, less those of single ratings (Cameron, Gelbach and
-Miller 2011). tests/test_opinion.py simulates what it covers.
+Miller 2011). As a difference of sums it may be far too small by chance, so it has a floor. tests/test_opinion.py
+simulates what the intervals cover.
 
 A difference takes raters and prompts as they are drawn, the same for both systems, so what is one rater's strictness or one
 prompt's ease cancels. Its p: signs of the difference are flipped at random for each rater, and for each prompt; the larger of the
@@ -28,6 +29,7 @@ from evaluation import accuracy, reports
 from evaluation.accuracy import Estimate
 from evaluation.study import read_answers, read_study, tabulate, trusted
 
+SHARE = 0.5  # of the variance by single ratings' own noise that no estimate falls below: 1 covered 98 to 99 %, 0 down to 90 %
 LEAST = 3  # raters, and prompts, that an interval is made of
 MOST_CELLS = 4_000_000  # of one array of resamples
 CONVENTIONS = ["intervals: 95 %, studentised bootstrap over raters and prompts (both drawn with replacement)",
@@ -39,37 +41,51 @@ CONVENTIONS = ["intervals: 95 %, studentised bootstrap over raters and prompts (
 
 # ---------------------------------------------------------------------------------------------- the maths
 
-def weighted(Y, signs, raters, prompts):
+def own_noise(Y):
+    """Y (K, R, I) less what systems, raters and prompts explain, one added to the other (least squares), NaN where Y is.
+
+    Scaled up, for the freedom that the fit takes, so that squares have the mean of the noise that single ratings have.
+    """
+    cells = np.argwhere(~np.isnan(Y))
+    columns = np.concatenate([np.eye(size)[cells[:, axis]] for axis, size in enumerate(Y.shape)], axis=1)
+    values = Y[tuple(cells.T)]
+    fitted, _, rank, _ = np.linalg.lstsq(columns, values, rcond=None)
+    found = np.full(Y.shape, np.nan)
+    found[tuple(cells.T)] = (values - columns @ fitted) * math.sqrt(len(cells) / max(1, len(cells) - rank))
+    return found
+
+
+def weighted(Y, noise, signs, raters, prompts):
     """Signed sum of the K means of Y (K, R, I) and its variance, (B,) each.
 
     raters (B, R), prompts (B, I): how often each counts.
     """
-    value, apart = 0, 0  # apart (B, R, I): how much each rating moves the value
-    for y, sign in zip(Y, signs):
+    value, apart, floor = 0, 0, 0  # apart (B, R, I): how much each rating moves the value
+    for y, own, sign in zip(Y, noise, signs):
         rated = ~np.isnan(y)
         count = ((raters @ rated) * prompts).sum(1)
         mean = ((raters @ np.where(rated, y, 0)) * prompts).sum(1) / count
         value = value + sign * mean
         apart = apart + sign * np.where(rated, y - mean[:, None, None], 0) / count[:, None, None]
+        floor = floor + np.einsum("ri,br,bi->b", np.where(rated, own, 0) ** 2, raters, prompts) / count ** 2
     by_rater = (raters * np.einsum("bri,bi->br", apart, prompts) ** 2).sum(1)
     by_prompt = (prompts * np.einsum("bri,br->bi", apart, raters) ** 2).sum(1)
     alone = np.einsum("bri,br,bi->b", apart ** 2, raters, prompts)
-    # the sum may fall below 0 by chance
-    return value, np.maximum(by_rater + by_prompt - alone, np.minimum(by_rater, by_prompt))
+    return value, np.maximum(by_rater + by_prompt - alone, SHARE * floor)  # by chance the sum may fall below 0
 
 
-def estimate(Y, signs=(1,), resamples=2000, seed=0, limits=(-np.inf, np.inf)):
+def estimate(Y, noise, signs=(1,), resamples=2000, seed=0, limits=(-np.inf, np.inf)):
     """Estimate of the signed sum of the K means of Y (K, R, I), NaN where nothing is rated: (1,) a mean, (1, -1) a difference.
 
-    limits: of the scale, within which the interval is cut. There is none for fewer than 3 raters or prompts, or where a system
-    has no rating (then no value, either).
+    noise: as own_noise gives it, of all systems together. limits: of the scale, within which the interval is cut. There is none
+    for fewer than 3 raters or prompts, or where a system has no rating (then no value, either).
     """
     rated = ~np.isnan(Y)
-    Y = Y[:, rated.any((0, 2))][:, :, rated.any((0, 1))]
+    Y, noise = (table[:, rated.any((0, 2))][:, :, rated.any((0, 1))] for table in (Y, noise))
     if not rated.any((1, 2)).all():
         return Estimate(None, None, None, int(rated.sum()))
     _, R, I = Y.shape
-    value, variance = (float(found[0]) for found in weighted(Y, signs, np.ones((1, R)), np.ones((1, I))))
+    value, variance = (float(found[0]) for found in weighted(Y, noise, signs, np.ones((1, R)), np.ones((1, I))))
     if min(R, I) < LEAST:
         return Estimate(value, None, None, int(rated.sum()))
     rng, step, found = np.random.default_rng(seed), max(1, MOST_CELLS // (R * I)), []
@@ -77,7 +93,7 @@ def estimate(Y, signs=(1,), resamples=2000, seed=0, limits=(-np.inf, np.inf)):
         for begin in range(0, resamples, step):
             size = min(step, resamples - begin)
             draws = (rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64) for n in (R, I))
-            values, variances = weighted(Y, signs, *draws)
+            values, variances = weighted(Y, noise, signs, *draws)
             found.append(np.abs(values - value) / np.sqrt(variances))
     t = np.concatenate(found)
     t = t[np.isfinite(t)]  # others drew a single rater, or a system not at all
@@ -126,12 +142,12 @@ def alpha(values):
 def preferences(names, Y, how):
     """Rows of a preference study, one a pair, and a sentence on each. how: resamples and seed."""
     rows, notes = [], []
-    for (ours, theirs), y in zip(names, Y):
+    for (ours, theirs), y, noise in zip(names, Y, own_noise(Y)):
         counted = [int(np.count_nonzero(y == value)) for value in (1, 0, 0.5)]
         with np.errstate(invalid="ignore"):
             mean = np.where(np.isnan(y), 0, y).sum(0) / (~np.isnan(y)).sum(0)
         wins, losses = np.count_nonzero(mean > 0.5), np.count_nonzero(mean < 0.5)
-        share = replace(estimate(y[None], (1,), *how, (0, 1)), p=sign_test(wins, losses))
+        share = replace(estimate(y[None], noise[None], (1,), *how, (0, 1)), p=sign_test(wins, losses))
         rows.append(reports.row("preference", f"{ours} over {theirs}", "share of wins", "neither: half", share))
         notes.append(f"{ours} over {theirs}: won {counted[0]}, lost {counted[1]}, neither {counted[2]}; "
                      f"of prompts won {wins}, lost {losses}")
@@ -140,11 +156,12 @@ def preferences(names, Y, how):
 
 def opinions(names, Y, how):
     """Rows of an opinion study: one a system, and one a pair of them. how: resamples and seed."""
-    rows = [reports.row("mmos", "all prompts", name, "opinion, 1 to 5", estimate(y[None], (1,), *how, (1, 5)))
-            for name, y in zip(names, Y)]
-    pairs = [(Y[[i, j]], f"{names[i]} - {names[j]}") for i, j in itertools.combinations(range(len(names)), 2)]
-    apart = [(name, replace(estimate(both, (1, -1), *how), p=flipped(both, how[1]))) for both, name in pairs]
-    return rows, [reports.row("mmos", name, "difference", "points", found) for name, found in apart]
+    noise, pairs = own_noise(Y), [[i, j] for i, j in itertools.combinations(range(len(names)), 2)]
+    rows = [reports.row("mmos", "all prompts", name, "opinion, 1 to 5", estimate(Y[[k]], noise[[k]], (1,), *how, (1, 5)))
+            for k, name in enumerate(names)]
+    apart = [replace(estimate(Y[pair], noise[pair], (1, -1), *how), p=flipped(Y[pair], how[1])) for pair in pairs]
+    return rows, [reports.row("mmos", f"{names[i]} - {names[j]}", "difference", "points", found)
+                  for (i, j), found in zip(pairs, apart)]
 
 
 def run(options):

@@ -3,9 +3,8 @@
 const {study, rater, kind, items} = JSON.parse(document.getElementById("data").textContent);
 const at = id => document.getElementById(id);
 const key = `rating ${study} ${rater}`, radios = [...document.querySelectorAll("#scale input")];
-const fresh = () => ({began: null, now: 0, answers: items.map(item => ({
-  answer: null, plays: item.sounds.map(() => 0), heard: item.sounds.map(() => false), seconds: 0, changes: 0, time: null}))});
-let state = fresh(), sounds = [], place = "intro";
+let sounds = [], place = "intro", state = {began: null, now: 0, answers: items.map(item => ({
+  answer: null, plays: item.sounds.map(() => 0), heard: item.sounds.map(() => false), seconds: 0, changes: 0, time: null}))};
 
 const keep = () => {
   try {
@@ -87,10 +86,6 @@ const go = number => {
   refresh();
   at("progress").focus();
 };
-const next = () => {
-  if (at("next").disabled) return;
-  if (state.now + 1 < items.length) go(state.now + 1); else finish();
-};
 const choose = radio => {
   const mine = state.answers[state.now];
   if (!ready()) return refresh();
@@ -112,9 +107,9 @@ const crc32 = text => {  // of ASCII, as in zip files
 const result = () => {
   const answers = state.answers.flatMap(({answer, plays, seconds, changes, time}, position) => answer === null ? [] :
     [{position, clips: items[position].clips, answer, plays, seconds, changes, time}]);
-  const told = answers.map(each => ` ${each.position}:${each.clips.join("+")}=${each.answer}`).join("");
-  return JSON.stringify({study, rater, began: state.began, complete: answers.length === items.length, answers,
-                         check: crc32(study + " " + rater + told)}, null, 1);
+  const told = answers.map(each => ` ${each.position}:${each.clips.join("+")}=${each.answer}`).join(""), {began} = state;
+  const check = crc32(study + " " + rater + told);
+  return JSON.stringify({study, rater, began, complete: answers.length === items.length, answers, check}, null, 1);
 };
 const finish = () => {
   show("finish");
@@ -129,7 +124,7 @@ at("start").addEventListener("click", () => {
   go(state.now);
 });
 at("back").addEventListener("click", () => go(state.now - 1));
-at("next").addEventListener("click", next);
+at("next").addEventListener("click", () => state.now + 1 < items.length ? go(state.now + 1) : finish());
 at("stop").addEventListener("click", finish);
 at("review").addEventListener("click", () => go(state.now));
 at("download").addEventListener("click", () => {
@@ -147,7 +142,7 @@ document.addEventListener("keydown", event => {
   if (digit) choose(digit);
   else if (event.key === " " && !onButton) {
     toggle(sounds.find(sound => !sound.paused) ?? sounds[Math.max(0, heard.indexOf(false))]);
-  } else if (event.key === "Enter" && !onButton) next();
+  } else if (event.key === "Enter" && !onButton) at("next").click();
   else if (side >= 0) toggle(sounds[side]);
   else return;
   event.preventDefault();
