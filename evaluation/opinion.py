@@ -8,8 +8,8 @@ replacement, independently; a rating counts as often as its rater times as often
 such means are too wide, since each rating's own noise enters three times (Owen 2007): so each resample is studentised by its own
 standard error, and quantiles of |t| make the interval, in which that excess cancels. The standard error is that of clustering in
 two ways: squared sums of deviations over raters, plus those over prompts, less those of single ratings (Cameron, Gelbach and
-Miller 2011). As a difference of sums it may be far too small by chance, so it has a floor. tests/test_opinion.py
-simulates what the intervals cover.
+Miller 2011). As a difference of sums it may be far too small by chance, so it has a floor. tests/test_opinion.py simulates what
+the intervals cover.
 
 A difference takes raters and prompts as they are drawn, the same for both systems, so what is one rater's strictness or one
 prompt's ease cancels. Its p: signs of the difference are flipped at random for each rater, and for each prompt; the larger of the
@@ -29,7 +29,7 @@ from evaluation import accuracy, reports
 from evaluation.accuracy import Estimate
 from evaluation.study import read_answers, read_study, tabulate, trusted
 
-SHARE = 0.5  # of the variance by single ratings' own noise that no estimate falls below: 1 covered 98 to 99 %, 0 down to 90 %
+SHARE = 0.5  # of the variance by single ratings' own noise, the floor of every estimate; simulated, 1 covers up to 99 %, 0 but 82
 LEAST = 3  # raters, and prompts, that an interval is made of
 MOST_CELLS = 4_000_000  # of one array of resamples
 CONVENTIONS = ["intervals: 95 %, studentised bootstrap over raters and prompts (both drawn with replacement)",
