@@ -7,9 +7,9 @@ from pages import rating
 
 def main(argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] != ["rate"]:
-        raise ValueError("python -m pages rate --systems=NAME=FOLDER,...; --help after `rate` lists its options")
-    rating.main(words[1:])
+    if words[:1] != ["rate"] and not {"--help", "-h"} & {*words}:
+        raise ValueError("expected python -m pages rate --systems=NAME=FOLDER,...; --help lists its options")
+    rating.main(words[words[:1] == ["rate"]:])
 
 
 if __name__ == "__main__":

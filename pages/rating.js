@@ -10,7 +10,7 @@ const keep = () => {
   try {
     localStorage.setItem(key, JSON.stringify(state));
   } catch {
-    at("storage").textContent = "This browser keeps nothing for this page: answer in one go, and do not close it before the file is saved.";
+    at("storage").textContent = "This browser keeps nothing for this page: do not close it before the file is saved.";
   }
 };
 try {
@@ -49,8 +49,8 @@ const toggle = sound => {
   sound.play().catch(refresh);
 };
 const player = (source, i) => {  // without the browser's own controls: they would let one skip to the end
-  const sound = new Audio(source), row = document.createElement("div"), mine = state.answers[state.now];
-  sound.preload = "auto";
+  const mine = state.answers[state.now], row = document.createElement("div");
+  const sound = Object.assign(new Audio(source), {preload: "auto"});
   sound.button = Object.assign(document.createElement("button"), {className: "play", id: `play-${"AB"[i]}`});
   sound.bar = Object.assign(document.createElement("progress"), {max: 1, value: 0});
   sound.bar.setAttribute("aria-label", "how much of it was played");
@@ -79,7 +79,7 @@ const go = number => {
   at("progress").textContent = item.practice ? `Practice ${number + 1} of ${practice}` :
     `${number + 1 - practice} of ${items.length - practice}`;
   at("ask").hidden = item.ask === null;
-  at("ask").textContent = item.ask === null ? "" : `Whatever you hear, please answer ${item.ask} here.`;
+  at("ask").textContent = `Whatever you hear, please answer ${item.ask} here.`;
   at("players").replaceChildren();
   sounds = item.sounds.map(player);
   keep();
@@ -137,12 +137,11 @@ at("download").addEventListener("click", () => {
 radios.forEach(radio => radio.addEventListener("change", () => choose(radio)));
 document.addEventListener("keydown", event => {
   if (place !== "trial" || event.ctrlKey || event.altKey || event.metaKey) return;
-  const onButton = event.target.tagName === "BUTTON", digit = document.querySelector(`#scale input[data-key="${CSS.escape(event.key)}"]`);
-  const side = sounds.length > 1 ? "ab".indexOf(event.key.toLowerCase()) : -1, heard = state.answers[state.now].heard;
+  const onButton = event.target.tagName === "BUTTON", digit = radios.find(radio => radio.dataset.key === event.key);
+  const side = sounds.length > 1 ? "ab".indexOf(event.key.toLowerCase()) : -1, next = state.answers[state.now].heard.indexOf(false);
   if (digit) choose(digit);
-  else if (event.key === " " && !onButton) {
-    toggle(sounds.find(sound => !sound.paused) ?? sounds[Math.max(0, heard.indexOf(false))]);
-  } else if (event.key === "Enter" && !onButton) at("next").click();
+  else if (event.key === " " && !onButton) toggle(sounds.find(sound => !sound.paused) ?? sounds[Math.max(0, next)]);
+  else if (event.key === "Enter" && !onButton) at("next").click();
   else if (side >= 0) toggle(sounds[side]);
   else return;
   event.preventDefault();
