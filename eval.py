@@ -8,6 +8,7 @@
     python eval.py --task=sblimp --data=sLM21-dataset --model=TWIST-350M --tokenizer=mhubert-base-25hz --train-data=units/train
     python eval.py --task=sstorycloze --data=sSC.zip --model=runs/mine/model --versus=runs/cold/model
     python eval.py --task=generation --recognise="python hear.py"          # what a recogniser of yours hears, docs/evaluation.md
+    python eval.py --task=mmos --data=ratings                             # what raters of python -m pages rate answered
     torchrun --nproc-per-node=8 eval.py --task=all --data=benchmarks/ ...  # encoding and scoring divided over the processes
 
 What --data may hold: see the head of evaluation/sets.py; for ppl and generation it is a folder of unit shards or recordings.
@@ -33,7 +34,7 @@ from checkpoints.files import POCKET, find, find_model
 from checkpoints.recognise import recognise
 from corpus.extract import encode_files, find_audio
 from corpus.shards import UnitShards, check_recipe, names_in
-from evaluation import generation, pairs, perplexity, reports, sets, speaking, transcripts
+from evaluation import generation, opinion, pairs, perplexity, reports, sets, speaking, transcripts
 from evaluation.likelihood import UnitCounts, log_probabilities
 from kernels.dtypes import DTYPES, free_memory, weights_dtype
 from kernels.packed import packed
@@ -41,15 +42,15 @@ from speech.encoder import BUDGET_SECONDS
 from training import distributed
 from vocoder import load_vocoder
 
-TASKS = ("all", "ppl", *sets.TASKS, "generation")
+TASKS = ("all", "ppl", *sets.TASKS, "generation", "mmos")
 POCKET_BENCHMARKS = POCKET / "benchmarks"
 PUBLISHED = Path(__file__).parent / "evaluation/published.txt"
 
 
 @dataclass(frozen=True)
 class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
-    task: str = "all"  # all | ppl | swuggy | sblimp | sstorycloze | tstorycloze | salmon | pairs | generation
-    data: str | None = None  # folder or zip of evaluation sets; ppl, generation: unit shards or recordings; default the pocket's
+    task: str = "all"  # all | ppl | swuggy | sblimp | sstorycloze | tstorycloze | salmon | pairs | generation | mmos
+    data: str | None = None  # sets, folder or zip; ppl, generation: unit shards, recordings; mmos: ratings; default the pocket's
     versus: str | None = None  # a second speech LM of the same units: differences, with a paired test
     out: str = "runs/eval"  # folder for result.json, result.csv, scores of pairs, submission/; older ones: result-1.json, ...
     published: bool = False  # print published numbers and their conventions too
@@ -298,8 +299,18 @@ def tasks_of(evaluation):
     return found
 
 
+def report(sections, conventions, systems, options):
+    reports.write(options.out, sections, conventions, systems, options)
+    print(reports.text_of(sections, conventions, systems))
+    if options.published:
+        print("\n" + PUBLISHED.read_text())
+    print(f"\nwrote {options.out}/result.json, result.csv")
+
+
 def main(argv=None):
     options = config.load(EvalConfig, argv)
+    if options.task == "mmos":  # of listeners, no model is asked
+        return report(opinion.run(options), opinion.CONVENTIONS, {}, options)
     dist = distributed.setup(options.device, timedelta(days=30))  # encoding may take one process longer than another
     evaluation = Evaluation(options, dist)
     if dist.is_main:
@@ -311,14 +322,10 @@ def main(argv=None):
                    for system, lm in evaluation.lms.items()}
         reports.label(sections, systems, evaluation.weights)
         conventions = conventions_of(evaluation, {task.func for task in tasks})
-        reports.write(options.out, sections, conventions, systems, options)
-        print(reports.text_of(sections, conventions, systems))
+        report(sections, conventions, systems, options)
         if evaluation.page and evaluation.page.sections:
             told = [(name, getattr(options, name)) for name in ("model", "versus", *speaking.SAMPLING, *speaking.VOICE)]
-            print(f"\nwrote {evaluation.page.write('Held-out speech, and how the models go on', told)}")
-        if options.published:
-            print("\n" + PUBLISHED.read_text())
-        print(f"\nwrote {options.out}/result.json, result.csv")
+            print(f"wrote {evaluation.page.write('Held-out speech, and how the models go on', told)}")
     dist.barrier()
     distributed.leave()
 

@@ -1,17 +1,19 @@
-"""Pages of what is there already: of a run, and of several side by side.
+"""Pages of what is there already: of a run, of several side by side, of speech for raters.
 
     runs/NAME --runs.read--> Run --> report.html;  several --> compared.html, beside them
 
     python -m pages runs/mine                                   # runs/mine/report.html, as train.py keeps it
     python -m pages runs/twist runs/cold                        # runs/compared.html: curves, differences, options that differ
     python -m pages runs/twist runs/cold --out=comparison.html
+    python -m pages rate --systems=twist=DIR,cold=DIR           # a page for each rater: rating.py
 """
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from pages import runs
+from pages import rating, runs
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class PagesConfig:
 
 
 def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["rate"]:
+        return rating.main(argv[1:])
     options = config.load(PagesConfig, argv, positional="runs")
     if not options.runs:
         raise ValueError("no run given: python -m pages runs/mine")

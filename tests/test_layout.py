@@ -33,7 +33,7 @@ IMPORTS = {
     "twist": ("model", "checkpoints", "config"),
     "training": ("twist", "model", "checkpoints", "kernels", "config"),
     "evaluation": ("model", "speech", "checkpoints", "kernels", "config"),
-    "pages": ("speech", "corpus", "checkpoints", "config"),
+    "pages": ("speech", "corpus", "evaluation", "checkpoints", "config"),
     "hubert_units": ("pages", "speech", "corpus", "checkpoints", "training", "kernels", "config"),
     "vocoder": ("pages", "speech", "corpus", "checkpoints", "config"),
     "sample": ("twist", "model", "hubert_units", "vocoder", "evaluation", "pages", "speech", "corpus", "kernels", "config"),
@@ -46,8 +46,8 @@ IMPORTS = {
               "checkpoints", "config"),
 }
 # 80 until scripts checked updates of real batches, and bench the vocoder; 81 until eval spoke what it measures, the factory
-# counted the errors of words as it does, and there were pages to look at, which stand on four rooms and under the chapters.
-MOST_ROOMS, MOST_ARROWS = 22, 94
+# counted the errors of words as it does, and there were pages to look at, which stand on five rooms and under the chapters.
+MOST_ROOMS, MOST_ARROWS = 22, 95
 # Lines at most. A chapter gets an option and one call; the work stands in a room. Tests and pocket/stories.py are exempt.
 # Chapters and core had 9,000 until they read audio to its real end (speech/containers.py), recognised what is no model, added to
 # folders instead of replacing them, checked what is resumed, and gave every option its range; 10,700 until names of millions of
@@ -241,14 +241,14 @@ FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 @functools.cache
 def options_of(module):
     """Options of `python -m module`, as written on a command line: those of the dataclass that it loads, or of its parser."""
-    path = ROOT / (module.replace(".", "/") + ".py")
-    if not path.exists():
-        module, path = f"{module}.__main__", path.with_suffix("") / "__main__.py"
-    text = path.read_text()
-    names = {name.lstrip("-") for name in re.findall(r"add_argument\(\"(--[\w-]+)", text)} | {"help"}
-    for name in re.findall(r"config\.load\((\w+)", text):
-        for field in dataclasses.fields(getattr(importlib.import_module(module), name)):
-            names |= {field.name.replace("_", "-")} | ({f"no-{field.name.replace('_', '-')}"} if field.type is bool else set())
+    path, names = ROOT / (module.replace(".", "/") + ".py"), {"help"}
+    for part in [path] if path.exists() else sorted(path.with_suffix("").glob("*.py")):  # a room's may stand in any of its files
+        text = part.read_text()
+        names |= {name.lstrip("-") for name in re.findall(r"add_argument\(\"(--[\w-]+)", text)}
+        for name in re.findall(r"config\.load\((\w+)", text):
+            for field in dataclasses.fields(getattr(importlib.import_module(relative(part)[:-3].replace("/", ".")), name)):
+                option = field.name.replace("_", "-")
+                names |= {option} | ({f"no-{option}"} if field.type is bool else set())
     return names
 
 
