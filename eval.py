@@ -83,7 +83,7 @@ class EvalConfig(hubert_units.TokenizerOptions, twist.SpeechLMOptions):
     vocoder: str = "pocket"  # generation: speaks for --recognise and --page: folder or weight file, `pocket`, or a known name
     speaker: str | None = None  # generation: number or name of the voice, where the vocoder has several
     style: str | None = None  # generation: number or name of the speaking style, where the vocoder has several
-    page: str | None = None  # generation: a page to listen to in --out, index.html: beside (the wavs; --page alone) | inline
+    page: str | None = None  # generation: also a page to listen to, index.html: beside (the wavs; --page alone) | inline
     ALONE = {"page": "beside"}
     CHOICES = {"task": TASKS, "split": ("dev", "test"), "norm": ("mean", "sum"), "bos": ("auto", "yes", "no"),
                "score": ("whole", "ending"), "long": ("truncate", "slide"),

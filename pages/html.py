@@ -68,7 +68,7 @@ def data_address(kind, content):
 
 
 def flac(wav):
-    """Samples (S,) in [-1, 1] -> bytes of a FLAC file of 16 bits without a comment, exact as the wav is, known to every browser."""
+    """Samples (S,) in [-1, 1] -> a FLAC file of 16 bits without a comment: exact as a wav of them, and known to every browser."""
     whole_numbers, rate = soundfile.read(io.BytesIO(wav_bytes(wav)), dtype="int16")
     out = io.BytesIO()
     soundfile.write(out, whole_numbers, rate, format="FLAC")

@@ -26,7 +26,7 @@ from pages import html
 from speech.audio import SAMPLE_RATE, read_wav
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
-MADE = re.compile(r"(?:(_\d+)?_(?:resynth|original|continuation)|(_\d+))(?:-\d+)?$")  # what sample.py puts behind a prompt's name
+MADE = re.compile(r"(?:(_\d+)?_(?:resynth|respoken|original|continuation)|(_\d+))(?:-\d+)?$")  # what sample.py adds
 NUMBER = re.compile(r"_\d+$")
 LOUDEST = 0.99  # of a sample
 QUESTION = {"opinion": "How natural and meaningful is this speech?",

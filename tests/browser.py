@@ -73,8 +73,7 @@ class Browser:
             page.call(f"{domain}.enable")
         page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        page.call("Page.navigate", url=Path(path).resolve().as_uri())
-        page.wait("document.readyState === 'complete'")
+        page.go(path)
         return page
 
 
@@ -84,6 +83,11 @@ class Page:
 
     def call(self, method, **arguments):
         return self.browser.call(method, self.session, **arguments)
+
+    def go(self, path):
+        self.value("window.left = true")
+        self.call("Page.navigate", url=Path(path).resolve().as_uri())
+        self.wait("!window.left && document.readyState === 'complete'")
 
     def value(self, expression):
         """What a JavaScript expression gives, promises awaited, as if the user had asked for it."""

@@ -247,7 +247,7 @@ hubert_units.UnitsConfig --fit=9 --no-dedup         # --dedup has no effect with
 eval.EvalConfig --task=ppl --ties=0                 # --ties has no effect with --task=ppl
 eval.EvalConfig --text-lm=x                         # --text-lm has no effect without --recognise or --transcripts
 eval.EvalConfig --recognise=x --task=ppl          # --recognise has no effect with --task=ppl
-eval.EvalConfig --transcripts=x --vocoder=x         # --vocoder has no effect without --recognise
+eval.EvalConfig --transcripts=x --vocoder=x         # --vocoder has no effect without --recognise or --page
 twist.TwistConfig --seed=3                          # --seed has no effect without --out
 train.TrainConfig --vocoder=x                       # --vocoder has no effect with --sample-interval=0
 train.TrainConfig --cooldown=0.5                    # --cooldown has no effect with --schedule=cosine
@@ -272,7 +272,8 @@ def test_every_number_has_a_range(module, name):
         assert set(config.declared(options, table)) <= set(fields), table
     needed = [need.partition("=")[::2] for needs in config.declared(options, "NEEDS").values() for need in needs.split()]
     for other, values in ((each, values) for others, values in needed for each in others.split("|")):  # and that can be given
-        assert other in fields and set(values.split("|")) <= {*config.declared(options, "CHOICES").get(other, values.split("|"))}
+        choices = config.declared(options, "CHOICES").get(other, ()) if values else ()  # without values: that it is set
+        assert other in fields and (not choices or set(values.split("|")) <= {*choices})
     for field in fields.values():
         if {int, float} & {field.type, *getattr(field.type, "__args__", ())}:
             shown = f"--{field.name.replace('_', '-')}"
