@@ -55,6 +55,12 @@ def test_players_load_and_play(browser, listening_page):
     assert quiet(page)
 
 
+def test_the_page_in_the_repository_plays(browser):
+    page = browser.open(PROMPT.parent.parent / "docs/listen/index.html")
+    page.wait(LOADED)
+    assert page.value("document.querySelectorAll('audio').length") == 8 and quiet(page)
+
+
 def test_a_unit_is_heard_when_it_is_clicked_and_keys_step_through_them(browser, listening_page):
     page = browser.open(listening_page)
     page.wait(LOADED)
