@@ -1,0 +1,50 @@
+"""The paper's claims in miniature, each a command:
+
+    python -m experiments real --smollm2=FOLDER         # units of people's speech, text LMs that others trained
+    python -m experiments starts                        # TWIST, shuffled and cold starts at three budgets; hours on two cores
+    python -m experiments starts --plan                 # how many runs are left, and how long they will take
+    python -m experiments starts --budget=small         # the same in minutes, to see that it works; its numbers mean nothing
+    python -m experiments report                        # results/paper/README.md: a verdict, an interval, a figure for each
+
+What is compared, and over which seeds, stands in declared.py; the rule of a verdict in statistics.py. Runs that are done are not
+repeated, interrupted ones go on; their lines of JSON are kept in results/paper, their logs in --runs.
+"""
+from dataclasses import dataclass
+
+import config
+from experiments import declared, report, runner
+
+
+@dataclass(frozen=True)
+class ExperimentsConfig:
+    names: tuple[str, ...] = ()  # experiments to run, in order, or `report`
+    runs: str = "runs/experiments"  # folder of the runs and of what they are made of
+    out: str = "results/paper"  # folder of the lines of finished runs and of the report
+    seeds: int | None = None  # of each arm; none: as declared
+    budget: str = "pocket"  # pocket | small: a few updates of everything, kept in --runs
+    parallel: int = 2  # runs at a time; the processor's threads are divided among them
+    minutes: float = 0.0  # no run is begun after so many; 0: all are
+    plan: bool = False  # say what is left to do and how long it will take, and stop
+    CHOICES = {"budget": ("pocket", "small")}
+    RANGES = {"seeds": (1, 1000), "parallel": (1, 1024), "minutes": (0, 1e6)}
+
+
+def main(argv=None):
+    options = config.load(ExperimentsConfig, argv, positional="names")
+    known = declared.EXPERIMENTS
+    if not options.names:
+        raise ValueError(f"no experiment given: one of {', '.join(known)}, or report")
+    for name in options.names:
+        if name != "report" and name not in known:
+            raise ValueError(f"no experiment {name!r}: expected one of {', '.join(known)}, or report")
+    for name in options.names:
+        if name == "report":
+            print(report.write(options.out))
+        else:
+            print(f"{name}: {known[name].question}")
+            lines = runner.work(name, known[name], options)
+            print(report.text_of(name, known[name], lines))
+
+
+if __name__ == "__main__":
+    config.command(main)

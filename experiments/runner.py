@@ -1,0 +1,237 @@
+"""Runs what a declaration asks for: train.py and eval.py in processes of their own, each run once, its summary a line of JSON.
+
+    Experiment --every rate on seed 0--> best rate of each arm --other seeds at it--> NAME.jsonl
+               --what their options name is made first--> data, text LMs (Material)
+
+A line says all that is needed later: arm, cell, seed, rate, options, the curve of validation, scores, seconds, processor. A run
+whose line is there is not made again; one that was interrupted goes on from its last state. Of a finished run the log stays in
+the run folder, and no weights.
+"""
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import config
+
+ROOT = Path(__file__).parent.parent
+STATES = 4  # resumable states in a run
+TUNED = 0  # the seed that rates are tuned on
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A claim: arm `better` of a cell ends below arm `worse` of a cell (loss), or above it (any other measure)."""
+
+    better: tuple[str, str]  # (cell, arm)
+    worse: tuple[str, str]
+    measure: str = "loss"  # or a task of eval.py
+    share: bool = False  # also the updates after which `better` reaches the final loss of `worse`
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A declaration. Options are those of train.py, as text; {name} in one is what material[name](folder) returns."""
+
+    question: str  # one sentence
+    published: str  # what the paper says, with its status
+    arms: dict  # {name: options}
+    contrasts: tuple  # of Contrasts, the first being the claim
+    cells: dict = field(default_factory=lambda: {"": {}})  # {levels of the factors: options}
+    options: dict = field(default_factory=dict)  # of all runs
+    small: dict = field(default_factory=dict)  # of all runs with --budget=small, over the others
+    rates: dict = field(default_factory=lambda: {"": ("2e-3",)})  # {cell: peak rates that are tried}; "": of all others
+    seeds: dict = field(default_factory=lambda: {"": 5})  # {cell: how many}; "": of all others
+    tasks: tuple = ()  # of eval.py, for every run
+    material: dict = field(default_factory=dict)  # {name: function: folder -> path}, each called when a run needs it
+    seconds: float = 120.0  # of a run, before one was timed
+
+    def of(self, table, cell):
+        return getattr(self, table).get(cell, getattr(self, table).get(""))
+
+
+@dataclass(frozen=True)
+class Run:
+    cell: str
+    arm: str
+    rate: str
+    seed: int
+
+    @property
+    def key(self):
+        return self.cell, self.arm, self.rate, self.seed
+
+    @property
+    def folder(self):
+        return re.sub(r"[^\w.]+", "-", "_".join((self.cell or "all", self.arm, self.rate, str(self.seed))))
+
+
+def read_lines(path):
+    """{(cell, arm, rate, seed): line} of a NAME.jsonl; a line that a kill cut short is passed over."""
+    found = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        found[line["cell"], line["arm"], line["peak_lr"], line["seed"]] = line
+    return found
+
+
+def keep(path, line):
+    """Add a line, which is on the disk when this returns; behind one that a kill cut short a new one begins."""
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        broken = file.read() not in (b"", b"\n")
+        file.write(b"\n" * broken + json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def best_rate(lines, cell, arm, rates):
+    """The rate with the lowest final loss on the seed for tuning; None while one is not run."""
+    losses = {rate: lines[cell, arm, rate, TUNED]["loss"] for rate in rates if (cell, arm, rate, TUNED) in lines}
+    return min(losses, key=losses.get) if len(losses) == len(rates) else None
+
+
+def wanted(experiment, lines, seeds=None, small=False):
+    """Runs that are to be made next, in order: rates first, then seeds of the best ones. Those of lines are left out."""
+    runs = []
+    for cell in experiment.cells:
+        rates = experiment.of("rates", cell)[:1] if small else experiment.of("rates", cell)
+        runs += [Run(cell, arm, rate, TUNED) for rate in rates for arm in experiment.arms]
+    for seed in range(1, max(seeds or experiment.of("seeds", cell) for cell in experiment.cells)):
+        for cell in experiment.cells:
+            rates = experiment.of("rates", cell)[:1] if small else experiment.of("rates", cell)
+            for arm in experiment.arms if seed < (seeds or experiment.of("seeds", cell)) else ():
+                if best := best_rate(lines, cell, arm, rates):
+                    runs.append(Run(cell, arm, best, seed))
+    return [run for run in runs if run.key not in lines]
+
+
+def total(experiment, seeds=None, small=False):
+    """How many runs there are in all."""
+    return sum(len(experiment.arms) * ((1 if small else len(experiment.of("rates", cell)))
+                                       + (seeds or experiment.of("seeds", cell)) - 1) for cell in experiment.cells)
+
+
+def options_of(experiment, run, small):
+    """{option of train.py: text} of a run, as declared: {names} of material, not this machine's paths."""
+    return {**experiment.options, **experiment.cells[run.cell], **experiment.arms[run.arm], **(experiment.small if small else {}),
+            "peak_lr": run.rate, "seed": str(run.seed)}
+
+
+class Material(dict):
+    """{name: path}; what is missing is made when it is asked for."""
+
+    def __init__(self, makers, folder):
+        self.makers, self.folder = makers, folder
+
+    def __missing__(self, name):
+        self[name] = self.makers[name](self.folder)
+        return self[name]
+
+
+def processor():
+    for line in open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else ():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return "unknown"
+
+
+def call(arguments, log):
+    """A command of this repository in a process of its own, its output in a file. Raises: ValueError with its last words."""
+    with open(log, "a") as file:
+        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        last = Path(log).read_text(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"{' '.join(arguments)} ended with {code}: {' '.join(last)} ({log})")
+
+
+def scores_of(out):
+    """{task: [value, low, high, questions]} of the model, from result.json of eval.py."""
+    return {row["benchmark"].split()[0]: [row[name] for name in ("value", "low", "high", "n")]
+            for section in json.loads((out / "result.json").read_text())["sections"] for row in section["rows"]
+            if row["system"] == "model" and row["subset"] in ("all", "perplexity") and row["measure"] in ("%", "per unit")}
+
+
+def perform(run, options, tasks, folder, threads):
+    """Train one model with options, and measure it; returns its line, less the options."""
+    began, steps = time.perf_counter(), int(options.get("steps", 400))
+    folder.mkdir(parents=True, exist_ok=True)
+    call(["train.py", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()), f"--out={folder}",
+          f"--save-interval={max(1, steps // STATES)}", "--keep=1", f"--threads={threads}", "--auto-resume", "--no-report"],
+         folder / "output.txt")
+    with open(folder / "log.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file)]
+    curve = [[int(row["step"]), float(row["val_loss"])] for row in rows if row["val_loss"]]
+    line = {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": curve[-1][1], "curve": curve,
+            "seconds": float(rows[-1]["seconds"]), "steps": curve[-1][0], "memory_gb": float(rows[-1]["memory_gb"] or 0),
+            "processor": processor(), "threads": threads}
+    if tasks:
+        call(["eval.py", f"--model={folder / 'model'}", "--dtype=float32", f"--out={folder / 'eval'}"], folder / "output.txt")
+        line["scores"] = scores_of(folder / "eval")
+    for part in [*folder.glob("step_*"), folder / "model"]:
+        shutil.rmtree(part)
+    return line | {"wall_seconds": round(time.perf_counter() - began, 1)}
+
+
+def left(experiment, runs, lines, seeds, small, parallel):
+    """How much there is still to do, as text."""
+    done = total(experiment, seeds, small) - len(lines)
+    times = {}
+    for line in lines.values():
+        times.setdefault((line["cell"], line["arm"]), []).append(line["wall_seconds"])
+    known = {key: sum(each) / len(each) for key, each in times.items()}
+    usual = sum(known.values()) / len(known) if known else experiment.seconds
+    each = sum(known.get((run.cell, run.arm), usual) for run in runs) / max(1, len(runs))
+    minutes = each * done / 60 / parallel
+    return f"{len(lines)} of {len(lines) + done} runs are done; {done} are left, about {minutes:.0f} minutes"
+
+
+def work(name, experiment, options):
+    """All runs of an experiment that are not done, options.parallel at a time; returns {key: line}."""
+    small = options.budget == "small"
+    runs_folder = Path(options.runs, f"{name}-small" if small else name)
+    path = (runs_folder if small else Path(options.out)) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = read_lines(path)
+    for key, line in lines.items():
+        expected = options_of(experiment, Run(*key), small)
+        if line["options"] != expected:
+            differ = next(each for each in {**expected, **line["options"]} if line["options"].get(each) != expected.get(each))
+            raise ValueError(f"{path} has a run ({', '.join(map(str, key))}) with another {differ} than is declared now; keep "
+                             "that file elsewhere, or declare what was run")
+    print(left(experiment, wanted(experiment, lines, options.seeds, small), lines, options.seeds, small, options.parallel))
+    if options.plan or not wanted(experiment, lines, options.seeds, small):
+        return lines
+    material = Material(experiment.material, Path(options.runs, "material"))
+    until = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
+    threads = max(1, (os.cpu_count() or 1) // options.parallel)
+    running, bar = {}, config.progress(total=total(experiment, options.seeds, small), initial=len(lines), desc=name, unit="run")
+    with ThreadPoolExecutor(options.parallel) as pool, bar:
+        while True:
+            busy = {run.key for run in running.values()}
+            for run in wanted(experiment, lines, options.seeds, small) if time.monotonic() < until else ():
+                if len(running) < options.parallel and run.key not in busy:
+                    said = options_of(experiment, run, small)
+                    filled = {name: value.format_map(material) for name, value in said.items()}
+                    running[pool.submit(perform, run, filled, experiment.tasks, runs_folder / run.folder, threads)] = run
+            if not running:
+                return lines
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                line = future.result() | {"options": options_of(experiment, run, small)}
+                keep(path, line)
+                lines[run.key] = line
+                bar.update()
+                print(f"{run.folder}: loss {line['loss']:.4f} after {line['steps']} updates, {line['wall_seconds']:.0f} s; "
+                      + left(experiment, wanted(experiment, lines, options.seeds, small), lines, options.seeds, small,
+                             options.parallel))

@@ -1,0 +1,127 @@
+"""Experiments: the right runs in the right order, none twice, and verdicts that follow from their rule."""
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from conftest import arguments_of_a_run
+from experiments import __main__ as command
+from experiments import declared, runner, statistics
+from experiments.runner import Contrast, Experiment, Run
+
+
+@pytest.mark.parametrize("df", [1, 2, 4, 9, 30])
+def test_students_quantile_is_that_of_scipy(df):
+    assert math.isclose(statistics.student_t(df), stats.t.ppf(0.975, df), rel_tol=1e-4)
+
+
+def test_intervals_are_those_of_scipy():
+    values = [0.3, 0.1, 0.25, 0.2, 0.15]
+    found = statistics.interval(values)
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert np.allclose([found.mean, found.low, found.high, found.n], [0.2, low, high, 5], rtol=1e-4)
+
+
+@pytest.mark.parametrize("values, word", [
+    ((), "not tested"), ((0.1,), "suggested"), ((-0.1,), "not seen"), ((0.10, 0.11), "suggested"), ((0.1, 0.9), "not seen"),
+    ((0.1, 0.12, 0.11, 0.1, 0.12), "seen"), ((0.1, 0.12, 0.11, 0.1), "suggested"), ((-0.1, -0.12, -0.11), "contradicted"),
+    ((0.1, -0.12, 0.11, -0.1, 0.0), "not seen")])
+def test_a_verdict_follows_from_the_rule(values, word):
+    assert statistics.verdict(statistics.interval(values) if values else None) == word
+
+
+def test_updates_to_a_loss_lie_between_evaluations():
+    curve = [(0, 5.0), (10, 4.0), (20, 2.0), (30, 2.5)]
+    assert statistics.updates_to(curve, 3.0) == 15 and statistics.updates_to(curve, 4.0) == 10
+    assert statistics.updates_to(curve, 6.0) == 0 and statistics.updates_to(curve, 1.9) is None
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """An experiment whose runs are numbers: the best rate of `warm` is b, of `cold` a; seeds move all losses alike."""
+    contrast = Contrast(("x", "warm"), ("x", "cold"), share=True)
+    experiment = Experiment("is warm below cold?", "yes", {"warm": {"init": "twist"}, "cold": {"init": "cold"}}, (contrast,),
+                            {"x": {"lm": "{lm}"}, "y": {"lm": "other"}},
+                            {"steps": "20"}, {"steps": "2"}, {"": ("a", "b")}, {"": 3, "y": 1},
+                            material={"lm": lambda folder: "L"})
+    made, loss = [], {("warm", "a"): 2.0, ("warm", "b"): 1.0, ("cold", "a"): 3.0, ("cold", "b"): 4.0}
+
+    def perform(run, options, tasks, folder, threads):
+        made.append((run, options))
+        final = loss[run.arm, run.rate] + run.seed / 10
+        return {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": final, "steps": 20,
+                "curve": [[0, 5.0], [10, final + 1], [20, final]], "wall_seconds": 60.0, "threads": threads, "processor": "none"}
+
+    monkeypatch.setattr(runner, "perform", perform)
+    monkeypatch.setitem(declared.EXPERIMENTS, "made_up", experiment)
+    return experiment, made
+
+
+def start(tmp_path, *more):
+    return command.main(["made_up", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", "--parallel=1", *more])
+
+
+def test_rates_are_tuned_on_one_seed_and_the_others_take_the_best(made_up, tmp_path, capsys):
+    experiment, made = made_up
+    start(tmp_path)
+    keys = [run.key for run, _ in made]
+    assert keys[:8] == [(cell, arm, rate, 0) for cell in "xy" for rate in "ab" for arm in ("warm", "cold")]
+    assert keys[8:] == [("x", "warm", "b", 1), ("x", "cold", "a", 1), ("x", "warm", "b", 2), ("x", "cold", "a", 2)]
+    assert made[0][1] == {"steps": "20", "lm": "L", "init": "twist", "peak_lr": "a", "seed": "0"}
+    assert runner.total(experiment) == len(made) and "12 of 12 runs are done; 0 are left" in capsys.readouterr().out
+
+
+def test_what_is_done_is_not_done_again_and_a_line_cut_short_is(made_up, tmp_path, capsys):
+    start(tmp_path, "--minutes=1e-9")
+    assert not made_up[1]  # no run was begun
+    start(tmp_path, "--plan")
+    assert not made_up[1] and "12 are left, about 24 minutes" in capsys.readouterr().out
+    start(tmp_path)
+    path, first = tmp_path / "out/made_up.jsonl", len(made_up[1])
+    start(tmp_path)
+    assert len(made_up[1]) == first == 12
+    path.write_text(path.read_text()[:-20])
+    start(tmp_path)
+    assert len(made_up[1]) == 13 and len(runner.read_lines(path)) == 12
+
+
+def test_a_declaration_that_changed_is_no_silent_mixture(made_up, tmp_path, monkeypatch):
+    start(tmp_path)
+    changed = dataclasses.replace(made_up[0], options={"steps": "30"})
+    monkeypatch.setitem(declared.EXPERIMENTS, "made_up", changed)
+    with pytest.raises(ValueError, match="another steps than is declared now"):
+        start(tmp_path)
+
+
+def test_the_report_has_verdict_interval_and_figure(made_up, tmp_path):
+    start(tmp_path)
+    command.main(["report", f"--out={tmp_path / 'out'}"])
+    text = (tmp_path / "out/README.md").read_text()
+    assert "| warm before cold (x) | +2.000 nats [+2.000, +2.000], 3 seeds; reached after 33%, 33%, 32% | suggested |" in text
+    assert "| x | warm | b | 1.100 (0.100) | 3 | a: 2.000, b: 1.000 |" in text and "**not tested**" in text
+    assert "excludes 0 in the claimed direction" in text and (tmp_path / "out/made_up.svg").read_text().startswith("<svg xmlns")
+
+
+def test_small_budgets_leave_the_results_alone(made_up, tmp_path):
+    start(tmp_path, "--budget=small", "--seeds=2")
+    assert not (tmp_path / "out/made_up.jsonl").exists()
+    lines = (tmp_path / "runs/made_up-small/made_up.jsonl").read_text().splitlines()
+    assert [json.loads(line)["peak_lr"] for line in lines] == ["a"] * 8
+    assert made_up[1][0][1]["steps"] == "2"
+
+
+def test_a_run_is_the_ordinary_command_and_leaves_its_log_and_no_weights(tiny_world, tmp_path):
+    """Some 20 seconds of real training and evaluation commands, through the runner."""
+    given = dict(word[2:].split("=", 1) for word in arguments_of_a_run(tiny_world, tmp_path / "run"))
+    for name in ("out", "save-interval", "threads", "peak-lr"):
+        given.pop(name)
+    options = {name.replace("-", "_"): value for name, value in given.items()}
+    line = runner.perform(Run("", "twist", "1e-2", 0), {**options, "peak_lr": "1e-2"}, (), tmp_path / "run", 1)
+    assert line["steps"] == 12 and [step for step, _ in line["curve"]] == [0, 6, 12] and line["loss"] < line["curve"][0][1]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == []
+    assert (tmp_path / "run/log.csv").exists() and (tmp_path / "run/config.toml").exists()
