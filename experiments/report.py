@@ -121,7 +121,7 @@ def write(out):
             files.write_text(out / f"{name}.svg", drawn)
             parts += [f"![Validation loss of the arms of {name}]({name}.svg)", ""]
     rule = statistics.__doc__.partition("THE RULE, ")[2].partition("\nNothing")[0]
-    head = ["# The paper in miniature", "", "Made by `python -m experiments report` from the lines of runs that lie beside it.", "",
+    head = ["# The paper in miniature", "", "`python -m experiments report` made it from the lines of runs beside it.", "",
             table(["experiment", "question", "verdict", "figure", "command"], verdicts), "",
             "## The rule", "", "```", rule, "```", ""]
     files.write_text(out / "README.md", "\n".join([*head, *parts]))

@@ -215,14 +215,19 @@ def work(name, experiment, options):
     material = Material(experiment.material, Path(options.runs, "material"))
     until = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
     threads = max(1, (os.cpu_count() or 1) // options.parallel)
-    running, bar = {}, config.progress(total=total(experiment, options.seeds, small), initial=len(lines), desc=name, unit="run")
+    running, without, bar = {}, set(), config.progress(total=total(experiment, options.seeds, small), initial=len(lines), desc=name, unit="run")
     with ThreadPoolExecutor(options.parallel) as pool, bar:
         while True:
             busy = {run.key for run in running.values()}
             for run in wanted(experiment, lines, options.seeds, small) if time.monotonic() < until else ():
-                if len(running) < options.parallel and run.key not in busy:
+                if len(running) < options.parallel and run.key not in busy and run.cell not in without:
                     said = options_of(experiment, run, small)
-                    filled = {name: value.format_map(material) for name, value in said.items()}
+                    try:
+                        filled = {name: value.format_map(material) for name, value in said.items()}
+                    except (ValueError, OSError) as error:  # the other cells go on
+                        without.add(run.cell)
+                        print(f"{run.cell}: left out: {config.sentence(error)}", file=sys.stderr)
+                        continue
                     running[pool.submit(perform, run, filled, experiment.tasks, runs_folder / run.folder, threads)] = run
             if not running:
                 return lines

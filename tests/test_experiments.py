@@ -90,6 +90,15 @@ def test_what_is_done_is_not_done_again_and_a_line_cut_short_is(made_up, tmp_pat
     assert len(made_up[1]) == 13 and len(runner.read_lines(path)) == 12
 
 
+def test_material_that_cannot_be_made_costs_its_cell_alone(made_up, tmp_path, monkeypatch, capsys):
+    def missing(folder):
+        raise ValueError("no such thing")
+
+    monkeypatch.setitem(declared.EXPERIMENTS, "made_up", dataclasses.replace(made_up[0], material={"lm": missing}))
+    start(tmp_path)
+    assert {run.cell for run, _ in made_up[1]} == {"y"} and capsys.readouterr().err.count("x: left out: no such thing") == 1
+
+
 def test_a_declaration_that_changed_is_no_silent_mixture(made_up, tmp_path, monkeypatch):
     start(tmp_path)
     changed = dataclasses.replace(made_up[0], options={"steps": "30"})
