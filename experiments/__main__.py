@@ -1,6 +1,6 @@
 """The paper's claims in miniature, each a command:
 
-    python -m experiments real --smollm2=FOLDER         # units of people's speech, text LMs that others trained
+    python -m experiments real                          # units of people's speech, text LMs that others trained
     python -m experiments starts                        # TWIST, shuffled and cold starts at three budgets; hours on two cores
     python -m experiments starts --plan                 # how many runs are left, and how long they will take
     python -m experiments starts --budget=small         # the same in minutes, to see that it works; its numbers mean nothing

@@ -17,8 +17,7 @@ def against_others(cells):
 
 
 MATERIAL = {"real": lambda folder: real.real_units(folder)[0].parent,
-            "stories260K": lambda folder: real.text_lms(folder)["stories260K"],
-            "smollm2": lambda folder: real.text_lms(folder)["SmolLM2-135M"]}
+            "stories260K": real.stories260k, "smollm2": real.smollm2}
 
 REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "tokens_per_step": "2048", "eval_rows": "0"},
         "SmolLM2-135M": {"lm": "{smollm2}", "steps": "120", "tokens_per_step": "1024"}}

@@ -87,13 +87,14 @@ def real_units(folder):
     return tuple(places.values())
 
 
-def text_lms(folder, smollm2=None):
-    """Text LMs that others trained, as {name: folder for --lm}: a LLaMA of 260 thousand parameters, and one of 135 million.
+def stories260k(folder):
+    """A LLaMA of 260 thousand parameters that others trained on TinyStories, as a folder for --lm; it lies where it is."""
+    return released("text_lm", "stories260K_hf")
 
-    Args: smollm2: folder of SmolLM2-135M as Hugging Face stores it; None: smollm2/ in `folder`.
-    Raises: ValueError that says how to get SmolLM2 where it is not; that of released() for the other.
-    """
-    place = Path(smollm2 or Path(folder, "smollm2"))
+
+def smollm2(folder):
+    """SmolLM2-135M, smollm2/ in `folder`, as Hugging Face stores it. Raises: ValueError that says how to get it."""
+    place = Path(folder, "smollm2")
     if not (place / "config.json").is_file():
         raise ValueError(SMOLLM2.strip().format(*[place] * 3))
-    return {"stories260K": released("text_lm", "stories260K_hf"), "SmolLM2-135M": find_model(str(place), "lm")}
+    return find_model(str(place), "lm")

@@ -215,7 +215,8 @@ def work(name, experiment, options):
     material = Material(experiment.material, Path(options.runs, "material"))
     until = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
     threads = max(1, (os.cpu_count() or 1) // options.parallel)
-    running, without, bar = {}, set(), config.progress(total=total(experiment, options.seeds, small), initial=len(lines), desc=name, unit="run")
+    running, without = {}, set()
+    bar = config.progress(total=total(experiment, options.seeds, small), initial=len(lines), desc=name, unit="run")
     with ThreadPoolExecutor(options.parallel) as pool, bar:
         while True:
             busy = {run.key for run in running.values()}
