@@ -15,6 +15,7 @@ from experiments.runner import TUNED, best_rate, read_lines
 from pages import charts
 from pages.html import HERE
 
+LOSSES = {"loss": "nats", "bits_per_second": "bits a second"}
 HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "seeds", "seed 0, by rate"]
 
 
@@ -26,13 +27,13 @@ def at_best(experiment, lines, cell, arm):
 
 
 def value_of(line, measure):
-    return line["loss"] if measure == "loss" else line["scores"][measure][0]
+    return line[measure] if measure in LOSSES else line["scores"][measure][0]
 
 
 def differences(experiment, lines, contrast):
     """By how much the better arm is ahead, a number a seed that both have; and of `share`, updates to the other's final loss."""
     ours, theirs = (at_best(experiment, lines, *which) for which in (contrast.better, contrast.worse))
-    sign = 1 if contrast.measure == "loss" else -1
+    sign = 1 if contrast.measure in (*LOSSES, "ppl") else -1
     both = sorted(ours.keys() & theirs.keys())
     ahead = [sign * (value_of(theirs[seed], contrast.measure) - value_of(ours[seed], contrast.measure)) for seed in both]
     reached = [statistics.updates_to(ours[seed]["curve"], theirs[seed]["loss"]) for seed in both] if contrast.share else []
@@ -45,7 +46,7 @@ def rows_of(experiment, lines):
     for contrast in experiment.contrasts:
         ahead, shares = differences(experiment, lines, contrast)
         apart = statistics.interval(ahead) if ahead else None
-        what = "nats" if contrast.measure == "loss" else "points" if contrast.measure != "ppl" else "per unit"
+        what = LOSSES.get(contrast.measure, "points")
         text = "" if apart is None else f"{apart.mean:+.3f} {what}" + (
             f" [{apart.low:+.3f}, {apart.high:+.3f}]" if apart.low is not None else "") + f", {apart.n} seed{'s' * (apart.n > 1)}"
         if shares:

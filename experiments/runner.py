@@ -24,6 +24,7 @@ import config
 ROOT = Path(__file__).parent.parent
 STATES = 4  # resumable states in a run
 TUNED = 0  # the seed that rates are tuned on
+SMALL = {"steps": "4", "tokens_per_step": "512", "eval_rows": "2"}  # --budget=small: of all runs, over their own
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Experiment:
     contrasts: tuple  # of Contrasts, the first being the claim
     cells: dict = field(default_factory=lambda: {"": {}})  # {levels of the factors: options}
     options: dict = field(default_factory=dict)  # of all runs
-    small: dict = field(default_factory=dict)  # of all runs with --budget=small, over the others
     rates: dict = field(default_factory=lambda: {"": ("2e-3",)})  # {cell: peak rates that are tried}; "": of all others
     seeds: dict = field(default_factory=lambda: {"": 5})  # {cell: how many}; "": of all others
     tasks: tuple = ()  # of eval.py, for every run
@@ -124,7 +124,7 @@ def total(experiment, seeds=None, small=False):
 
 def options_of(experiment, run, small):
     """{option of train.py: text} of a run, as declared: {names} of material, not this machine's paths."""
-    return {**experiment.options, **experiment.cells[run.cell], **experiment.arms[run.arm], **(experiment.small if small else {}),
+    return {**experiment.options, **experiment.cells[run.cell], **experiment.arms[run.arm], **(SMALL if small else {}),
             "peak_lr": run.rate, "seed": str(run.seed)}
 
 
@@ -172,7 +172,9 @@ def perform(run, options, tasks, folder, threads):
     with open(folder / "log.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file)]
     curve = [[int(row["step"]), float(row["val_loss"])] for row in rows if row["val_loss"]]
-    line = {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": curve[-1][1], "curve": curve,
+    bits = next(float(row["bits_per_second"]) / float(row["loss"]) for row in rows if row["loss"])  # of speech, for a nat a token
+    line = {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": curve[-1][1],
+            "bits_per_second": round(curve[-1][1] * bits, 3), "curve": curve,
             "seconds": float(rows[-1]["seconds"]), "steps": curve[-1][0], "memory_gb": float(rows[-1]["memory_gb"] or 0),
             "processor": processor(), "threads": threads}
     if tasks:

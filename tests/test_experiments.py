@@ -47,7 +47,7 @@ def made_up(monkeypatch):
     contrast = Contrast(("x", "warm"), ("x", "cold"), share=True)
     experiment = Experiment("is warm below cold?", "yes", {"warm": {"init": "twist"}, "cold": {"init": "cold"}}, (contrast,),
                             {"x": {"lm": "{lm}"}, "y": {"lm": "other"}},
-                            {"steps": "20"}, {"steps": "2"}, {"": ("a", "b")}, {"": 3, "y": 1},
+                            {"steps": "20"}, {"": ("a", "b")}, {"": 3, "y": 1},
                             material={"lm": lambda folder: "L"})
     made, loss = [], {("warm", "a"): 2.0, ("warm", "b"): 1.0, ("cold", "a"): 3.0, ("cold", "b"): 4.0}
 
@@ -121,7 +121,7 @@ def test_small_budgets_leave_the_results_alone(made_up, tmp_path):
     assert not (tmp_path / "out/made_up.jsonl").exists()
     lines = (tmp_path / "runs/made_up-small/made_up.jsonl").read_text().splitlines()
     assert [json.loads(line)["peak_lr"] for line in lines] == ["a"] * 8
-    assert made_up[1][0][1]["steps"] == "2"
+    assert made_up[1][0][1]["steps"] == runner.SMALL["steps"]
 
 
 def test_a_run_is_the_ordinary_command_and_leaves_its_log_and_no_weights(tiny_world, tmp_path):
