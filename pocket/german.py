@@ -1,6 +1,6 @@
 """German children's stories from a small grammar: text in a second language, for what a text LM knows of one and not the other.
 
-    seed --> cast and state --events, remarks--> templates --cases, genders, order--> a story of 8 to 16 sentences
+    seed --> cast and state --events, remarks--> templates --cases, genders, order--> a story of 9 to 15 sentences
 
 German, because its grammar is not that of English: articles, adjectives and pronouns agree in three genders, two numbers and
 three cases; the finite verb is second in a main clause, whatever comes first, and last in a subordinate one. A story is a walk
@@ -107,8 +107,9 @@ class Tale:
         if form == "p" or noun.kin is not None and again and form != "k":
             return PRONOUNS[case][column]
         if noun.kin is not None:
-            its = ("sein" if self.cast["A"].gender == "m" else "ihr") + EIN[case][column] + " " + noun.kin
-            return f"{its} {noun.word}" if form == "k" else its if noun.kin and owner_is_said and self.pick((False, True)) else noun.word
+            relation = ("sein" if self.cast["A"].gender == "m" else "ihr") + EIN[case][column] + " " + noun.kin
+            by_relation = key == "B" and owner_is_said and self.pick((False, True))
+            return f"{relation} {noun.word}" if form == "k" else relation if by_relation else noun.word
         article = DER[case][column] if not first else noun.count or "ein" + EIN[case][column]
         look = " " + noun.look + (MIXED if first else WEAK)[case][column] if first or self.pick((False, True)) else ""
         return f"{article}{look} {noun.word}" + "n" * (case == "d" and column == 3 and noun.word[-1] not in "ns")
@@ -127,8 +128,8 @@ class Tale:
 
     def perfect(self, kind, roles):
         """An event as the clause that opens a sentence about the next."""
-        self.roles = roles
-        return f"nachdem {self.clause(self.pick([text for text in KINDS[kind] if text.count('|') == 4]), 'perfect')},"
+        self.roles, texts = roles, [text for text in KINDS[kind] if text.count("|") == 4 and "~" not in text]
+        return f"nachdem {self.clause(self.pick(texts), 'perfect')},"
 
     def say(self, kind, roles, fronts=("",), before=""):
         """A sentence, or two, of one of a kind's templates; before: a clause that is said already and opens it."""
@@ -174,9 +175,9 @@ class Tale:
         return events, remarks + [("asleep", {"P": "P", "L": at["P"]})]
 
     def one(self, rows):
-        """A row of a kind that is drawn first, if possible from those that were not told just now. rows: of possible()."""
-        kinds = sorted({row[0] for row in rows})
-        self.told.append(self.pick([kind for kind in kinds if kind not in self.told[-5:]] or kinds))
+        """A row, of possible(), of a kind that is drawn first from those that this story has told least often."""
+        times = {kind: self.told.count(kind) for kind in sorted({row[0] for row in rows})}
+        self.told.append(self.pick([kind for kind in times if times[kind] == min(times.values())]))
         return self.pick([row for row in rows if row[0] == self.told[-1]])
 
 
