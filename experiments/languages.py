@@ -22,7 +22,6 @@ import pocket.stories
 from checkpoints import files
 from corpus.shards import names_in, write_shards
 from hubert_units import load_unit_encoder
-from kernels.packed import packed
 from pocket.build import SPOKEN, SPOKEN_VAL, TEXT, TEXT_LM_SHAPE, TEXT_VAL, run
 from pocket.measure import share_in_common
 from pocket.speech import HELD_OUT_VOICES, TRAIN_VOICES, Espeak
@@ -64,15 +63,16 @@ def text(folder, language, part, count):
     return out
 
 
-def text_lm(folder, language, steps, count=60_000):
-    """A byte-level text LM of the pocket's shape after `steps` updates of 4,096 bytes; the folder is one for --lm."""
-    shape, out = Path(folder).absolute() / "text_lm_shape", Path(folder).absolute() / f"text_lm/{language}_{steps}"
+def text_lm(folder, language, steps):
+    """A byte-level text LM of the pocket's shape after `steps` updates of 4,096 bytes, each read once: a folder for --lm."""
+    folder = Path(folder).absolute()
+    shape, out = folder / "text_lm_shape", folder / f"text_lm/{language}_{steps}"
     if not (out / "model/config.json").exists():
         files.write_json(shape / "config.json", TEXT_LM_SHAPE)
-        data, validation = (text(folder, language, part, many).absolute() for part, many in (("train", count), ("val", 400)))
+        data, validation = text(folder, language, "train", 9 * steps), text(folder, language, "val", 400)
         run("train.py", "--init=cold", f"--lm={shape}", f"--data={data}", f"--val-data={validation}", f"--out={out}",
-            "--auto-resume", f"--steps={steps}", "--peak-lr=2e-3", f"--warmup={min(100, steps // 10)}", "--tokens-per-step=4096",
-            "--block-size=256", "--save-interval=250", "--eval-interval=250", "--log-interval=10")
+            "--auto-resume", f"--steps={steps}", "--peak-lr=2e-3", f"--warmup={min(100, steps // 10)}",
+            "--tokens-per-step=4096", "--block-size=256", "--save-interval=250", "--eval-interval=250", "--log-interval=10")
     return out / "model"
 
 
@@ -86,19 +86,17 @@ def speech_units(folder, language, part, count=None):
 
     Raises: OSError if espeak-ng is not installed; ValueError if the folder holds units of another tokenizer.
     """
-    out, voices, inside = Path(folder) / f"units/{language}/{part}", voices_of(language, part), set()
-    inside.update(names_in(out))
+    out, voices = Path(folder) / f"units/{language}/{part}", voices_of(language, part)
+    inside = set(names_in(out))
     seeds = range(FIRST["speech"][part], FIRST["speech"][part] + (count or COUNTS[part]))
     left = [(seed, voices[seed % len(voices)]) for seed in seeds if f"{language} {seed}" not in inside]
     encoder = load_unit_encoder("pocket") if left else None
     for begin in config.progress(range(0, len(left), BLOCK), desc=f"speech of {language}", unit="shard"):
         block = left[begin:begin + BLOCK]
         wavs = [engine().say_afresh(STORIES[language](seed), *voice)[0] for seed, voice in block]
-        with packed(encoder):
-            frames = encoder.encode_batch(wavs)
         write_shards(out, {**encoder.recipe, "dedup": True}, [
-            (f"{language} {seed}", *deduplicate(units), len(wav) / SAMPLE_RATE)
-            for (seed, _), wav, units in zip(block, wavs, frames)])
+            (f"{language} {seed}", *deduplicate(frames), len(wav) / SAMPLE_RATE)
+            for (seed, _), wav, frames in zip(block, wavs, encoder.encode_batch(wavs))])
     return out
 
 
@@ -109,10 +107,9 @@ def apart(language, count=24):
     share of sentences whose most alike by the other voice is the same; "used": units that occur; "bits": their entropy}.
     """
     encoder, voices, said = load_unit_encoder("pocket"), voices_of(language, "val"), []
-    with packed(encoder):
-        for seed in config.progress(range(TEXT_VAL, TEXT_VAL + count), desc=f"sentences of {language}"):
-            words = ". ".join(STORIES[language](seed).split(". ")[2:4])
-            said.append([deduplicate(encoder.encode(engine().say_afresh(words, *voice)[0]))[0].numpy() for voice in voices])
+    for seed in config.progress(range(TEXT_VAL, TEXT_VAL + count), desc=f"sentences of {language}"):
+        words = ". ".join(STORIES[language](seed).split(". ")[2:4])
+        said.append([deduplicate(encoder.encode(engine().say_afresh(words, *voice)[0]))[0].numpy() for voice in voices])
     alike = np.array([[share_in_common(a, b) for _, b in said] for a, _ in said])
     shares = np.bincount(np.concatenate([units for both in said for units in both]), minlength=encoder.num_units)
     shares = shares[shares > 0] / shares.sum()
