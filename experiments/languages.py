@@ -8,9 +8,9 @@ German voices have the variants, rates and pitches of the English ones (pocket/s
 never trained on. No story is both read and spoken, or both trained on and validated on.
 
 The tokenizer has heard English alone: what English lacks (the vowels of schön and grün, the consonants of ich and ach) falls to
-the nearest of its 200 centres. That is the same for every start, but may leave too little of a language to learn. `apart` measures
-it: another voice repeats 66 % of a German sentence's units (of an English one 88 %), and 19 % of another sentence's. So sentences
-are told apart; single endings, which carry the agreement, may not be. What is made here is made once and found again.
+the nearest of its 200 centres. That is the same for every start, but may leave too little of a language to learn. As `apart`
+measures it, another voice repeats 66 % of a German sentence's units (of an English one 88 %) and 19 % of another sentence's. So
+sentences are told apart; single endings, which carry the agreement, may not be. What is made is made once and found again.
 """
 import functools
 from pathlib import Path
