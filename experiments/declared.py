@@ -36,7 +36,8 @@ def second_language(kind):
 
 
 def german(folder):
-    return [languages.speech_units(folder / "languages", "de", part) for part in ("train", "val")][0].parent
+    counts = {"train": 880, "val": 60}  # spoken stories: eight hours, and half an hour
+    return [languages.speech_units(folder / "languages", "de", part, count) for part, count in counts.items()][0].parent
 
 
 REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "eval_rows": "0"},
