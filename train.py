@@ -263,7 +263,7 @@ def train(learner, loader, val_loader, saver, log, voice, facts, options, say):
 # ------------------------------------------------------------------------------------------------ a run
 
 def open_shards(options):
-    """(Training shards of --data, validation shards of --val-data, recipe of all); without any a dry run plans: ([], None, ...)."""
+    """(Training shards of --data, validation shards of --val-data, recipe of all); of a dry run without them ([], None, ...)."""
     if options.dry_run and not any(name == "pocket" or Path(name).exists() for name in (*options.data, options.val_data)):
         return [], None, {"num_units": memory.UNITS}
     train_shards = [shards_of("data", name, "train") for name in options.data]

@@ -42,6 +42,7 @@ IMPORTS = {
              "config"),
     "scripts": ("twist", "model", "corpus", "training", "checkpoints", "kernels", "config"),
     "pocket": ("twist", "hubert_units", "vocoder", "speech", "corpus", "evaluation", "kernels", "checkpoints", "config"),
+    "experiments": (),
     "bench": ("train", "twist", "model", "hubert_units", "vocoder", "speech", "corpus", "training", "evaluation", "kernels",
               "checkpoints", "config"),
 }
