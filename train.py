@@ -95,7 +95,7 @@ class TrainConfig(TokenizerOptions):
     reshard: bool = True  # fsdp, hsdp: free a block's gathered weights after its forward
     recompute: str = "none"  # none | selective | full: activations that backward computes again instead of keeping
     compile: str = "auto"  # auto | none | blocks: torch.compile of each block; auto: on GPUs
-    dry_run: bool = False  # say what would be trained and what memory it takes, and stop
+    dry_run: bool = False  # say what would be trained and what memory it takes, and stop; weights and data may be missing
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps (never auto's choice)
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
     RENAMED = {"units_per_step": "tokens_per_step", "min_lr": "min_lr_share"}

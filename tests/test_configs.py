@@ -164,6 +164,15 @@ def test_a_model_that_is_here_is_preferred_to_the_shape_that_is_shipped(offline,
     assert twist.load_lm_config(name).n_embd == 768
 
 
+def test_a_cold_start_needs_the_shape_alone_and_a_warm_one_the_weights(offline):
+    shape, vocab, _ = twist.open_start("cold", "facebook/opt-125m", {"num_units": 500})
+    assert (shape.n_embd, shape.vocab_size, vocab.size) == (768, 502, 502)
+    for init in ("twist", "shuffled"):
+        assert twist.open_start(init, "facebook/opt-125m", {"num_units": 500}, weights=False)[0] == shape
+        with pytest.raises(pytest.fail.Exception, match="facebook/opt-125m/resolve/main/config.json was asked for"):
+            twist.open_start(init, "facebook/opt-125m", {"num_units": 500})
+
+
 @each_config
 def test_a_dry_run_of_a_config_needs_no_network_no_weights_and_no_data(path, offline, monkeypatch, capsys):
     plans = []
