@@ -37,7 +37,6 @@ from training import distributed, logs, memory, optimizer, pipeline, state
 from training.learner import Learner
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row before giving up
-MOST_SPLIT_PIECES = 4  # forwards whose bfloat16 gradients are added up
 CHOICES = {"schedule": ("cosine", "linear", "inverse_sqrt", "constant", "cooldown"), "dtype": ("auto", "float32", "bfloat16"),
            "embedding": twist.EMBEDDINGS, "packing": PACKINGS, "optimizer": optimizer.KINDS, "parallel": distributed.PARALLEL,
            "recompute": memory.RECOMPUTE, "compile": ("auto", "none", "blocks")}
@@ -96,7 +95,7 @@ class TrainConfig(TokenizerOptions):
     reshard: bool = True  # fsdp, hsdp: free a block's gathered weights after its forward
     recompute: str = "none"  # none | selective | full: activations that backward computes again instead of keeping
     compile: str = "auto"  # auto | none | blocks: torch.compile of each block; auto: on GPUs
-    dry_run: bool = False  # say what would be trained and what memory it takes, and stop
+    dry_run: bool = False  # say what would be trained and what memory it takes, and stop; weights and data may be missing
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps (never auto's choice)
     threads: int = 0  # CPU threads a process; 0: PyTorch's choice (torchrun sets 1 when there are several processes)
     RENAMED = {"units_per_step": "tokens_per_step", "min_lr": "min_lr_share"}
@@ -159,9 +158,7 @@ def split_batch(options, dist):
     micro = options.micro_batch or rows
     if rows % micro:
         raise ValueError(f"--micro-batch={micro} must divide the {rows} rows that each process takes per update")
-    if options.optimizer == "split" and rows // micro > MOST_SPLIT_PIECES:
-        raise ValueError(f"--optimizer=split adds gradients up in bfloat16, which loses them after {MOST_SPLIT_PIECES} forwards; "
-                         f"{rows // micro} are asked for: raise --micro-batch, or take --optimizer=adamw")
+    optimizer.check_pieces(options.optimizer, rows // micro)
     return rows, micro
 
 
@@ -266,13 +263,15 @@ def train(learner, loader, val_loader, saver, log, voice, facts, options, say):
 # ------------------------------------------------------------------------------------------------ a run
 
 def open_shards(options):
-    """Training shards of --data, validation shards of --val-data: all of the same units."""
+    """(Training shards of --data, validation shards of --val-data, recipe of all); of a dry run without them ([], None, ...)."""
+    if options.dry_run and not any(name == "pocket" or Path(name).exists() for name in (*options.data, options.val_data)):
+        return [], None, {"num_units": memory.UNITS}
     train_shards = [shards_of("data", name, "train") for name in options.data]
     val_shards = shards_of("val-data", options.val_data, "val")
     for shards, where in [*((shards, f"--data={name}") for shards, name in zip(train_shards, options.data)),
                           (val_shards, f"--val-data={options.val_data}")]:
         check_recipe(shards.recipe, train_shards[0].recipe, where)
-    return train_shards, val_shards
+    return train_shards, val_shards, train_shards[0].recipe
 
 
 def run(options, resuming, found, dist):
@@ -282,21 +281,23 @@ def run(options, resuming, found, dist):
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # denormal second moments of AdamW are many times slower on CPUs
     out = Path(options.out)
-    train_shards, val_shards = open_shards(options)
-    say(f"training on {', '.join(options.data)}, validation on {options.val_data}")
+    train_shards, val_shards, recipe = open_shards(options)
+    say(f"training on {', '.join(options.data)}, validation on {options.val_data}" + memory.NO_DATA * (not train_shards))
     if (options.data == TrainConfig.data) != (options.val_data == TrainConfig.val_data):
         say("warning: only one of --data and --val-data was given; the other is the pocket world's")
     if resuming:
         model_config, vocab, tensors = TransformerConfig(**found["model"]), twist.UnitVocab(**found["vocab"]), None
     else:
-        model_config, vocab, tensors = twist.open_start(options.init, options.lm, train_shards[0].recipe, options.seed,
-                                                        options.embedding)
-    check_recipe(train_shards[0].recipe, vocab.expected(train_shards[0].recipe), f"--data={options.data[0]}")
-    if resuming and (changes := state.changes(found, options, train_shards[0].recipe)):
-        say(f"from step {found['step']} on with other options: {changes}")
+        model_config, vocab, tensors = twist.open_start(options.init, options.lm, recipe, options.seed, options.embedding,
+                                                        weights=not options.dry_run)
     if options.block_size > model_config.block_size:
         raise ValueError(f"--block-size={options.block_size}: the model was made for at most {model_config.block_size}")
     rows, micro = split_batch(options, dist)
+    if not train_shards:
+        return say(memory.plan_of(Learner(model_config, options, dist), options, micro))
+    check_recipe(recipe, vocab.expected(recipe), f"--data={options.data[0]}")
+    if resuming and (changes := state.changes(found, options, recipe)):
+        say(f"from step {found['step']} on with other options: {changes}")
     loader = mixed([UnitLoader(shards, vocab, options.block_size, rows * dist.world, options.seed, packing=options.packing,
                                fraction=options.data_fraction) for shards in train_shards], options.data_weights)
     val_loader = UnitLoader(val_shards, vocab, options.block_size, 1, 0, packing=options.packing)
@@ -310,8 +311,7 @@ def run(options, resuming, found, dist):
         f"{learner.parallel if learner.parallel != 'none' else 'one process'}")
     say(f"{learner.why}\n{kernels.explain(dist.device.type, learner.dtype, model_config.head_dim, brief=True)}")
     if options.dry_run:
-        say(memory.plan_of(learner, options, micro))
-        return
+        return say(memory.plan_of(learner, options, micro))
     voice = listen(options, vocab, dist, say) if options.sample_interval else None
     learner.fill(tensors)
     saver = state.Saver(out, options.keep, options.async_save, dist)

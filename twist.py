@@ -129,13 +129,14 @@ def cold_tensors(model_config, seed=0):
         yield name, model_config.initial(name, torch.empty(parameter.shape), generator)
 
 
-def open_start(init, lm, recipe, seed=0, embedding="fresh"):
+def open_start(init, lm, recipe, seed=0, embedding="fresh", weights=True):
     """What train.py --init names -> (TransformerConfig, UnitVocab, (name, tensor) pairs, each read or drawn when its turn comes).
 
     Args:
         init: twist | cold | shuffled, from the text LM `lm` (cold: from its config.json alone); else the folder or name of a
             speech LM to go on with, which brings its own UnitVocab.
         recipe: of the units to train on.
+        weights: False: the shape is enough, and a published text LM is not fetched for it.
     """
     if init not in ("twist", "cold", "shuffled"):
         try:
@@ -148,7 +149,7 @@ def open_start(init, lm, recipe, seed=0, embedding="fresh"):
             vocab = dataclasses.replace(vocab, recipe={**recipe, "num_units": vocab.num_units})
         return model_config, vocab, tensors.items()
     vocab = UnitVocab(recipe["num_units"], recipe=recipe)
-    if init == "cold":
+    if init == "cold" or not weights and pretrained.shipped(lm):
         model_config = dataclasses.replace(load_lm_config(lm), vocab_size=vocab.size)
         return model_config, vocab, cold_tensors(model_config, seed)
     lm_config, text = open_text_lm(lm)
@@ -223,8 +224,7 @@ def load_text_lm(folder_or_name="pocket", dtype=torch.float32):
 
 def load_lm_config(folder_or_name="pocket", kind="lm"):
     """The architecture alone: TransformerConfig from a folder's config.json (the weights need not be there). kind: lm | model."""
-    folder = files.find_model(folder_or_name, kind)
-    family, architecture = pretrained.lm_architecture(pretrained.read_settings(folder), folder)
+    family, architecture = pretrained.lm_architecture(*pretrained.find_settings(folder_or_name, kind))
     return TransformerConfig(**architecture, family=family)
 
 

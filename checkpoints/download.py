@@ -121,6 +121,11 @@ def snapshot(repository):
     return folder / "snapshots" / (reference.read_text(errors="replace").strip() if whole(reference) else "none")
 
 
+def places(repository):
+    """Where our cache and the Hugging Face cache keep org/name, or would."""
+    return cache("NANOTWIST_HOME") / "hub" / repository.replace("/", "--"), snapshot(repository)
+
+
 def lock(file, wait=True):
     """Hold the lock of an open file until it is closed or its process ends; BlockingIOError if another process has it."""
     try:
@@ -392,7 +397,7 @@ def find(name, kind):
         once(place, lambda: all(trusted(place / file.name, file.sha256) for file in files), lambda: known_files(files, place))
         return place / files[0].name
     if kind in FROM_HUB and REPOSITORY.fullmatch(name) and "--" not in name and ".." not in name:
-        folder, theirs = cache("NANOTWIST_HOME") / "hub" / name.replace("/", "--"), snapshot(name)
+        folder, theirs = places(name)
         if complete(theirs) and not complete(folder):
             return theirs
         once(folder, lambda: complete(folder), lambda: download_repository(name, folder))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import families, files
+from checkpoints import download, families, files
 from checkpoints.families import FAIRSEQ_NAMES, FAMILIES, HUBERT_CONFIG, HUBERT_FIXED, HUBERT_ROWS, POS_CONV
 from checkpoints.recognise import UNQUANTISED, WANTED, check_values, meant, sound
 
@@ -20,14 +20,34 @@ SIZES = tuple("vocab_size block_size n_layer n_head n_kv_head n_embd head_dim n_
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # beyond what exists: a damaged config must not fill the memory
 QUANTISED = re.compile(r".*[._](qweight|qzeros|g_idx|absmax|SCB|scales|weight_scale(_inv)?|weight_packed|quant_state\..*)")
 UNIT_LM = "speech_language_model"  # model_type of slamkit's wrapper around a text LM's network
+SHIPPED = Path(__file__).parent.parent / "configs" / "lms"  # config.json of published text LMs, as ORG--NAME.json
+
+
+def shipped(name):
+    """The file of configs/lms/ that stands in for the config.json of org/name; None: there is none, or the model is here."""
+    file = SHIPPED / f"{str(name).replace('/', '--')}.json"
+    if not file.is_file() or Path(name).exists() or any(map(download.complete, download.places(name))):
+        return None
+    return file
+
+
+def find_settings(name, kind):
+    """(config.json of a model, where it is): the architecture alone, for which a published text LM need not be fetched."""
+    if kind == "lm" and (file := shipped(name)):
+        files.note(f"--lm={name}: not here; its shape is read from configs/lms/{file.name}, and weights are not needed")
+        return read_settings(file), file
+    folder = files.find_model(name, kind)
+    return read_settings(folder), folder
 
 
 def read_settings(folder):
-    """config.json of a model folder. slamkit's wrapper is taken off: the network of `base_config` with the outer vocabulary.
+    """config.json of a model folder, or that file under another name.
+
+    slamkit's wrapper is taken off: the network of `base_config` with the outer vocabulary.
 
     The table was resized after the inner config was written, so the inner vocab_size may still be the text model's.
     """
-    settings = files.read_json(Path(folder) / "config.json")
+    settings = files.read_json(folder if Path(folder).is_file() else Path(folder) / "config.json")
     check_values(settings, {"model_type": str, "vocab_size": int, "base_config": dict}, folder)
     if any(settings.get(key) for key in ("quantization_config", "quantization", "compression_config")):
         raise ValueError(f"{folder} holds quantised weights, as its config.json says; {UNQUANTISED}")

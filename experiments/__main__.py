@@ -3,6 +3,7 @@
     python -m experiments real                          # units of people's speech, text LMs that others trained
     python -m experiments starts                        # TWIST, shuffled and cold starts at three budgets; hours on two cores
     python -m experiments starts --plan                 # how many runs are left, and how long they will take
+    python -m experiments starts --full                 # runs nothing: launch lines, hours and memory of full size; the paper's numbers
     python -m experiments starts --budget=small         # the same in minutes, to see that it works; its numbers mean nothing
     python -m experiments report                        # results/paper/README.md: a verdict, an interval, a figure for each
 
@@ -12,7 +13,7 @@ repeated, interrupted ones go on; their lines of JSON are kept in results/paper,
 from dataclasses import dataclass
 
 import config
-from experiments import declared, report, runner
+from experiments import declared, full_size, report, runner
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ExperimentsConfig:
     parallel: int = 2  # runs at a time; the processor's threads are divided among them
     minutes: float = 0.0  # no run is begun after so many; 0: all are
     plan: bool = False  # say what is left to do and how long it will take, and stop
+    full: bool = False  # print what the experiments are at full size, and stop
     CHOICES = {"budget": ("pocket", "small")}
     RANGES = {"seeds": (1, 1000), "parallel": (1, 1024), "minutes": (0, 1e6)}
 
@@ -35,10 +37,12 @@ def main(argv=None):
     if not options.names:
         raise ValueError(f"no experiment given: one of {', '.join(known)}, or report")
     for name in options.names:
-        if name != "report" and name not in known:
+        if name not in (full_size.TWINS if options.full else {**known, "report": 0}):
             raise ValueError(f"no experiment {name!r}: expected one of {', '.join(known)}, or report")
     for name in options.names:
-        if name == "report":
+        if options.full:
+            print(full_size.text(name))
+        elif name == "report":
             print(report.write(options.out))
         else:
             print(f"{name}: {known[name].question}")

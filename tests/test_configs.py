@@ -20,6 +20,7 @@ import config
 import train
 import twist
 from bench.memory import SIZES, spread_over
+from checkpoints import download, pretrained
 from model import TransformerConfig
 from training import memory
 
@@ -45,6 +46,11 @@ SHAPES = {OURS[name]: shape for name, shape in SIZES.items()} | {
                                            mlp_bias=False, family="qwen2")}
 PARAMETERS = {"facebook/opt-125m": 87_015_936, "facebook/opt-350m": 305_714_176, "EleutherAI/pythia-410m": 303_339_520,
               "Qwen/Qwen2.5-0.5B": 358_347_904}  # with 502 units: Slam (2502.15814), table 7
+PUBLISHED = {  # parameters of the text LMs, as transformers counts the released files
+    "facebook/opt-125m": 125_239_296, "facebook/opt-350m": 331_196_416, "facebook/opt-1.3b": 1_315_758_080,
+    "bigscience/bloom-560m": 559_214_592, "EleutherAI/pythia-410m": 405_334_016, "huggyllama/llama-7b": 6_738_415_616,
+    "huggyllama/llama-13b": 13_015_864_320, "Qwen/Qwen2.5-0.5B": 494_032_768, "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120}
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 each_launcher = pytest.mark.parametrize("name", LAUNCHERS)
 
@@ -75,8 +81,20 @@ def test_the_recipes_of_the_paper_are_there():
     names = {path.stem for path in CONFIGS}
     assert {"pocket", "opt-125m", "opt-350m", "opt-1.3b", "llama-7b", "llama-13b", "bloom-560m", "pythia-410m", "slam",
             "slam-scaled"} <= names
+    assert {"opt-125m-50hz-k200", "opt-125m-50hz-k200-cold"} <= names
     assert {f"opt-350m-{tokenizer}" for tokenizer in ("50hz-k100", "50hz-k200", "50hz-k500", "25hz-k500")} <= names
     assert {f"{name}-cold" for name in ("opt-125m", "opt-350m", "opt-1.3b", "bloom-560m", "pythia-410m")} <= names
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty folder to start in; no cache and no network."""
+    for variable in download.CACHES:
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
 
 
 @each_config
@@ -124,6 +142,62 @@ def test_the_shapes_that_memory_is_planned_for_are_the_published_ones():
         assert memory.count([twist.empty(SHAPES[name])]) == parameters - unused
 
 
+def test_every_text_lm_of_a_config_has_a_shipped_shape_with_the_published_number_of_parameters(offline):
+    assert {path.stem.replace("--", "/") for path in pretrained.SHIPPED.iterdir()} == set(PUBLISHED)
+    assert {load(path)["lm"] for path in CONFIGS} - {"pocket"} <= set(PUBLISHED)
+    for name, parameters in PUBLISHED.items():
+        shape = twist.load_lm_config(name)
+        assert twist.stored_parameters(shape) == parameters, name
+        if name in SHAPES:  # for which memory is planned; what changes no memory is left out
+            left = {each: getattr(shape, each) for each in ("block_size", "init_std", "rope_theta", "norm_eps")}
+            assert dataclasses.replace(SHAPES[name], **left) == dataclasses.replace(shape, vocab_size=502), name
+
+
+def test_a_model_that_is_here_is_preferred_to_the_shape_that_is_shipped(offline, capsys):
+    name = "facebook/opt-125m"
+    assert pretrained.shipped(name).name == "facebook--opt-125m.json" and pretrained.shipped("facebook/opt-66b") is None
+    folder, _ = download.places(name)
+    vocab = twist.UnitVocab(30)
+    twist.save_speech_lm(twist.cold_start(twist.load_lm_config("pocket"), vocab), vocab, folder)
+    assert pretrained.shipped(name) is None and twist.load_lm_config(name).n_embd == twist.load_lm_config("pocket").n_embd
+    (folder / "model.safetensors").unlink()
+    assert twist.load_lm_config(name).n_embd == 768
+
+
+def test_a_cold_start_needs_the_shape_alone_and_a_warm_one_the_weights(offline):
+    shape, vocab, _ = twist.open_start("cold", "facebook/opt-125m", {"num_units": 500})
+    assert (shape.n_embd, shape.vocab_size, vocab.size) == (768, 502, 502)
+    for init in ("twist", "shuffled"):
+        assert twist.open_start(init, "facebook/opt-125m", {"num_units": 500}, weights=False)[0] == shape
+        with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE forbids the network"):
+            twist.open_start(init, "facebook/opt-125m", {"num_units": 500})
+
+
+@each_config
+def test_a_dry_run_of_a_config_needs_no_network_no_weights_and_no_data(path, offline, monkeypatch, capsys):
+    plans = []
+    monkeypatch.setattr(train.memory, "plan_of", lambda learner, options, micro: plans.append((learner, micro)) or "planned")
+    train.main([str(path), "--dry-run", "--device=cpu"])
+    (learner, micro), = plans
+    said, options = capsys.readouterr().out, load(path)
+    assert said.endswith("planned\n") and ("none of it is here" in said) == (path.stem != "pocket")
+    rows = options["tokens_per_step"] // options["block_size"]
+    assert learner.config.n_embd == (SHAPES.get(options["lm"]) or twist.load_lm_config("pocket")).n_embd
+    assert micro == (options["micro_batch"] or rows) and not list(offline.iterdir())
+
+
+def test_a_dry_run_with_some_of_the_data_missing_is_refused(offline):
+    with pytest.raises(FileNotFoundError, match="^--val-data=units/val: no such folder"):
+        train.main([str(ROOT / "configs/opt-125m.toml"), "--data=pocket", "--dry-run"])
+
+
+@pytest.mark.slow
+def test_the_plan_without_data_is_that_of_the_readme(offline, capsys):
+    train.main([str(ROOT / "configs/opt-125m.toml"), "--dry-run", "--dtype=bfloat16", "--device=cpu"])
+    total = re.search(r"none .* ([\d.]+)  <- --recompute", capsys.readouterr().out)[1]
+    assert f"{float(total):.1f} GB on 1 GPU;" in entry(ROOT / "configs/opt-125m.toml")["memory, planned"]
+
+
 @pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "opt-1.3b", "llama-7b", "llama-13b", "bloom-560m", "pythia-410m",
                                   "slam", "slam-scaled"])
 def test_the_memory_in_the_readme_of_the_configs_is_what_memory_py_plans(name):
@@ -151,11 +225,11 @@ def test_a_cold_twin_differs_in_its_start_and_learning_rate_alone(path):
 
 
 def test_the_variants_of_the_tokenizer_differ_in_their_data_alone():
-    base = load(ROOT / "configs" / "opt-350m.toml")
-    for path in (ROOT / "configs").glob("opt-350m-*hz-*.toml"):
-        other = load(path)
+    for path in (ROOT / "configs").glob("opt-*m-*hz-k[125]00.toml"):
+        plain = path.with_stem(path.stem.partition("m-")[0] + "m")
+        base, other = load(plain), load(path)
         assert {name for name in base if base[name] != other[name]} <= {"data", "val_data", "out", "tokenizer", "vocoder"}
-        assert entry(path) == entry(ROOT / "configs" / "opt-350m.toml")
+        assert entry(path) == entry(plain)
 
 
 # ---------------------------------------------------------------------------------------------- launchers

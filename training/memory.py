@@ -37,6 +37,8 @@ from model import Transformer
 from training import sharding
 
 RECOMPUTE = ("none", "selective", "full")
+UNITS = 500  # of the paper's tokenizer
+NO_DATA = f": none of it is here, so this plans for {UNITS} units"
 STATES = {"adamw": (4, 4, 8), "split": (2, 2, 10)}  # bytes a parameter: weight, gradient, optimizer; see optimizer.py
 
 

@@ -24,6 +24,7 @@ import kernels
 from training.sharding import part
 
 KINDS = ("adamw", "split")
+MOST_SPLIT_PIECES = 4  # forwards of an update whose bfloat16 gradients split adds up
 PIECE = 2**24  # elements updated at once by split, a multiple of every vector width: bounds the float32 copies to some 400 MB
 
 
@@ -49,6 +50,13 @@ def make_optimizer(model, options, lows=None):
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common, fused=True)
     return SplitAdamW(groups, **common, lows={parameters[name]: low for name, low in (lows or {}).items()})
+
+
+def check_pieces(kind, pieces):
+    """Raise ValueError for more forwards an update than the gradients of that kind of optimizer can be summed over."""
+    if kind == "split" and pieces > MOST_SPLIT_PIECES:
+        raise ValueError(f"--optimizer=split adds gradients up in bfloat16, which loses them after {MOST_SPLIT_PIECES} forwards; "
+                         f"{pieces} are asked for: raise --micro-batch, or take --optimizer=adamw")
 
 
 def low_bits(master):
