@@ -1,11 +1,17 @@
 """What experiments are made of: units of people, text LMs, merged units. All of it in miniature, against oracles."""
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import torch
 
+import twist
+from checkpoints import files
+from conftest import TINY
 from corpus.shards import UnitShards
-from experiments import real
+from experiments import real, text_lms
+from pocket.build import TEXT_LM_SHAPE
 
 # ------------------------------------------------------------------------------------------------ units of people
 
@@ -66,3 +72,111 @@ def test_what_is_not_there_is_said_with_the_way_to_get_it(lists, tmp_path, monke
     monkeypatch.delenv(real.FOLDER)
     with pytest.raises(ValueError, match=real.FOLDER):
         real.real_units(tmp_path / "material")
+
+
+# ------------------------------------------------------------------------------------------------ text LMs
+
+@pytest.mark.parametrize("size", text_lms.SIZES)
+def test_the_bodies_of_all_families_are_of_one_size(size, tmp_path):
+    bodies = []
+    for family in text_lms.FAMILIES:
+        files.write_json(tmp_path / family / "config.json", text_lms.shape(family, size))
+        lm = twist.load_lm_config(tmp_path / family)
+        assert lm.family == family and lm.block_size == text_lms.POSITIONS
+        bodies.append(twist.count_parameters(tmp_path / family) - lm.vocab_size * lm.n_embd * (1 if lm.tie_embeddings else 2))
+    assert max(bodies) < 1.05 * min(bodies) and all(0.8 < body / (float(size[:-1]) * 1e6) < 1.05 for body in bodies)
+
+
+def test_a_llama_of_the_middle_size_is_the_pockets_text_lm():
+    assert text_lms.shape("llama", "3M") == TEXT_LM_SHAPE
+
+
+def test_a_random_order_keeps_the_bytes_of_each_story(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_lms, "STORIES", {"val": (7, 12)})
+    plain, random = (UnitShards(text_lms.text_shards(tmp_path, "stories", order, "val")) for order in text_lms.ORDERS)
+    assert plain.names == random.names and len(plain) == 12
+    for (_, units, _), (_, permuted, _) in zip(plain, random, strict=True):
+        assert sorted(units) == sorted(permuted) and (units != permuted).any()
+
+
+@pytest.fixture
+def teller(tmp_path, monkeypatch):
+    """What stories260K is made of, in miniature, in a folder of released files; its words."""
+    folder = tmp_path / "released/text_lm"
+    words = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{i:02X}>" for i in range(256)), *(f" w{i}." for i in range(253))]
+    folder.mkdir(parents=True)
+    (folder / "tok512.bin").write_bytes(bytes(3000) + b"".join(word.encode() + b"\0" for word in words))
+    lm = twist.cold_start(dataclasses.replace(TINY, block_size=24), twist.UnitVocab(510))
+    twist.save_speech_lm(lm, twist.UnitVocab(510), folder / "stories260K_hf")
+    monkeypatch.setenv(real.FOLDER, str(folder.parent))
+    monkeypatch.setattr(text_lms, "ROWS", 5)
+    return folder
+
+
+def test_words_are_read_as_the_bytes_that_they_stand_for(teller):
+    words = text_lms.read_words(teller / "tok512.bin")
+    assert len(words) == 512 and b"".join(words[3:259]) == bytes(range(256)) and words[-1] == b" w252."
+    (teller / "cut.bin").write_bytes((teller / "tok512.bin").read_bytes()[:4000])
+    with pytest.raises(ValueError, match="expected 512"):
+        text_lms.read_words(teller / "cut.bin")
+
+
+def test_a_story_ends_where_the_model_ends_it_or_with_a_whole_sentence(monkeypatch):
+    words = [b"", b"<s>", b"", b" One.", b" two", b"\n"]
+    drawn = torch.tensor([[1, 3, 4, 1, 1], [1, 3, 5, 3, 4], [1, 4, 4, 4, 4]])
+    monkeypatch.setattr(text_lms, "generate", lambda *_, **__: drawn)
+    lm = twist.cold_start(TINY, twist.UnitVocab(4))
+    assert list(text_lms.tell(lm, words, 0)) == [b"One. two", b"One.\n One.", b""]
+
+
+def test_telling_goes_on_where_it_was_interrupted(teller, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_lms, "TOLD", {"train": (3, 2)})
+    whole = list(UnitShards(text_lms.text_shards(tmp_path / "a", "elsewhere", "as it is", "train")))
+    monkeypatch.setattr(text_lms, "TOLD", {"train": (3, 1)})
+    text_lms.text_shards(tmp_path / "b", "elsewhere", "as it is", "train")
+    monkeypatch.setattr(text_lms, "TOLD", {"train": (3, 2)})
+    parts = list(UnitShards(text_lms.text_shards(tmp_path / "b", "elsewhere", "as it is", "train")))
+    assert len(whole) == 10 and len({name for name, *_ in whole}) == 10 and sum(len(units) for _, units, _ in whole) > 10
+    assert [(name, units.tolist()) for name, units, _ in whole] == [(name, units.tolist()) for name, units, _ in parts]
+
+
+@pytest.mark.parametrize("family", ("opt", "gpt_neox"))  # plain rows, and rows sorted by heads
+def test_layers_change_places_and_nothing_else_does(family, tmp_path):
+    shape = text_lms.shape(family, "0.8M") | {"hidden_size": 32, "word_embed_proj_dim": 32}
+    files.write_json(tmp_path / "shape/config.json", shape)
+    lm = twist.cold_start(twist.load_lm_config(tmp_path / "shape"), twist.UnitVocab(256), seed=1)
+    twist.save_speech_lm(lm, twist.UnitVocab(256), tmp_path / "lm", torch.float16)
+    lm = twist.load_text_lm(tmp_path / "lm")
+    orders, ids = set(), torch.arange(40)[None]
+    for seed in range(3):
+        moved = twist.load_text_lm(text_lms.layers_permuted(tmp_path / "lm", tmp_path / str(seed), seed))
+        order = [next(i for i, old in enumerate(lm.h) if torch.equal(old.mlp.up.weight, new.mlp.up.weight)) for new in moved.h]
+        assert sorted(order) == [0, 1, 2, 3] and all(i != place for place, i in enumerate(order))
+        orders.add(tuple(order))
+        expected = twist.load_text_lm(tmp_path / "lm")
+        expected.h = torch.nn.ModuleList(expected.h[i] for i in order)
+        with torch.no_grad():
+            assert torch.equal(moved(ids), expected(ids)) and not torch.equal(moved(ids), lm(ids))
+    assert len(orders) > 1
+    before = (tmp_path / "0/model.safetensors").stat().st_mtime_ns
+    text_lms.layers_permuted(tmp_path / "lm", tmp_path / "0", 0)
+    assert (tmp_path / "0/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_unknown_family_is_named_with_those_that_there_are(tmp_path):
+    with pytest.raises(ValueError, match="'gpt9': expected one of opt, bloom, gpt_neox, llama"):
+        text_lms.text_lm(tmp_path, "gpt9", "3M")
+    with pytest.raises(ValueError, match="'backwards': expected one of as it is, random"):
+        text_lms.text_lm(tmp_path, "opt", "3M", order="backwards")
+
+
+@pytest.mark.slow
+def test_a_text_lm_is_trained_once_and_starts_a_speech_lm(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_lms, "STORIES", {"train": (0, 60), "val": (5_000_000, 40)})
+    place = text_lms.text_lm(tmp_path, "bloom", "0.8M", steps=12)
+    rows = (place.parent / "log.csv").read_text().splitlines()
+    losses = [float(row.split(",")[2]) for row in (rows[1], rows[-1])]
+    assert rows[0].split(",")[2] == "val_loss" and losses[1] < losses[0] - 1
+    assert twist.warm_start(twist.load_text_lm(place), twist.UnitVocab(100)).config.family == "bloom"
+    monkeypatch.setattr(text_lms, "run", lambda *_: pytest.fail("it is there"))
+    assert text_lms.text_lm(tmp_path, "bloom", "0.8M", steps=12) == place
