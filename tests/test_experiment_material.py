@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluate
 import twist
 from checkpoints import files
-from conftest import TINY
-from corpus.shards import UnitShards
-from experiments import real, text_lms
+from conftest import RECIPE, TINY
+from corpus.shards import UnitShards, check_recipe, write_shards
+from experiments import merged_units, real, text_lms
 from pocket.build import TEXT_LM_SHAPE
 
 # ------------------------------------------------------------------------------------------------ units of people
@@ -180,3 +181,96 @@ def test_a_text_lm_is_trained_once_and_starts_a_speech_lm(tmp_path, monkeypatch)
     assert twist.warm_start(twist.load_text_lm(place), twist.UnitVocab(100)).config.family == "bloom"
     monkeypatch.setattr(text_lms, "run", lambda *_: pytest.fail("it is there"))
     assert text_lms.text_lm(tmp_path, "bloom", "0.8M", steps=12) == place
+
+
+# ------------------------------------------------------------------------------------------------ merged units
+
+def random_shards(folder, seed, alphabet=4, documents=12):
+    rng = np.random.default_rng(seed)
+    spoken = [rng.integers(alphabet, size=rng.integers(30)) for _ in range(documents)]
+    write_shards(folder, {**RECIPE, "num_units": alphabet, "dedup": False}, [
+        (f"{i}.wav", units, rng.integers(1, 9, size=len(units)), 0.5 * i) for i, units in enumerate(spoken)])
+    return UnitShards(folder)
+
+
+def joined(document, pair, new):
+    """One merge as its definition says, from left to right."""
+    out = []
+    for unit in document:
+        out.append(unit)
+        if tuple(out[-2:]) == pair:
+            out[-2:] = [new]
+    return out
+
+
+def by_hand(documents, first, vocabulary):
+    """(merges, merged documents) by counting every pair again after each merge."""
+    merges = []
+    for new in range(first, vocabulary):
+        counts = {}
+        for document in documents:
+            for pair in zip(document, document[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        documents = [joined(document, merges[-1], new) for document in documents]
+    return merges, documents
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_merges_are_those_of_brute_force_and_can_be_undone(seed, tmp_path):
+    shards = random_shards(tmp_path / "plain", seed, alphabet=2 + seed % 3)  # of two units, many stand beside themselves
+    first = shards.recipe["num_units"]
+    merges, documents = by_hand([units.tolist() for _, units, _ in shards], first, first + 9)
+    found = merged_units.fit(shards, first + 9)
+    assert [*map(tuple, found.tolist())] == merges
+    made = UnitShards(merged_units.merge(shards, found, tmp_path / "merged"))
+    assert [units.tolist() for _, units, _ in made] == documents and made.names == shards.names
+    assert [*made.each_file()] == [*shards.each_file()] and made.recipe["num_units"] == first + 9
+    spelt = merged_units.spellings(found, first)
+    for (_, units, runs), (_, merged, sums) in zip(shards, made, strict=True):
+        assert merged_units.split(merged, found, first).tolist() == units.tolist()
+        ends = np.cumsum([len(spelt[unit]) for unit in merged], dtype=int)
+        assert sums.tolist() == [int(runs[end - len(spelt[unit]):end].sum()) for unit, end in zip(merged, ends)]
+
+
+def test_three_in_a_row_are_one_pair_and_one_left_over():
+    units = np.array([0, 0, 0, 1, 0, 0, -1, 0, 0, 0, 0, -1])
+    assert merged_units.join(units, (0, 0), 2).tolist() == [2, 0, 1, 2, -1, 2, 2, -1]
+
+
+def test_too_large_a_vocabulary_says_how_far_the_pairs_go(tmp_path):
+    shards = random_shards(tmp_path, 0)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        merged_units.fit(shards, 2000)
+    with pytest.raises(ValueError, match="more than the 4 units"):
+        merged_units.fit(shards, 4)
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """Units and a benchmark, and places of the same in a vocabulary of 8."""
+    for seed, part in enumerate(("units/train", "units/val", "benchmarks/mini-swuggy/units")):
+        random_shards(tmp_path / part, seed)
+    table = "positive,negative\n" + "".join(f"{2 * i}.wav,{2 * i + 1}.wav\n" for i in range(6))
+    (tmp_path / "benchmarks/mini-swuggy/pairs.csv").write_text(table)
+    return merged_units.merged_units(tmp_path, 8, tmp_path / "units", tmp_path / "benchmarks")
+
+
+def test_merged_units_are_made_once_and_mixed_with_nothing(merged, tmp_path, monkeypatch):
+    recipe, benchmark = UnitShards(merged["train"]).recipe, merged["benchmarks"] / "mini-swuggy"
+    assert (benchmark / "pairs.csv").read_text() == (tmp_path / "benchmarks/mini-swuggy/pairs.csv").read_text()
+    assert recipe == UnitShards(benchmark / "units").recipe == UnitShards(merged["val"]).recipe
+    with pytest.raises(ValueError, match="units of another tokenizer"):
+        check_recipe(UnitShards(tmp_path / "units/train").recipe, recipe, "plain", but=("num_units",))
+    for name in ("fit", "write_shards"):
+        monkeypatch.setattr(merged_units, name, lambda *_, **__: pytest.fail("they are there"))
+    assert merged_units.merged_units(tmp_path, 8, tmp_path / "units", tmp_path / "benchmarks") == merged
+
+
+@pytest.mark.slow
+def test_a_speech_lm_of_merged_units_is_measured(merged, tmp_path):
+    vocab = twist.UnitVocab(8, recipe=UnitShards(merged["train"]).recipe)
+    twist.save_speech_lm(twist.cold_start(TINY, vocab), vocab, tmp_path / "lm")
+    evaluate.main([f"--model={tmp_path}/lm", "--task=swuggy", f"--data={merged['benchmarks']}", f"--out={tmp_path}/eval",
+                   f"--train-data={merged['train']}", "--norm=sum", "--resamples=100", "--dtype=float32"])
+    assert json.loads((tmp_path / "eval/result.json").read_text())
