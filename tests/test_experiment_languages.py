@@ -10,6 +10,8 @@ import torch
 from corpus.shards import UnitShards, write_shards
 from experiments import languages
 from pocket import german
+from pocket.measure import share_in_common
+from speech.encoder import deduplicate
 
 STORIES = [german.story(seed) for seed in range(400)]
 SENTENCES = [sentence.rstrip(".") for story in STORIES for sentence in re.split(r"(?<=\.) ", story)]
@@ -216,10 +218,28 @@ def test_units_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
         languages.speech_units(tmp_path, "de", "val", 2)
 
 
+def apart(language, count):
+    """What the tokenizer tells of a language, from two sentences of each of `count` stories, said by the two held-out voices.
+
+    Returns: {"same", "different": shares of units in common between the voices, of the same and of other sentences; "found":
+    share of sentences whose most alike by the other voice is the same; "used": units that occur; "bits": their entropy}.
+    """
+    encoder, voices, said = languages.load_unit_encoder("pocket"), languages.voices_of(language, "val"), []
+    for seed in range(languages.TEXT_VAL, languages.TEXT_VAL + count):
+        words = ". ".join(languages.STORIES[language](seed).split(". ")[2:4])
+        said.append([deduplicate(encoder.encode(languages.engine().say_afresh(words, *voice)[0]))[0].numpy() for voice in voices])
+    alike = np.array([[share_in_common(a, b) for _, b in said] for a, _ in said])
+    shares = np.bincount(np.concatenate([units for both in said for units in both]), minlength=encoder.num_units)
+    shares = shares[shares > 0] / shares.sum()
+    return {"same": float(alike.diagonal().mean()), "different": float(alike[~np.eye(count, dtype=bool)].mean()),
+            "found": float((alike.argmax(1) == np.arange(count)).mean()), "used": len(shares),
+            "bits": float(-(shares * np.log2(shares)).sum())}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_three_stories_are_spoken_and_told_apart(tmp_path):
     shards = UnitShards(languages.speech_units(tmp_path, "de", "val", 3))
     assert len(shards) == 3 and all(100 < len(units) < 2000 and units.max() < 200 for _, units, _ in shards)
-    found = languages.apart("de", 3)
+    found = apart("de", 3)
     assert found["found"] == 1 and found["same"] > found["different"] + 0.2 and 50 < found["used"] <= 200 and found["bits"] > 5
