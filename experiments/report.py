@@ -20,9 +20,8 @@ HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "seeds", "seed 0, by rate"]
 
 
 def at_best(experiment, lines, cell, arm):
-    """{seed: line} of an arm at the best of its rates; {} while a rate is missing."""
-    rates = experiment.of("rates", cell)
-    best = best_rate(lines, cell, arm, rates) or best_rate(lines, cell, arm, rates[:1])
+    """{seed: line} of an arm at the best of its rates that were run."""
+    best = best_rate(lines, cell, arm, [rate for rate in experiment.of("rates", cell) if (cell, arm, rate, TUNED) in lines])
     return {key[3]: line for key, line in lines.items() if key[:3] == (cell, arm, best)}
 
 
@@ -78,9 +77,8 @@ def table(head, rows):
 
 def text_of(name, experiment, lines):
     """An experiment's results on screen."""
-    return "\n".join([table(HEAD, losses_of(experiment, lines)), "",
-                      *(f"{name}: {contrast}: {verdict}{figure and f': {figure}'}"
-                        for contrast, figure, verdict in rows_of(experiment, lines))])
+    said = (f"{name}: {contrast}: {verdict}{figure and f': {figure}'}" for contrast, figure, verdict in rows_of(experiment, lines))
+    return "\n".join([table(HEAD, losses_of(experiment, lines)), "", *said])
 
 
 def figure(experiment, lines):

@@ -98,7 +98,7 @@ def keep(path, line):
 def best_rate(lines, cell, arm, rates):
     """The rate with the lowest final loss on the seed for tuning; None while one is not run."""
     losses = {rate: lines[cell, arm, rate, TUNED]["loss"] for rate in rates if (cell, arm, rate, TUNED) in lines}
-    return min(losses, key=losses.get) if len(losses) == len(rates) else None
+    return min(losses, key=losses.get) if losses and len(losses) == len(rates) else None
 
 
 def wanted(experiment, lines, seeds=None, small=False):

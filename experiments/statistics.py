@@ -4,7 +4,7 @@
 
 THE RULE, written before the runs. A contrast claims that one arm ends below another (or scores above it). Its differences are
 paired by seed; the interval is Student's t at 95 % over seeds.
-    seen          the interval excludes 0 in the claimed direction, with LEAST seeds or more
+    seen          the interval excludes 0 in the claimed direction, with five seeds or more
     suggested     the same with fewer seeds, from two on; or one seed alone, without an interval, in the claimed direction
     not seen      the interval holds 0, or a single seed points the other way
     contradicted  the interval excludes 0 in the other direction, with two seeds or more
@@ -16,14 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEAST = 5  # seeds behind "seen"
-CONFIDENCE = 0.95
+LEAST, CONFIDENCE = 5, 0.95  # seeds behind "seen"; of intervals
 
 
 @dataclass(frozen=True)
 class Interval:
     mean: float
-    low: float | None  # None: one seed has no interval
+    low: float | None  # one seed has no interval
     high: float | None
     n: int
 
