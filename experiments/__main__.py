@@ -7,8 +7,8 @@
     python -m experiments starts --budget=small         # the same in minutes, to see that it works; its numbers mean nothing
     python -m experiments report                        # results/paper/README.md: a verdict, an interval, a figure for each
 
-What is compared, and over which seeds, stands in declared.py; the rule of a verdict in statistics.py. Runs that are done are not
-repeated, interrupted ones go on; their lines of JSON are kept in results/paper, their logs in --runs.
+What is compared stands in declared.py, the rule of a verdict in statistics.py. Runs that are done are not repeated, interrupted
+ones go on; their lines of JSON are kept in results/paper, their logs in --runs.
 """
 from dataclasses import dataclass
 

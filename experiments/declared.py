@@ -1,8 +1,8 @@
 """The experiments: what is compared with what, on which material, with which options of train.py, and what the paper says.
 
-A declaration is data. Arms differ in how training starts; cells are levels of the other factors. Rates are tuned for each arm of
-each cell on seed 0, over the grid that stands here; the other seeds run at the best. The first contrast is the claim. Material is
-made when the first run needs it: experiments/real.py, text_lms.py, languages.py, merged_units.py.
+Arms differ in how training starts; cells are levels of the other factors. Rates are tuned for each arm of each cell on seed 0,
+over the grid that stands here; the other seeds run at the best. The first contrast is the claim. Material (real.py, text_lms.py,
+languages.py, merged_units.py) is made when a run needs it.
 """
 from experiments import languages, merged_units, real, text_lms
 from experiments.runner import Contrast, Experiment

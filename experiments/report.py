@@ -26,14 +26,15 @@ def at_best(experiment, lines, cell, arm):
 
 
 def value_of(line, measure):
-    return line[measure] if measure in LOSSES else line["scores"][measure][0]
+    return line[measure] if measure in LOSSES else line.get("scores", {}).get(measure, [None])[0]
 
 
 def differences(experiment, lines, contrast):
     """By how much the better arm is ahead, a number a seed that both have; and of `share`, updates to the other's final loss."""
     ours, theirs = (at_best(experiment, lines, *which) for which in (contrast.better, contrast.worse))
     sign = 1 if contrast.measure in (*LOSSES, "ppl") else -1
-    both = sorted(ours.keys() & theirs.keys())
+    both = sorted(seed for seed in ours.keys() & theirs.keys()
+                  if None not in (value_of(ours[seed], contrast.measure), value_of(theirs[seed], contrast.measure)))
     ahead = [sign * (value_of(theirs[seed], contrast.measure) - value_of(ours[seed], contrast.measure)) for seed in both]
     reached = [statistics.updates_to(ours[seed]["curve"], theirs[seed]["loss"]) for seed in both] if contrast.share else []
     return ahead, [None if updates is None else updates / ours[seed]["steps"] for seed, updates in zip(both, reached)]
@@ -48,6 +49,9 @@ def rows_of(experiment, lines):
         what = LOSSES.get(contrast.measure, "points")
         text = "" if apart is None else f"{apart.mean:+.3f} {what}" + (
             f" [{apart.low:+.3f}, {apart.high:+.3f}]" if apart.low is not None else "") + f", {apart.n} seed{'s' * (apart.n > 1)}"
+        if ahead and contrast.measure not in LOSSES:
+            scores = [line["scores"][contrast.measure] for line in at_best(experiment, lines, *contrast.better).values()]
+            text += f"; ± {np.mean([(high - low) / 2 for _, low, high, _ in scores]):.1f} of one arm's score over its questions"
         if shares:
             text += "; reached after " + ", ".join("never" if share is None else f"{share:.0%}" for share in shares)
         (cell, arm), (other_cell, other) = contrast.better, contrast.worse
@@ -77,7 +81,7 @@ def table(head, rows):
 
 def text_of(name, experiment, lines):
     """An experiment's results on screen."""
-    said = (f"{name}: {contrast}: {verdict}{figure and f': {figure}'}" for contrast, figure, verdict in rows_of(experiment, lines))
+    said = (f"{name}: {claim}: {word}{shown and f': {shown}'}" for claim, shown, word in rows_of(experiment, lines))
     return "\n".join([table(HEAD, losses_of(experiment, lines)), "", *said])
 
 

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import config
 
@@ -57,16 +58,11 @@ class Experiment:
         return getattr(self, table).get(cell, getattr(self, table).get(""))
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     cell: str
     arm: str
     rate: str
     seed: int
-
-    @property
-    def key(self):
-        return self.cell, self.arm, self.rate, self.seed
 
     @property
     def folder(self):
@@ -113,7 +109,7 @@ def wanted(experiment, lines, seeds=None, small=False):
             for arm in experiment.arms if seed < (seeds or experiment.of("seeds", cell)) else ():
                 if best := best_rate(lines, cell, arm, rates):
                     runs.append(Run(cell, arm, best, seed))
-    return [run for run in runs if run.key not in lines]
+    return [run for run in runs if run not in lines]
 
 
 def total(experiment, seeds=None, small=False):
@@ -140,10 +136,8 @@ class Material(dict):
 
 
 def processor():
-    for line in open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else ():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return "unknown"
+    lines = open("/proc/cpuinfo") if os.path.exists("/proc/cpuinfo") else ()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def call(arguments, log):
@@ -155,11 +149,11 @@ def call(arguments, log):
         raise ValueError(f"{' '.join(arguments)} ended with {code}: {' '.join(last)} ({log})")
 
 
-def scores_of(out):
-    """{task: [value, low, high, questions]} of the model, from result.json of eval.py."""
-    return {row["benchmark"].split()[0]: [row[name] for name in ("value", "low", "high", "n")]
-            for section in json.loads((out / "result.json").read_text())["sections"] for row in section["rows"]
-            if row["system"] == "model" and row["subset"] in ("all", "perplexity") and row["measure"] in ("%", "per unit")}
+def score_of(out):
+    """[accuracy in %, low, high, questions] of the model, over all questions of eval.py's one task, from its result.json."""
+    rows = json.loads((out / "result.json").read_text())["sections"][0]["rows"]
+    row = next(row for row in rows if (row["system"], row["subset"], row["measure"]) == ("model", "all", "%"))
+    return [row[name] for name in ("value", "low", "high", "n")]
 
 
 def perform(run, options, tasks, folder, threads):
@@ -170,16 +164,17 @@ def perform(run, options, tasks, folder, threads):
           f"--save-interval={max(1, steps // STATES)}", "--keep=1", f"--threads={threads}", "--auto-resume", "--no-report"],
          folder / "output.txt")
     with open(folder / "log.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file)]
+        rows = [*csv.DictReader(file)]
     curve = [[int(row["step"]), float(row["val_loss"])] for row in rows if row["val_loss"]]
     bits = next(float(row["bits_per_second"]) / float(row["loss"]) for row in rows if row["loss"])  # of speech, for a nat a token
     line = {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": curve[-1][1],
             "bits_per_second": round(curve[-1][1] * bits, 3), "curve": curve,
             "seconds": float(rows[-1]["seconds"]), "steps": curve[-1][0], "memory_gb": float(rows[-1]["memory_gb"] or 0),
             "processor": processor(), "threads": threads}
-    if tasks:
-        call(["eval.py", f"--model={folder / 'model'}", "--dtype=float32", f"--out={folder / 'eval'}"], folder / "output.txt")
-        line["scores"] = scores_of(folder / "eval")
+    for task in tasks:
+        call(["eval.py", f"--task={task}", f"--model={folder / 'model'}", "--dtype=float32", f"--out={folder / task}"],
+             folder / "output.txt")
+        line["scores"] = line.get("scores", {}) | {task: score_of(folder / task)}
     for part in [*folder.glob("step_*"), folder / "model"]:
         shutil.rmtree(part)
     return line | {"wall_seconds": round(time.perf_counter() - began, 1)}
@@ -221,9 +216,9 @@ def work(name, experiment, options):
     bar = config.progress(total=total(experiment, options.seeds, small), initial=len(lines), desc=name, unit="run")
     with ThreadPoolExecutor(options.parallel) as pool, bar:
         while True:
-            busy = {run.key for run in running.values()}
+            busy = {*running.values()}
             for run in wanted(experiment, lines, options.seeds, small) if time.monotonic() < until else ():
-                if len(running) < options.parallel and run.key not in busy and run.cell not in without:
+                if len(running) < options.parallel and run not in busy and run.cell not in without:
                     said = options_of(experiment, run, small)
                     try:
                         filled = {name: value.format_map(material) for name, value in said.items()}
@@ -231,14 +226,15 @@ def work(name, experiment, options):
                         without.add(run.cell)
                         print(f"{run.cell}: left out: {config.sentence(error)}", file=sys.stderr)
                         continue
-                    running[pool.submit(perform, run, filled, experiment.tasks, runs_folder / run.folder, threads)] = run
+                    tasks = experiment.tasks[:1] if small else experiment.tasks
+                    running[pool.submit(perform, run, filled, tasks, runs_folder / run.folder, threads)] = run
             if not running:
                 return lines
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 line = future.result() | {"options": options_of(experiment, run, small)}
                 keep(path, line)
-                lines[run.key] = line
+                lines[run] = line
                 bar.update()
                 print(f"{run.folder}: loss {line['loss']:.4f} after {line['steps']} updates, {line['wall_seconds']:.0f} s; "
                       + left(experiment, wanted(experiment, lines, options.seeds, small), lines, options.seeds, small,

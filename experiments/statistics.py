@@ -9,7 +9,7 @@ paired by seed; the interval is Student's t at 95 % over seeds.
     not seen      the interval holds 0, or a single seed points the other way
     contradicted  the interval excludes 0 in the other direction, with two seeds or more
     not tested    there are no runs
-Nothing is said of differences between experiments, and no interval is corrected for there being many.
+No interval is corrected for there being many.
 """
 import math
 from dataclasses import dataclass

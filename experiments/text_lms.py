@@ -8,10 +8,9 @@
 
     python -m experiments families
 
-Everything is made once; what was interrupted goes on. The shapes follow the published models of each family at a size that two
-cores train: OPT (learned positions, ReLU), BLOOM (ALiBi, a norm after the table), GPT-NeoX (rotary in a quarter of each head,
-parallel branches, an untied head), LLaMA (rotary, RMS norms, SwiGLU). The body, all but tables and head, has the same size in all
-four to 5 %. Learning rates fall with the width as is usual; they are not tuned.
+Everything is made once; what was interrupted goes on. Shapes follow each family's published models: OPT (learned positions,
+ReLU), BLOOM (ALiBi, a norm after the table), GPT-NeoX (rotary in a quarter of each head, parallel branches, an untied head),
+LLaMA (rotary, RMS norms, SwiGLU). Bodies, all but tables and head, are of one size to 5 %. Rates fall with the width, untuned.
 """
 from pathlib import Path
 

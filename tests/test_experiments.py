@@ -69,7 +69,7 @@ def start(tmp_path, *more):
 def test_rates_are_tuned_on_one_seed_and_the_others_take_the_best(made_up, tmp_path, capsys):
     experiment, made = made_up
     start(tmp_path)
-    keys = [run.key for run, _ in made]
+    keys = [tuple(run) for run, _ in made]
     assert keys[:8] == [(cell, arm, rate, 0) for cell in "xy" for rate in "ab" for arm in ("warm", "cold")]
     assert keys[8:] == [("x", "warm", "b", 1), ("x", "cold", "a", 1), ("x", "warm", "b", 2), ("x", "cold", "a", 2)]
     assert made[0][1] == {"steps": "20", "lm": "L", "init": "twist", "peak_lr": "a", "seed": "0"}
@@ -134,3 +134,11 @@ def test_a_run_is_the_ordinary_command_and_leaves_its_log_and_no_weights(tiny_wo
     assert line["steps"] == 12 and [step for step, _ in line["curve"]] == [0, 6, 12] and line["loss"] < line["curve"][0][1]
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == []
     assert (tmp_path / "run/log.csv").exists() and (tmp_path / "run/config.toml").exists()
+
+
+@pytest.mark.slow
+def test_the_starts_run_in_minutes_at_a_small_budget(tmp_path, capsys):
+    command.main(["starts", "--budget=small", "--seeds=2", f"--runs={tmp_path}"])
+    lines = runner.read_lines(tmp_path / "starts-small/starts.jsonl")
+    assert len(lines) == 24 and all(line["steps"] == 4 and line["scores"]["swuggy"][3] == 300 for line in lines.values())
+    assert "twist before cold (100): " in capsys.readouterr().out
