@@ -328,11 +328,11 @@ def main(argv=None):
     options = config.load(TwistConfig, argv)
     if options.out:
         files.refuse_existing(options.out, options.overwrite)
-    vocab, lm = UnitVocab(options.units), empty(load_lm_config(options.lm))  # counting needs config.json alone
-    slm = empty(dataclasses.replace(lm.config, vocab_size=vocab.size))
+    lm_config, text = open_text_lm(options.lm) if options.out else (load_lm_config(options.lm), {})  # counting needs no weights
+    vocab, lm = UnitVocab(options.units), empty(lm_config)
+    slm = empty(dataclasses.replace(lm_config, vocab_size=vocab.size))
     print(report(lm, slm, options.embedding))
     if options.out:
-        lm_config, text = open_text_lm(options.lm)
         tensors = dict(warm_tensors(lm_config, text, vocab, options.seed, options.embedding))
         save_tensors(slm.config, tensors, vocab, options.out)
         print(f"wrote {options.out}")

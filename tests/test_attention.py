@@ -222,6 +222,7 @@ def test_the_operators_pass_opcheck():
                           (q[:, :1].detach(), k.detach(), v.detach(), 0.2, None, torch.tensor([3], device=DEVICE)))
 
 
+@pytest.mark.slow
 def test_a_function_around_it_compiles_without_a_break_and_may_be_recomputed():
     q, k, v = draw(1, 20, 2, 1, 32, torch.float32)
     starts = starts_of([3, 17])

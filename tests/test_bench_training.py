@@ -54,6 +54,7 @@ def test_speed_and_mfu_follow_from_the_median(monkeypatch):
     assert row["spread"] == 1 and row["peak_mb"] == 2 and row["tflops"] == 0
 
 
+@pytest.mark.slow
 def test_models_of_other_weights_are_noticed(no_processes, monkeypatch):
     def other(shape, folder, compiled, device):
         step = bench_training.ours(shape, folder, compiled, device)

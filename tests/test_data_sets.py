@@ -149,6 +149,7 @@ def test_the_units_that_the_page_expects_are_hours_times_rate():
     assert float(re.search(r"hours x ([\d.]+)", SECTION)[1]) == pytest.approx(19.4 * 3600 / 1e6, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_long_episode_is_read_in_pieces_and_stays_one_document(here, monkeypatch):
     monkeypatch.setattr(extract, "HELD_SECONDS", 60)
     whole = []

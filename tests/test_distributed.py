@@ -119,6 +119,7 @@ def uneven(arguments, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, micro", [(1, 4), pytest.param(2, 8, marks=pytest.mark.slow),
                                               pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_pieces_of_uneven_documents_give_one_update(processes, micro, uneven):

@@ -594,6 +594,7 @@ def test_redirects_in_a_circle_end_in_an_error(toy, server):
     assert not isinstance(error.value, urllib.error.HTTPError)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_download_once(server, tmp_path):
     repository(server, model__safetensors=DATA)
     page, both_wait = server.pages[REPOSITORY + "model.safetensors"], threading.Event()

@@ -349,6 +349,7 @@ def test_a_stopped_vocoder_goes_on_with_the_options_that_it_wrote_down(world, tm
         assert "going on from step 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_durations_add_up_and_silence_does_not_lengthen_them(tmp_path):
     """A voice with long pauses among its recordings: what it says is as long as it was."""
     record(tmp_path / "a", [f"{i}.wav" for i in range(6)], 10.0)

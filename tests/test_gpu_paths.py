@@ -302,6 +302,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_training_and_the_benchmarks_need_no_audio_library(train_arguments, tmp_path):
     command = [sys.executable, "-c", WITHOUT_AUDIO, "--init=twist", *train_arguments, "--steps=1", "--eval-rows=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -157,6 +157,7 @@ def test_another_page_is_kept_and_the_same_one_is_not_doubled(tmp_path):
     assert {*new.all("audio", "src")} == {"prompt_original-2.wav", "prompt_respoken-2.wav", "prompt_0-2.wav"}
 
 
+@pytest.mark.slow
 def test_of_a_prompt_beyond_the_window_its_end_is_played(tmp_path):
     wav = read_wav(PROMPT).repeat(12)
     soundfile.write(tmp_path / "long.wav", wav.numpy(), 16000)

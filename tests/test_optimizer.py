@@ -348,6 +348,7 @@ def distributed_updates(rank, folder, world):
     torch_distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_weights_take_the_updates_of_whole_ones(tmp_path):
     started = torch.multiprocessing.spawn(distributed_updates, (str(tmp_path), 2), nprocs=2, join=False, daemon=True)
     end = time.monotonic() + 120

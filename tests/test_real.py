@@ -171,6 +171,7 @@ def test_recordings_of_people_are_read_to_their_last_sample(source, rate):
             assert np.array_equal(ours.numpy(), theirs)
 
 
+@pytest.mark.slow
 def test_librispeech_becomes_shards_with_its_names_and_seconds(tmp_path):
     folder = released("speech", "librispeech", "test-other")
     hubert_units.main([str(folder), f"--out={tmp_path}"])

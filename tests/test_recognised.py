@@ -317,6 +317,7 @@ def write_text_lm(folder, bos):
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_genppl_per_token_is_that_of_transformers(bos, parts, tmp_path):
     tokenizer = write_text_lm(tmp_path / "mine", bos)

@@ -287,6 +287,7 @@ def kill(process):
     return process.exitcode
 
 
+@pytest.mark.slow
 def test_processes_that_are_really_killed_lose_nothing_that_was_finished(tmp_path, clean, start):
     rng, folder, kept = np.random.default_rng(0), tmp_path / "out", set()
     for world in (2, 3, 1, 2, 3):
