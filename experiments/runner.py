@@ -98,17 +98,15 @@ def best_rate(lines, cell, arm, rates):
 
 
 def wanted(experiment, lines, seeds=None, small=False):
-    """Runs that are to be made next, in order: rates first, then seeds of the best ones. Those of lines are left out."""
+    """Runs that are to be made next, in order: of each cell its rates, then the seeds of the best ones. Those of lines are left
+    out."""
     runs = []
     for cell in experiment.cells:
-        rates = experiment.of("rates", cell)[:1] if small else experiment.of("rates", cell)
+        rates = experiment.of("rates", cell)[:1 if small else None]
         runs += [Run(cell, arm, rate, TUNED) for rate in rates for arm in experiment.arms]
-    for seed in range(1, max(seeds or experiment.of("seeds", cell) for cell in experiment.cells)):
-        for cell in experiment.cells:
-            rates = experiment.of("rates", cell)[:1] if small else experiment.of("rates", cell)
-            for arm in experiment.arms if seed < (seeds or experiment.of("seeds", cell)) else ():
-                if best := best_rate(lines, cell, arm, rates):
-                    runs.append(Run(cell, arm, best, seed))
+        best = {arm: best_rate(lines, cell, arm, rates) for arm in experiment.arms}
+        runs += [Run(cell, arm, best[arm], seed) for seed in range(1, seeds or experiment.of("seeds", cell))
+                 for arm in experiment.arms if best[arm]]
     return [run for run in runs if run not in lines]
 
 

@@ -70,8 +70,9 @@ def test_rates_are_tuned_on_one_seed_and_the_others_take_the_best(made_up, tmp_p
     experiment, made = made_up
     start(tmp_path)
     keys = [tuple(run) for run, _ in made]
-    assert keys[:8] == [(cell, arm, rate, 0) for cell in "xy" for rate in "ab" for arm in ("warm", "cold")]
-    assert keys[8:] == [("x", "warm", "b", 1), ("x", "cold", "a", 1), ("x", "warm", "b", 2), ("x", "cold", "a", 2)]
+    assert keys[:4] == [("x", arm, rate, 0) for rate in "ab" for arm in ("warm", "cold")]
+    assert keys[4:8] == [("x", "warm", "b", 1), ("x", "cold", "a", 1), ("x", "warm", "b", 2), ("x", "cold", "a", 2)]
+    assert keys[8:] == [("y", arm, rate, 0) for rate in "ab" for arm in ("warm", "cold")]
     assert made[0][1] == {"steps": "20", "lm": "L", "init": "twist", "peak_lr": "a", "seed": "0"}
     assert runner.total(experiment) == len(made) and "12 of 12 runs are done; 0 are left" in capsys.readouterr().out
 
