@@ -43,7 +43,7 @@ def german(folder):
     return [languages.speech_units(folder / "languages", "de", part, count) for part, count in counts.items()][0].parent
 
 
-REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "eval_rows": "0"},
+REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "tokens_per_step": "2048", "eval_rows": "0"},
         "SmolLM2-135M": {"lm": "{smollm2}", "steps": "120", "tokens_per_step": "1024"}}
 BUDGETS = {"100": {"steps": "100"}, "400": {"steps": "400"}, "1600": {"steps": "1600"},
            "1600, constant rate": {"steps": "1600", "schedule": "constant"}}
@@ -64,7 +64,7 @@ EXPERIMENTS = {
         options={"data": "{real}/train", "val_data": "{real}/val", "dtype": "float32", "eval_interval": "20"},
         material={"real": lambda folder: real.real_units(folder)[0].parent, "stories260K": real.stories260k,
                   "smollm2": real.smollm2},
-        rates={"stories260K": ("1e-3", "3e-3", "1e-2"), "SmolLM2-135M": ("5e-4", "1.5e-3")},
+        rates={"stories260K": ("1e-3", "3e-3", "1e-2", "2e-2"), "SmolLM2-135M": ("5e-4", "1.5e-3")},
         seeds={"stories260K": 5, "SmolLM2-135M": 2}, seconds=600),
     "starts": Experiment(
         "Does a warm start reach a lower loss, and the cold start's in fewer updates, at every budget?",
