@@ -59,7 +59,7 @@ def assert_near(ours, expected, dtype):
 
 
 @first_dtype_quickly
-@pytest.mark.parametrize("T", [1, 31, 64, 65, 130, 200])
+@pytest.mark.parametrize("T", [1, 31, 64, 65, 130, pytest.param(200, marks=pytest.mark.slow)])
 def test_forward_and_all_gradients_equal_float64(T, dtype):
     q, k, v = draw(2, T, 2, 2, 64, dtype)
     assert_near(*both(q, k, v), dtype)
@@ -73,7 +73,7 @@ def test_every_head_dimension(D, dtype):
 
 
 @first_dtype_quickly
-@pytest.mark.parametrize("H, K", [(2, 1), (6, 2), (8, 1)])
+@pytest.mark.parametrize("H, K", [(2, 1), (6, 2), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_query_heads_share_key_heads(H, K, dtype):
     q, k, v = draw(1, 140, H, K, 32, dtype)
     assert_near(*both(q, k, v), dtype)
@@ -88,7 +88,7 @@ def test_backward_makes_up_no_gradient_for_the_sums_of_exponentials():
 
 
 @each_dtype
-@pytest.mark.parametrize("T", [1, 65, 200])
+@pytest.mark.parametrize("T", [1, 65, pytest.param(200, marks=pytest.mark.slow)])
 def test_alibi(T, dtype):
     q, k, v = draw(1, T, 4, 2, 64, dtype)
     assert_near(*both(q, k, v, alibi_slopes=torch.rand(4, device=DEVICE)), dtype)
@@ -137,7 +137,8 @@ def test_scores_of_ten_thousand_do_not_overflow(dtype):
         torch.testing.assert_close(ours[0].double(), expected[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["heads first", "every second position", "D not contiguous"])
+@pytest.mark.parametrize("layout", ["heads first", *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+    "every second position", "D not contiguous"))])
 def test_any_strides(layout):
     q, k, v = draw(2, 70, 4, 2, 32, torch.float32)
     if layout == "heads first":

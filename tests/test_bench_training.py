@@ -76,6 +76,7 @@ def test_a_way_that_finds_no_memory_leaves_its_reason(no_processes, monkeypatch)
     assert mine["ms"] > 0 and mine["over_peer"] == "-"
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_between_timed_steps_costs_that_way_alone(no_processes, monkeypatch):
     def later(shape, folder, compiled, device, calls=None, **fused):
         step, calls = bench_training.transformers_loop(shape, folder, compiled, device, **fused), []
@@ -91,6 +92,7 @@ def test_memory_that_runs_out_between_timed_steps_costs_that_way_alone(no_proces
     assert peer["note"] == "CUDA out of memory." and peer["ms"] == mine["over_peer"] == "-" and mine["ms"] > 0 < fused["ms"]
 
 
+@pytest.mark.slow
 def test_a_split_model_and_recomputation_are_timed_one_way_after_the_other(no_processes, monkeypatch):
     turns, take_turns = [], bench_training.take_turns
     monkeypatch.setattr(bench_training, "take_turns", lambda steps, *rest: turns.append(list(steps)) or take_turns(steps, *rest))

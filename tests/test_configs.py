@@ -198,8 +198,8 @@ def test_the_plan_without_data_is_that_of_the_readme(offline, capsys):
     assert f"{float(total):.1f} GB on 1 GPU;" in entry(ROOT / "configs/opt-125m.toml")["memory, planned"]
 
 
-@pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "opt-1.3b", "llama-7b", "llama-13b", "bloom-560m", "pythia-410m",
-                                  "slam", "slam-scaled"])
+@pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "bloom-560m", "slam", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("opt-1.3b", "llama-7b", "llama-13b", "pythia-410m", "slam-scaled"))])
 def test_the_memory_in_the_readme_of_the_configs_is_what_memory_py_plans(name):
     path = ROOT / "configs" / f"{name}.toml"
     figures = re.findall(r"([\d.]+) GB on (\d+)(?: GPUs?)?(?: with ((?:--[\w=-]+ ?)+))?", entry(path)["memory, planned"])

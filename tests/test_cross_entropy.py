@@ -290,6 +290,7 @@ def test_the_operators_pass_opcheck(monkeypatch):
 each_loss = pytest.mark.parametrize("fused, V", [(False, 20), (True, 20), (True, 8)], ids=["logits", "early", "late"])
 
 
+@pytest.mark.slow
 @each_loss
 def test_a_model_around_it_compiles_without_a_break_and_may_be_recomputed(fused, V):
     x, weight, targets = linear_case(7, 8, V, torch.float32)

@@ -143,8 +143,8 @@ def test_split_weights_in_parts_and_recomputation_train_as_split_weights_whole(a
     assert column(tmp_path / "two") == pytest.approx(before, abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [pytest.param(["--recompute=selective"], marks=pytest.mark.slow), ["--recompute=full"],
-                                     ["--async-save"]])
+@pytest.mark.parametrize("options", [["--recompute=full"], *(pytest.param(options, marks=pytest.mark.slow) for options in (
+    ["--recompute=selective"], ["--async-save"]))])
 def test_what_only_saves_memory_or_time_changes_nothing(options, arguments, alone, tmp_path):
     launch(1, [*arguments, *options, f"--out={tmp_path}/run"])
     assert_same_run(tmp_path / "run", alone, 1e-6)

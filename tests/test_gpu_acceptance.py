@@ -141,6 +141,7 @@ def test_runs_and_units_are_compared_as_they_are(tmp_path, monkeypatch):
     assert not well("units", units, tmp_path / "units") and not well("units", tmp_path / "none", tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_check_says_so_in_a_sentence(tmp_path):
     done = check("environment", f"--out={tmp_path}")

@@ -1094,6 +1094,7 @@ def test_nothing_to_encode_is_an_error_that_says_why(folders, tmp_path):
     assert failures(tmp_path / "units").keys() == {"bad.wav"}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_documents_as_one(folders, tmp_path):
     good = write_recordings(tmp_path / "audio")
     arguments = [str(tmp_path / "audio"), f"--tokenizer={folders['50hz']}", "--device=cpu"]

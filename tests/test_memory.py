@@ -87,7 +87,7 @@ def test_other_families_are_planned_as_well(shape, mode):
 
 @pytest.mark.parametrize("recompute", memory.RECOMPUTE)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", ["OPT", "LLaMA"])
+@pytest.mark.parametrize("shape", ["OPT", pytest.param("LLaMA", marks=pytest.mark.slow)])
 def test_what_the_allocator_has_not_got_back_after_a_forward_is_what_the_blocks_keep(shape, mode, recompute):
     """Buffers inside products are back by then, whichever processor computes them."""
     dtype, ids = MODES[mode][1], torch.zeros(ROWS, T, dtype=torch.int64)

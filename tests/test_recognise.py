@@ -261,8 +261,8 @@ def test_a_stranger_within_a_model_folder_is_called_by_its_name(kind, name, cont
 
 
 @pytest.mark.parametrize("kind", ["lm", "model", "tokenizer", "vocoder"])
-@pytest.mark.parametrize("value", ["text", "1e-5", [1], [[1]], {"a": 1}, True, 10**400, -(10**30), float("nan"), float("inf"),
-                                   1.5, 0, None])
+@pytest.mark.parametrize("value", ["text", True, 10**400, None, *(pytest.param(value, marks=pytest.mark.slow) for value in (
+    "1e-5", [1], [[1]], {"a": 1}, -(10**30), float("nan"), float("inf"), 1.5, 0))])
 def test_a_value_of_any_kind_in_any_place_opens_or_is_a_sentence(kind, value, tmp_path):
     """One key after the other of a whole config.json: the network is as before, or one sentence says what is wrong."""
     for file in files.KINDS[kind].iterdir():
