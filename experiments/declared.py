@@ -58,7 +58,7 @@ WORDS = {"plain": {}, **{f"merged to {size}": {"data": f"{{merged{size}}}/train"
 
 EXPERIMENTS = {
     "real": Experiment(
-        "Does a text LM that others trained help on units of people's speech, beyond the scale of its weights?",
+        "Does a text LM that others trained help on units of people's speech (CC BY-NC 4.0), beyond the scale of its weights?",
         "warm starts reach a lower loss than cold ones at every size (figure 2); no scale-matched control",
         STARTS, against_others(REAL), REAL,
         options={"data": "{real}/train", "val_data": "{real}/val", "dtype": "float32", "eval_interval": "20"},
