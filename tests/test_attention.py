@@ -112,6 +112,7 @@ def test_a_packed_document_is_what_it_is_alone():
         torch.testing.assert_close(packed[:, a:b], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_documents_differ_from_row_to_row():
     q, k, v = draw(3, 100, 2, 2, 32, torch.float32)
     starts = torch.cat([starts_of([100]), starts_of([30, 70]), starts_of([99, 1])])

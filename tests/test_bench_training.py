@@ -67,6 +67,7 @@ def test_models_of_other_weights_are_noticed(no_processes, monkeypatch):
     assert len(rows) == 6 and all(row["ms"] > 0 and "not of the same weights" in row["note"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_way_that_finds_no_memory_leaves_its_reason(no_processes, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB.\nmore")

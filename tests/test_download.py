@@ -697,6 +697,7 @@ def test_an_archive_cut_short_anywhere_is_refused(tmp_path):
     assert names_in(tmp_path) == {"mine.zip"}
 
 
+@pytest.mark.slow
 def test_a_damaged_byte_in_an_archive_is_found(tmp_path):
     data = bytearray(zipped({"config.json": b"{}", "model.safetensors": os.urandom(300)}))
     for position in range(len(data)):

@@ -291,6 +291,7 @@ def test_numbers_beyond_float16_are_a_sentence(tmp_path):
         generate(model, torch.tensor([[1, 2, 3]]), 4)
 
 
+@pytest.mark.slow
 def test_results_say_the_dtype_of_the_weights_and_label_scores_of_rounded_ones(tmp_path, capsys):
     arguments = ["--task=swuggy", "--resamples=100"]
     found = {}

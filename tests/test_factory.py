@@ -338,6 +338,7 @@ def test_a_vocoder_of_two_voices_speaks_with_both_by_name(world, tmp_path):
     assert torch.equal(anna, first) and not torch.equal(anna, ben)
 
 
+@pytest.mark.slow
 def test_a_stopped_vocoder_goes_on_with_the_options_that_it_wrote_down(world, tmp_path, capsys):
     recipe = {"kind": "hubert", "num_units": 7, "layer": 1, "centers": "x", "frame_rate": 25.0, "dedup": True}
     rows = [(str(path), np.arange(49) % 7, np.ones(49, int), 2.0) for path in sorted((world / "speech/a").iterdir())]
@@ -392,6 +393,7 @@ def test_words_are_held_against_what_was_said_and_else_against_what_is_heard(wor
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_round_trip_and_units_of_the_bundle_are_measured(tmp_path, capsys):
     record(tmp_path / "speech", [f"{voice}/{i}.wav" for voice in "ab" for i in range(2)])
     common = [f"--speech={tmp_path / 'speech'}", f"--out={tmp_path}"]

@@ -88,6 +88,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(recompute, graphs):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_learners_of_many_shapes_follow_each_other_in_one_process(graphs):
     for rows in range(1, 12):
         learner(TINY).forward(Ones().window(*range(rows))).backward()

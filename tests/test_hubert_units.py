@@ -1176,6 +1176,7 @@ def test_recordings_of_one_name_in_two_working_folders_are_both_taken(folders, t
     assert UnitShards(tmp_path / "u").names == ["1.wav", str(tmp_path / "b/1.wav")]
 
 
+@pytest.mark.slow
 def test_two_extractions_into_one_folder_are_refused(folders, tmp_path):
     soundfile.write(tmp_path / "a.wav", noise(9000).clamp(-1, 1).numpy(), 16_000)
     arguments = [f"{tmp_path}/a.wav", f"--out={tmp_path}/u", f"--tokenizer={folders['25hz']}", "--device=cpu"]

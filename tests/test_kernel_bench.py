@@ -50,6 +50,7 @@ def test_attention_on_the_cpu_gives_full_tables(quick):
     assert all(row["note"].startswith("picks ") for row in found["rows"] if row["way"] == "default")
 
 
+@pytest.mark.slow
 def test_cross_entropy_on_the_cpu_gives_full_tables(quick):
     rows = list(kernel_bench.bench_cross_entropy(OPTIONS, ((16, 32, 100), (16, 0, 100))))
     assert [(row["shape"], row["way"]) for row in rows] == [
@@ -180,6 +181,7 @@ def test_a_rehearsal_is_written_beside_the_figures_of_a_gpu(quick, tmp_path, mon
     assert titles == ["versions", "rows", "summary", "losing"]
 
 
+@pytest.mark.slow
 def test_rows_are_written_as_they_come_and_a_case_without_memory_is_one(quick, tmp_path, monkeypatch, capsys):
     def rows(case, *rest, loss_rows=kernel_bench.loss_rows):
         written = [path.name for path in tmp_path.iterdir()]

@@ -61,6 +61,7 @@ def test_the_stored_table_is_of_the_same_variants(table):
     assert [(row["arch"], row["kernel"]) for row in stored] == [(row["arch"], row["kernel"]) for row in table]
 
 
+@pytest.mark.slow
 def test_the_interpreter_must_be_off():
     finished = run(TRITON_INTERPRET="1")
     assert finished.returncode == 1 and "TRITON_INTERPRET" in finished.stderr

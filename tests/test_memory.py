@@ -171,6 +171,7 @@ def test_gradients_count_beside_activations_only_where_both_are_there():
     assert dataclasses.replace(plan, pieces=2).total == rest + plan.activations + plan.gradients
 
 
+@pytest.mark.slow
 def test_less_is_kept_the_more_is_computed_again_and_rows_add_up():
     none, selective, full = (planned(SHAPES["LLaMA"], "autocast", recompute).activations for recompute in memory.RECOMPUTE)
     assert none > 1.5 * selective > 1.5 * 2 * full

@@ -908,6 +908,7 @@ def test_lzma_cannot_ask_for_gigabytes_of_dictionary(tmp_path, bounded):
             refused(tmp_path / "a", "LZMAError")
 
 
+@pytest.mark.slow
 def test_nesting_can_neither_crash_nor_stall(tmp_path, bounded):
     pairs = b")" + b"2\x86" * 60  # a pair of pairs of pairs ...
     chain = b")" + b"\x85" * 20_000

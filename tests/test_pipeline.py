@@ -122,6 +122,7 @@ def long_prompt(folder, seconds=24):
     return folder / "long.wav"
 
 
+@pytest.mark.slow
 def test_what_the_window_of_the_model_leaves_out_is_said_once(tmp_path, capsys):
     for name in ("a", "b"):
         shutil.copy(PROMPT, tmp_path / f"{name}.wav")
@@ -132,6 +133,7 @@ def test_what_the_window_of_the_model_leaves_out_is_said_once(tmp_path, capsys):
     assert "the model's window" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 20])
 def test_of_a_prompt_that_is_too_long_the_end_is_heard(seconds, tmp_path, capsys):
     path = long_prompt(tmp_path)

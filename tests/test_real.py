@@ -80,6 +80,7 @@ def test_another_projects_kmeans_hold_what_scikit_learn_reads(k, layer):
     assert centers.shape == (k, 1024) and np.array_equal(centers.numpy(), theirs.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_hubert_of_base_width_with_metas_centres_gives_the_units_of_transformers_and_scikit_learn(metas, tmp_path):
     """Released weights of HuBERT base are not at hand: six layers of its width with random ones."""
     torch.manual_seed(0)

@@ -446,6 +446,7 @@ def test_a_path_that_does_not_exist_is_called_by_its_option(mistake, words, trai
         train.main([*train_arguments, mistake])
 
 
+@pytest.mark.slow
 def test_the_first_line_says_what_is_trained_and_validated_on(train_arguments, tiny_world, capsys):
     train.main([*train_arguments, "--dry-run"])
     first, *others = capsys.readouterr().out.splitlines()
@@ -505,6 +506,7 @@ def test_prompts_that_cannot_be_read_are_named_before_the_first_step_and_left_ou
     assert len([*(tmp_path / "run").rglob("*.wav")]) == 2 * len(prompts) and (tmp_path / "run/model/config.json").exists()
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_with_speaking_later_is_a_line_and_training_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
