@@ -879,6 +879,7 @@ def test_a_value_copied_ten_thousand_times_is_refused(tmp_path, bounded):
         refused(tmp_path / "a", "many times its own size")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compress", [zlib.compress, gzip.compress, bz2.compress, lzma.compress,
                                       lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
                                       lambda data: b"ZF" + hex(len(data)).encode().ljust(19) + zlib.compress(data)],

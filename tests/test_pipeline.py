@@ -80,6 +80,7 @@ def test_any_format_rate_and_channel_count_will_do_as_a_prompt(tmp_path):
     assert (tmp_path / "loud_0.wav").exists()
 
 
+@pytest.mark.slow
 def test_no_speech_replaces_other_speech_and_the_same_command_its_own(tmp_path, capsys):
     """Prompts of one name, another model behind the same path, other seeds: each gets files of its own."""
     for speaker in ("A", "B"):
@@ -233,6 +234,7 @@ def test_a_prompt_may_be_heard_in_another_precision_than_that_of_the_models_unit
         sample.load_voice(sample.SampleConfig(), dataclasses.replace(vocabs["bfloat16"], recipe={**recipe, "layer": 5}))
 
 
+@pytest.mark.slow
 def test_a_bad_prompt_is_one_sentence_and_exit_code_2(tmp_path):
     (tmp_path / "text.wav").write_text("these are words")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)

@@ -483,6 +483,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(train_arguments, t
     assert "21,344" in said and "activations" in said and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_prompts_are_continued_on_the_way(tmp_path):
     other = shutil.copy("pocket/prompt.wav", tmp_path)  # of the same name
     train.main(["--init=twist", "--steps=2", "--tokens-per-step=64", "--block-size=64", "--eval-rows=1", "--sample-interval=1",
@@ -493,6 +494,7 @@ def test_prompts_are_continued_on_the_way(tmp_path):
     assert header == list(train.logs.COLUMNS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [["pocket/prompt.wav"], []])
 def test_prompts_that_cannot_be_read_are_named_before_the_first_step_and_left_out(prompts, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.wav").write_bytes(b"")
