@@ -55,8 +55,12 @@ def rows_of(experiment, lines):
         if shares:
             text += "; reached after " + ", ".join("never" if share is None else f"{share:.0%}" for share in shares)
         (cell, arm), (other_cell, other) = contrast.better, contrast.worse
+        tuned = all((*which, rate, TUNED) in lines for which in (contrast.better, contrast.worse)
+                    for rate in experiment.of("rates", which[0]))
+        text += "; not all rates are tried" * bool(ahead and not tuned)
         where = dict.fromkeys(filter(None, (cell, other_cell, "" if contrast.measure == "loss" else contrast.measure)))
-        found.append((f"{arm} before {other}" + f" ({', '.join(where)})" * bool(where), text, statistics.verdict(apart)))
+        name = f"{arm} before {other}" + f" ({', '.join(where)})" * bool(where)
+        found.append((name, text, statistics.verdict(apart if tuned else None)))
     return found
 
 

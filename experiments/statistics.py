@@ -8,7 +8,7 @@ paired by seed; the interval is Student's t at 95 % over seeds.
     suggested     the same with fewer seeds, from two on; or one seed alone, without an interval, in the claimed direction
     not seen      the interval holds 0, or a single seed points the other way
     contradicted  the interval excludes 0 in the other direction, with two seeds or more
-    not tested    there are no runs
+    not tested    there are no runs, or an arm's rates are not all tried
 No interval is corrected for there being many.
 """
 import math

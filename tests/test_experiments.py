@@ -9,7 +9,7 @@ from scipy import stats
 
 from conftest import arguments_of_a_run
 from experiments import __main__ as command
-from experiments import declared, runner, statistics
+from experiments import declared, report, runner, statistics
 from experiments.runner import Contrast, Experiment, Run
 
 
@@ -115,6 +115,13 @@ def test_the_report_has_verdict_interval_and_figure(made_up, tmp_path):
     assert "| warm before cold (x) | +2.000 nats [+2.000, +2.000], 3 seeds; reached after 33%, 33%, 32% | suggested |" in text
     assert "| x | warm | b | 1.100 (0.100) | 3 | a: 2.000, b: 1.000 |" in text and "**not tested**" in text
     assert "excludes 0 in the claimed direction" in text and (tmp_path / "out/made_up.svg").read_text().startswith("<svg xmlns")
+
+
+def test_there_is_no_verdict_before_all_rates_are_tried(made_up, tmp_path):
+    start(tmp_path)
+    lines = {key: line for key, line in runner.read_lines(tmp_path / "out/made_up.jsonl").items() if key != ("x", "cold", "b", 0)}
+    assert report.rows_of(made_up[0], lines)[0][1:] == (
+        "+2.000 nats [+2.000, +2.000], 3 seeds; reached after 33%, 33%, 32%; not all rates are tried", "not tested")
 
 
 def test_small_budgets_leave_the_results_alone(made_up, tmp_path):
