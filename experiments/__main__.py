@@ -47,7 +47,7 @@ def main(argv=None):
         else:
             print(f"{name}: {known[name].question}")
             lines = runner.work(name, known[name], options)
-            print(report.text_of(name, known[name], lines))
+            print(report.text_of(name, known[name], lines, options.out))
 
 
 if __name__ == "__main__":

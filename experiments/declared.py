@@ -2,14 +2,18 @@
 
 Arms differ in how training starts; cells are levels of the other factors. Rates are tuned for each arm of each cell on seed 0,
 over the grid that stands here; the other seeds run at the best. The first contrast is the claim. Material (real.py, text_lms.py,
-languages.py, merged_units.py) is made when a run needs it.
+merged_units.py, pocket/variants.py) is made when a run needs it.
 """
-from experiments import languages, merged_units, real, text_lms
+from functools import partial
+
+from experiments import real, text_lms
+from experiments.merged_units import merged_units
 from experiments.runner import Contrast, Experiment
+from experiments.text_lms import text_lm
+from pocket.variants import benchmarks, german, other_tokenizer
 
 STARTS = {start: {"init": start} for start in ("twist", "shuffled", "cold")}
 POCKET = {"dtype": "bfloat16", "eval_interval": "20"}  # on a processor without its instructions a run takes thrice as long
-LM_STEPS = 4000  # updates of a text LM, as many as the pocket's had
 RATES, TWO_RATES = {"": ("2e-3", "4e-3", "8e-3")}, {"": ("2e-3", "4e-3")}
 MERGED = (500, 2000)  # vocabularies of merged units
 
@@ -21,40 +25,28 @@ def against_others(cells, tasks=()):
         Contrast((cell, "shuffled"), (cell, "cold")), *(Contrast((cell, "twist"), (cell, "cold"), task) for task in tasks)))
 
 
-def lm(family="llama", size="3M", **other):
-    """A function: folder -> one of our text LMs."""
-    return lambda folder: text_lms.text_lm(folder, family, size, steps=LM_STEPS, **other)
-
-
-def merged(vocabulary):
-    return lambda folder: merged_units.merged_units(folder, vocabulary)["train"].parent
-
-
-def permuted(folder):
-    return text_lms.layers_permuted("pocket", folder / "pocket_layers_permuted", seed=0)
-
-
-def second_language(kind):
-    return lambda folder: languages.text_lm(folder / "languages", kind, LM_STEPS)
-
-
-def german(folder):
-    counts = {"train": 880, "val": 60}  # spoken stories: eight hours, and half an hour
-    return [languages.speech_units(folder / "languages", "de", part, count) for part, count in counts.items()][0].parent
-
-
 REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "tokens_per_step": "2048", "eval_rows": "0"},
         "SmolLM2-135M": {"lm": "{smollm2}", "steps": "120", "tokens_per_step": "1024"}}
-BUDGETS = {"100": {"steps": "100"}, "400": {"steps": "400"}, "1600": {"steps": "1600"},
-           "1600, constant rate": {"steps": "1600", "schedule": "constant"}}
+BUDGETS = {"100": {"steps": "100"}, "400": {"steps": "400"}, "400, constant rate": {"steps": "400", "schedule": "constant"},
+           "1600": {"steps": "1600"}}
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze")
 SHARES = {f"{share} % of the data, {size}{how}": {"data_fraction": str(share / 100), "lm": f"{{{size}}}", **steps}
           for size in ("0.8M", "3M") for share in (1, 10, 100)
           for how, steps in (("", {}), (", equal epochs", {"steps": str(4 * share)})) if not (how and share == 100)}
 FAMILIES = {family: {"lm": f"{{{family}}}"} for family in text_lms.FAMILIES}
 SIZES = {size: {"lm": f"{{{size}}}"} for size in text_lms.SIZES}
-WORDS = {"plain": {}, **{f"merged to {size}": {"data": f"{{merged{size}}}/train", "val_data": f"{{merged{size}}}/val"}
-                         for size in MERGED}}
+READ = (8000, 4000, 1000)  # updates of the text LM: one axis of the map, the other is speech
+HEARD = {f"{share} % of the data": {"data_fraction": str(share / 100)} for share in (10, 1, 100)}
+READERS = {f"{start}, text {steps}": {"init": start, "lm": f"{{text{steps}}}"}
+           for steps in READ for start in ("twist", "shuffled")}
+CELLS = {f"{rate:g} Hz, {centres}": (rate, centres) for rate in (12.5, 25, 50) for centres in (100, 200, 500, 1000)}
+NAMES = {cell: f"units{number}" for number, cell in enumerate(CELLS)}  # of material
+TOKENIZERS = {cell: {"data": f"{{{name}}}/train", "val_data": f"{{{name}}}/val", "eval.data": "{benchmarks}",
+                     "eval.kmeans": f"{{{name}}}/kmeans.safetensors", "eval.train_data": f"{{{name}}}/train"}
+              for cell, name in NAMES.items()}
+WORDS = {"plain": {"eval.norm": "sum"}, **{f"merged to {size}": {
+    "data": f"{{merged{size}}}/train", "val_data": f"{{merged{size}}}/val", "eval.data": f"{{merged{size}}}/benchmarks",
+    "eval.train_data": f"{{merged{size}}}/train", "eval.norm": "sum"} for size in MERGED}}
 
 EXPERIMENTS = {
     "real": Experiment(
@@ -73,7 +65,7 @@ EXPERIMENTS = {
     "fair": Experiment(
         "Does it, too, if the text LM read stories of somebody else, and not those that are spoken?",
         "text and speech of the paper are of different sources", STARTS, against_others([""]),
-        options={**POCKET, "lm": "{elsewhere}"}, material={"elsewhere": lm(text="elsewhere")}, rates=RATES),
+        options={**POCKET, "lm": "{elsewhere}"}, material={"elsewhere": partial(text_lm, text="elsewhere")}, rates=RATES),
     "knowledge": Experiment(
         "Is it what the text LM knows, beyond the scale of its weights, the order of its layers, the letters of the text?",
         "pretraining on images helps less than on text (ImageGPT; not verified)",
@@ -81,22 +73,36 @@ EXPERIMENTS = {
          "text in random order": {"init": "twist", "lm": "{random}"}},
         (Contrast(("", "twist"), ("", "shuffled")), Contrast(("", "twist"), ("", "layers permuted")),
          Contrast(("", "twist"), ("", "text in random order"))),
-        options=POCKET, material={"permuted": permuted, "random": lm(order="random")}, rates=RATES),
+        options=POCKET, material={"random": partial(text_lm, order="random"),
+                                  "permuted": lambda folder: text_lms.layers_permuted("pocket", folder / "permuted", seed=0)},
+        rates=RATES),
     "data": Experiment(
         "Does a warm start on a tenth of the recordings do as well as a cold one on all?",
         "10 % with TWIST at least as good as 100 % cold (figure 2a)", STARTS,
         tuple(contrast for size in ("3M", "0.8M") for contrast in (
             Contrast((f"10 % of the data, {size}", "twist"), (f"100 % of the data, {size}", "cold")),
             *against_others([f"{share} % of the data, {size}" for share in (1, 10, 100)]))),
-        SHARES, POCKET, material={size: lm(size=size) for size in ("0.8M", "3M")}, rates=TWO_RATES, seeds={"": 3}),
+        SHARES, POCKET, material={size: partial(text_lm, size=size) for size in ("0.8M", "3M")}, rates=TWO_RATES, seeds={"": 3}),
+    "tokenizers": Experiment(
+        "Do 25 units a second help words more than 50 or 12.5, and more centres than few?",
+        "500 units at 25 Hz do best (its table of tokenizers); more centres know more words and have a higher perplexity",
+        {start: STARTS[start] for start in ("twist", "cold")},
+        (*(Contrast((f"25 Hz, {k}", "twist"), (f"{rate} Hz, {k}", "twist"), "swuggy") for rate in (50, 12.5) for k in (500, 100)),
+         Contrast(("25 Hz, 500", "twist"), ("25 Hz, 100", "twist"), "swuggy"),
+         Contrast(("25 Hz, 100", "twist"), ("25 Hz, 500", "twist"), "bits_per_second"),
+         *(Contrast((cell, "twist"), (cell, "cold")) for cell in TOKENIZERS)),
+        TOKENIZERS, POCKET, material={"benchmarks": benchmarks, **{
+            NAMES[cell]: partial(other_tokenizer, rate=rate, centres=centres) for cell, (rate, centres) in CELLS.items()}},
+        rates=TWO_RATES, seeds={"": 1, "25 Hz, 100": 3}, tasks=TASKS[:2]),
     "families": Experiment(
         "Does the gain hold for every family of text LMs?", "it holds for OPT, BLOOM and Pythia", STARTS,
-        against_others(FAMILIES), FAMILIES, POCKET, material={family: lm(family) for family in FAMILIES},
+        against_others(FAMILIES), FAMILIES, POCKET, material={family: partial(text_lm, family=family) for family in FAMILIES},
         rates=TWO_RATES, seeds={"": 3}),
     "sizes": Experiment(
         "Is a larger model better, and does the gain grow with its size?", "bigger is better, up to 13B (abstract)", STARTS,
         (Contrast(("10M", "twist"), ("0.8M", "twist")), *against_others(SIZES)), SIZES, POCKET,
-        material={size: lm(size=size) for size in SIZES}, rates={"": ("1e-3", "2e-3", "4e-3")}, seeds={"": 3}),
+        material={size: partial(text_lm, size=size) for size in SIZES}, rates={"": ("1e-3", "2e-3", "4e-3")}, seeds={"": 3}),
+    "cost": Experiment("What does it take to come to the final loss of a cold start?", "a quarter of the updates (figure 2b)"),
     "embedding": Experiment(
         "Does it matter how the new table of units is drawn?", "drawn anew; no comparison is published",
         {kind: {"init": "twist", "embedding": kind} for kind in ("fresh", "matched", "truncate")},
@@ -110,11 +116,20 @@ EXPERIMENTS = {
         (Contrast(("", "English text"), ("", "cold")), Contrast(("", "English text"), ("", "shuffled")),
          Contrast(("", "German text"), ("", "English text"))),
         options={**POCKET, "data": "{german}/train", "val_data": "{german}/val"},
-        material={"german": german, **{kind: second_language(kind) for kind in languages.LANGUAGES}},
+        material={"german": german, "en": text_lm, "de": partial(text_lm, text="german"), "both": partial(text_lm, text="both")},
         rates=TWO_RATES),
     "words": Experiment(
         "Do units that are more like words bring speech nearer to text?", "an open question",
-        STARTS, (*(Contrast((f"merged to {size}", "twist"), ("plain", "twist"), "bits_per_second") for size in MERGED),
-                 *against_others(WORDS)), WORDS, POCKET,
-        material={f"merged{size}": merged(size) for size in MERGED}, rates=TWO_RATES, seeds={"": 3}),
+        STARTS, (*(Contrast((f"merged to {size}", "twist"), ("plain", "twist"), measure)
+                   for size in MERGED for measure in ("bits_per_second", "swuggy")), *against_others(WORDS)), WORDS, POCKET,
+        material={f"merged{size}": partial(merged_units, vocabulary=size) for size in MERGED},
+        rates=TWO_RATES, seeds={"": 3}, tasks=TASKS[:1]),
+    "regime": Experiment(
+        "Where does it show most what the text LM knows: after longer reading, with less speech?",
+        "a quarter of the updates (figure 2b); reading and speech are not varied",
+        {**READERS, "cold": {"init": "cold"}},
+        tuple(Contrast((heard, f"twist, text {steps}"), (heard, other), share=True)
+              for heard in HEARD for steps in READ for other in (f"shuffled, text {steps}", "cold")),
+        HEARD, POCKET, material={f"text{steps}": partial(text_lm, steps=steps) for steps in READ},
+        rates=TWO_RATES, seeds={"": 3}),
 }

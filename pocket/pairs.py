@@ -17,6 +17,7 @@ Needs `apt install espeak-ng wamerican`; the word list keeps words of English th
 
     python -m pocket.pairs                                       # the bundled ones
     python -m pocket.pairs --out=build/few --count=6
+    python -m pocket.pairs --recordings=build/benchmarks         # the same spoken again, as recordings, for other tokenizers
 
 Sources: sWUGGY and sBLIMP, Nguyen et al. 2020 (arXiv 2011.11588); Spoken StoryCloze, TWIST (arXiv 2305.13009), section 4.
 """
@@ -33,11 +34,13 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import soundfile
 
 import config
 import twist
 from checkpoints import files
 from corpus.shards import check_recipe, write_shards
+from evaluation.sets import read_rows
 from hubert_units import load_unit_encoder
 from kernels.packed import packed
 from pocket import stories
@@ -60,6 +63,7 @@ class PairsConfig:
     seed: int = 0  # of the choice of words, sentences and stories
     first_story: int = 10_000_000  # the stories that the speech LM heard, for the frequency of a word: seed of the first,
     spoken: int = 1300  # and how many
+    recordings: str = ""  # folder: speak what --out asks again, and keep the recordings there, to be encoded by eval.py
     RANGES = {"count": (1, config.MOST), "spoken": (1, config.MOST)}
 
 
@@ -260,8 +264,30 @@ def write(folder, recipe, made):
     files.write_text(folder / "pairs.csv", table(columns, [row for _, rows, _ in made for row in rows]))
 
 
+def speak_again(source, out, engine):
+    """A benchmark as recordings: out/NAME.flac for every document of source/pairs.csv, whose table goes last."""
+    rows, texts = (read_rows(source / name, ("item", "positive", "negative")) for name in ("pairs.csv", "texts.csv"))
+    texts = {text["item"]: text for text in texts}
+    voices = {voice.partition("+")[2]: (voice, *manner) for voice, *manner in HELD_OUT_VOICES}
+    out.mkdir(parents=True, exist_ok=True)
+    for row in config.progress(rows, desc=source.name):
+        for side in ("positive", "negative"):
+            text = texts[row["item"]][side]
+            said = spelt(text.split()) if "swuggy" in source.name else text  # of words the table has phonemes
+            samples, _ = engine.say_afresh(said, *voices[row["voice"]])
+            row[side] += ".flac"
+            soundfile.write(out / row[side], samples.numpy(), SAMPLE_RATE, subtype="PCM_16")
+    files.write_text(out / "pairs.csv", table(tuple(rows[0]), rows))
+
+
 def main(argv=None):
     options = config.load(PairsConfig, argv)
+    if options.recordings:
+        engine = Espeak()
+        for source in sorted(Path(options.out).glob("*/texts.csv")):
+            if not Path(options.recordings, source.parent.name, "pairs.csv").exists():
+                speak_again(source.parent, Path(options.recordings, source.parent.name), engine)
+        return
     studio, n = Studio(), options.count
     kinds = {"agreement": -(-n // 3), "pronoun": -(-(n - 1) // 3), "word_order": n // 3}
     benchmarks = {

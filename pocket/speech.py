@@ -6,6 +6,7 @@ Only the factory needs espeak-ng (`apt install espeak-ng`); nothing else in the 
 through ctypes rather than the command because only the library reports phoneme times, and to skip a process a story.
 
     python -m pocket.speech --out=build/speech --count=4000 --first-story=0 --voices=train
+    python -m pocket.speech --out=build/german --count=880 --language=de
 """
 import csv
 import ctypes
@@ -21,7 +22,7 @@ import torch
 
 import config
 from checkpoints.files import refuse_existing
-from pocket.stories import story
+from pocket.text import STORIES
 from speech.audio import SAMPLE_RATE, resample
 
 # (espeak voice, words per minute, pitch 0-99). The first is the voice of the vocoder.
@@ -31,7 +32,7 @@ TRAIN_VOICES = (
     ("en-us+m5", 155, 30),
 )
 HELD_OUT_VOICES = (("en-us+m2", 160, 42), ("en-us+f3", 168, 62))
-VOICES = {"train": TRAIN_VOICES, "val": TRAIN_VOICES + HELD_OUT_VOICES, "vocoder": TRAIN_VOICES[:1]}
+VOICES = {"train": TRAIN_VOICES, "val": TRAIN_VOICES + HELD_OUT_VOICES, "held_out": HELD_OUT_VOICES, "vocoder": TRAIN_VOICES[:1]}
 
 # constants and structures of speak_lib.h
 SYNCHRONOUS, PHONEME_EVENTS, UTF8, PHONEME_INPUT = 2, 1, 1, 0x100  # input: [[k'eIk]] is spoken as these phonemes
@@ -122,19 +123,27 @@ class Espeak:
         return tuple(self.library.espeak_TextToPhonemes(ctypes.byref(text), UTF8, ord("_") << 8).decode().split("_"))
 
 
+def voices_of(language, part):
+    """((espeak voice, words per minute, pitch), ...) of "en" or "de": German has the variants, rates and pitches of English."""
+    if language == "en":
+        return VOICES[part]
+    return tuple((f"{language}+{voice.partition('+')[2]}".rstrip("+"), *how) for voice, *how in VOICES[part])
+
+
 @dataclass(frozen=True)
 class SpeechConfig:
     out: str = "build/speech"  # folder for the flac files and phones.tsv
     count: int = 100  # number of stories
     first_story: int = 0  # seed of the first story; keep clear of the seeds that the text LM reads
-    voices: str = "train"  # train | val | vocoder: which table of voices; story i takes voice i modulo their number
+    voices: str = "train"  # train | val | held_out | vocoder: which table of voices; story i takes voice i modulo their number
+    language: str = "en"  # English: en | German: de, in its own stories and by espeak-ng's German voices
     RANGES = {"count": (1, config.MOST)}
-    CHOICES = {"voices": tuple(VOICES)}
+    CHOICES = {"voices": tuple(VOICES), "language": tuple(STORIES)}
 
 
 def main(argv=None):
     options = config.load(SpeechConfig, argv)
-    voices = VOICES[options.voices]
+    voices, story = voices_of(options.language, options.voices), STORIES[options.language]
     out = Path(options.out)
     refuse_existing(out / "phones.tsv", remedy="delete the folder, or give another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def made_up(monkeypatch):
         made.append((run, options))
         final = loss[run.arm, run.rate] + run.seed / 10
         return {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": final, "steps": 20,
-                "curve": [[0, 5.0], [10, final + 1], [20, final]], "wall_seconds": 60.0, "threads": threads, "processor": "none"}
+                "curve": [[0, 5.0], [10, final + 1], [20, final]], "wall_seconds": 60.0, "threads": threads, "processor": "none",
+                "bits_per_second": 10 * final, "seconds": 40.0, "memory_gb": 0.5, "parameters": 10**9, "tokens_per_step": 100}
 
     monkeypatch.setattr(runner, "perform", perform)
     monkeypatch.setitem(declared.EXPERIMENTS, "made_up", experiment)
@@ -113,8 +115,53 @@ def test_the_report_has_verdict_interval_and_figure(made_up, tmp_path):
     command.main(["report", f"--out={tmp_path / 'out'}"])
     text = (tmp_path / "out/README.md").read_text()
     assert "| warm before cold (x) | +2.000 nats [+2.000, +2.000], 3 seeds; reached after 33%, 33%, 32% | suggested |" in text
-    assert "| x | warm | b | 1.100 (0.100) | 3 | a: 2.000, b: 1.000 |" in text and "**not tested**" in text
+    assert "| x | warm | b | 1.100 (0.100) | 11.0 | 3 | a: 2.000, b: 1.000 |" in text and "**not tested**" in text
     assert "excludes 0 in the claimed direction" in text and (tmp_path / "out/made_up.svg").read_text().startswith("<svg xmlns")
+
+
+def test_what_it_costs_to_come_to_the_cold_starts_loss(made_up, tmp_path, capsys):
+    start(tmp_path)
+    command.main(["cost", f"--runs={tmp_path}", f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr().out  # 33, 33 and 32 % of 20 updates of 2 s, 100 ids each; x of `warm` is 2 below at each seed
+    assert "| made_up | x | warm | 7 | 13 | 3.9 | 0.50 |" in said and "| made_up | x | cold | 20 | 40 | 12.0 | 0.50 |" in said
+
+
+def test_scores_stand_beside_losses_with_both_kinds_of_spread(made_up, tmp_path):
+    experiment = dataclasses.replace(made_up[0], tasks=("swuggy",))
+    start(tmp_path)
+    lines = runner.read_lines(tmp_path / "out/made_up.jsonl")
+    for (*_, seed), line in lines.items():
+        line["scores"] = {"swuggy": [60.0 + seed, 55.0 + seed, 65.0 + seed, 300]}
+    row = next(row for row in report.losses_of(experiment, lines) if row[:2] == ("x", "warm"))
+    assert report.heading(experiment)[-1] == "swuggy, %" and row[-1] == "61.0 ± 5.0 (1.0)"
+
+
+def test_the_figure_has_a_chart_a_cell_in_both_colours(made_up, tmp_path):
+    start(tmp_path)
+    svg = report.figure(made_up[0], runner.read_lines(tmp_path / "out/made_up.jsonl"))
+    tree = ElementTree.fromstring(svg)
+    assert len(tree.findall("{http://www.w3.org/2000/svg}svg")) == 2 and svg.count('data-label="warm"') == 2
+    style = tree.find("{http://www.w3.org/2000/svg}style").text
+    assert style.count("{") == style.count("}") and "prefers-color-scheme: dark" in style
+
+
+def test_options_of_eval_go_to_eval_alone(tmp_path, monkeypatch):
+    called = []
+
+    def call(arguments, log):
+        called.append(arguments)
+        if len(called) == 2:
+            raise ValueError("enough")
+
+    monkeypatch.setattr(runner, "call", call)
+    (tmp_path / "log.csv").write_text(
+        "step,loss,val_loss,seconds,bits_per_second,hours,memory_gb\n0,,3.0,0,,,\n4,2.0,2.5,9,4.0,1,1\n")
+    (tmp_path / "config.toml").write_text("tokens_per_step = 64\n")
+    monkeypatch.setattr(runner.twist, "count_parameters", lambda folder: 7)
+    with pytest.raises(ValueError, match="enough"):
+        runner.perform(Run("", "twist", "1e-2", 0), {"steps": "4", "eval.train_data": "D"}, ("swuggy",), tmp_path, 1)
+    assert "--eval.train-data=D" not in called[0] and "--train-data=D" not in called[0]
+    assert called[1][:2] == ["eval.py", "--task=swuggy"] and "--train-data=D" in called[1]
 
 
 def test_there_is_no_verdict_before_all_rates_are_tried(made_up, tmp_path):

@@ -1,16 +1,22 @@
-"""The second language: its grammar, against a paradigm that is written out here; its material, made once and not made again."""
+"""The second language: its grammar, against a paradigm that is written out here. Variants of the pocket's speech."""
+import csv
+import json
 import re
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
-from corpus.shards import UnitShards, write_shards
-from experiments import languages
-from pocket import german
+from checkpoints import files
+from corpus.shards import UnitShards
+from hubert_units import load_unit_encoder
+from pocket import german, pairs, stories, variants
+from pocket import text as pocket_text
+from pocket.build import SPOKEN, SPOKEN_VAL, TEXT, TEXT_VAL
 from pocket.measure import share_in_common
+from pocket.speech import Espeak, voices_of
+from speech.audio import SAMPLE_RATE, read_wav
 from speech.encoder import deduplicate
 
 STORIES = [german.story(seed) for seed in range(400)]
@@ -149,85 +155,78 @@ def test_what_happens_can_and_what_is_remarked_is_so(monkeypatch):
     assert {*told} == {*german.KINDS} and min(told.values()) > 10
 
 
-def test_text_is_made_once_and_holds_equally_many_bytes_of_both(tmp_path):
-    sizes = {}
-    for language in languages.LANGUAGES:
-        folder = languages.text(tmp_path, language, "train", 20)
-        sizes[language] = Counter({name.split()[0]: 0 for name in UnitShards(folder).names})
-        for name, units, _ in UnitShards(folder):
-            which, seed = name.split()
-            assert bytes(units.astype(np.uint8)).decode() == languages.STORIES[which](int(seed))
-            sizes[language][which] += len(units)
-        before = (folder / "meta.json").stat().st_mtime_ns
-        assert languages.text(tmp_path, language, "train", 20) == folder and (folder / "meta.json").stat().st_mtime_ns == before
-    assert all(0 <= size - 10_000 / len(each) < 1000 for each in sizes.values() for size in each.values())
-    assert {*sizes["both"]} == {"en", "de"}
-
-
-class Silent:
-    """An engine, and an encoder, without sound: a text has as many samples as letters."""
-
-    num_units, recipe = 7, {"kind": "hubert", "model": "none", "layer": 1, "num_units": 7, "frame_rate": 25.0}
-
-    def __init__(self, stop=10**9):
-        self.said, self.stop = [], stop
-
-    def say_afresh(self, words, *voice):
-        if len(self.said) == self.stop:
-            raise OSError("cut off")
-        self.said.append((words, voice))
-        return torch.full((len(words),), float(len(words))), []
-
-    def encode_batch(self, wavs):
-        return [torch.arange(len(wav)) % 7 for wav in wavs]
-
-
-def test_speech_goes_on_where_it_was_cut_off_and_voices_take_turns(tmp_path, monkeypatch):
-    monkeypatch.setattr(languages, "BLOCK", 4)
-    made = {}
-    for folder, stops in (("whole", (10**9,)), ("cut", (6, 10**9))):
-        for stop in stops:
-            engine = Silent(stop)
-            monkeypatch.setattr(languages, "engine", lambda engine=engine: engine)
-            monkeypatch.setattr(languages, "load_unit_encoder", lambda name, engine=engine: engine)
-            try:
-                out = languages.speech_units(tmp_path / folder, "de", "train", 10)
-            except OSError:
-                assert stop == 6
-        made[folder] = [(name, units.tolist()) for name, units, _ in UnitShards(out)]
-    assert made["whole"] == made["cut"] and len(engine.said) == 6  # the four of the first shard are not said again
-    again = Silent(0)
-    monkeypatch.setattr(languages, "engine", lambda: again)
-    assert languages.speech_units(tmp_path / "cut", "de", "train", 10) == out and not again.said
-    assert [voice[0] for _, voice in engine.said] == [languages.voices_of("de", "train")[i % 10][0] for i in range(4, 10)]
+def test_german_text_is_utf8_and_stands_beside_english(tmp_path):
+    for language in ("en", "de", "de"):  # what is there stays, and nothing is written twice
+        pocket_text.main([f"--out={tmp_path}", "--count=5", "--first-story=3", f"--language={language}"])
+    told = {name: bytes(units.astype(np.uint8)).decode() for name, units, _ in UnitShards(tmp_path)}
+    assert told == {**{f"story {seed}": stories.story(seed) for seed in range(3, 8)},
+                    **{f"de story {seed}": german.story(seed) for seed in range(3, 8)}}
 
 
 def test_nothing_is_said_that_was_read_and_held_out_voices_are_not_heard_in_training():
-    firsts = sorted(first for parts in languages.FIRST.values() for first in parts.values())
+    firsts = sorted((TEXT, TEXT_VAL, SPOKEN, SPOKEN_VAL))
     assert min(b - a for a, b in zip(firsts, firsts[1:])) > 1_000_000
+    assert variants.FIRST == {"train": SPOKEN, "val": SPOKEN_VAL}
     for language in ("en", "de"):
-        train, held_out = ({voice[0] for voice in languages.voices_of(language, part)} for part in ("train", "val"))
+        train, held_out = ({voice[0] for voice in voices_of(language, variants.VOICES[part])} for part in ("train", "val"))
         assert train and held_out and not train & held_out and all(name.startswith(language) for name in train | held_out)
 
 
-def test_units_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
-    write_shards(tmp_path / "units/de/val", {**Silent.recipe, "num_units": 9}, [("de 1", np.ones(3), np.ones(3), 1.0)])
-    monkeypatch.setattr(languages, "engine", Silent)
-    monkeypatch.setattr(languages, "load_unit_encoder", lambda name: Silent())
-    with pytest.raises(ValueError, match="num_units is 9"):
-        languages.speech_units(tmp_path, "de", "val", 2)
+needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 
 
-def apart(language, count):
+@pytest.fixture(scope="module")
+def engine():
+    """The one engine that the library allows a process."""
+    return Espeak()
+
+
+@pytest.mark.slow
+@needs_espeak
+def test_another_tokenizer_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "COUNTS", {"en": {"train": 4, "val": 2}})
+    made = variants.other_tokenizer(tmp_path, 12.5, 20)
+    train = UnitShards(made / "train")
+    assert train.recipe["frame_rate"] == 12.5 and train.recipe["num_units"] == 20 and len(train) == 4
+    assert UnitShards(made / "val").recipe == train.recipe and json.loads((made / variants.ENCODING).read_text()) > 0
+    for (_, _, runs), file in zip(train, train.each_file(), strict=True):
+        assert sum(runs) == pytest.approx(12.5 * file["seconds"], abs=2)
+    monkeypatch.setattr(variants, "run", lambda *_: pytest.fail("it is there"))
+    assert variants.other_tokenizer(tmp_path, 12.5, 20) == made
+
+
+@pytest.mark.slow
+@needs_espeak
+@pytest.mark.parametrize("name", ["mini-swuggy", "mini-sblimp", "mini-tstorycloze"])
+def test_benchmarks_are_spoken_again_as_they_were(name, tmp_path, engine):
+    """Each is as long as in the bundle, its units are nearly those: espeak's samples differ in last bits between machines."""
+    source, few, encoder = files.POCKET / "benchmarks" / name, tmp_path / name, load_unit_encoder()
+    for table in ("pairs.csv", "texts.csv"):
+        files.write_text(few / table, "\n".join((source / table).read_text().splitlines()[:5]) + "\n")
+    pairs.speak_again(few, tmp_path / "spoken", engine)
+    shards = UnitShards(source / "units")
+    stored = {name: (units, file["seconds"]) for (name, units, _), file in zip(shards, shards.each_file(), strict=True)}
+    with open(tmp_path / "spoken/pairs.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == 4
+    alike = []
+    for spoken in (row[side] for row in rows for side in ("positive", "negative")):
+        wav, (units, seconds) = read_wav(tmp_path / "spoken" / spoken), stored[spoken.removesuffix(".flac")]
+        alike.append(share_in_common(deduplicate(encoder.encode(wav))[0].numpy(), units))
+        assert len(wav) / SAMPLE_RATE == pytest.approx(seconds, abs=1e-3)
+    assert sum(alike) / len(alike) > 0.7
+
+
+def apart(language, count, engine):
     """What the tokenizer tells of a language, from two sentences of each of `count` stories, said by the two held-out voices.
 
     Returns: {"same", "different": shares of units in common between the voices, of the same and of other sentences; "found":
     share of sentences whose most alike by the other voice is the same; "used": units that occur; "bits": their entropy}.
     """
-    encoder, voices, said = languages.load_unit_encoder("pocket"), languages.voices_of(language, "val"), []
-    for seed in range(languages.TEXT_VAL, languages.TEXT_VAL + count):
-        words = ". ".join(languages.STORIES[language](seed).split(". ")[2:4])
-        said.append([deduplicate(encoder.encode(languages.engine().say_afresh(words, *voice)[0]))[0].numpy() for voice in voices])
+    encoder, voices, said = load_unit_encoder(), voices_of(language, "held_out"), []
+    for seed in range(TEXT_VAL, TEXT_VAL + count):
+        words = ". ".join(pocket_text.STORIES[language](seed).split(". ")[2:4])
+        said.append([deduplicate(encoder.encode(engine.say_afresh(words, *voice)[0]))[0].numpy() for voice in voices])
     alike = np.array([[share_in_common(a, b) for _, b in said] for a, _ in said])
     shares = np.bincount(np.concatenate([units for both in said for units in both]), minlength=encoder.num_units)
     shares = shares[shares > 0] / shares.sum()
@@ -237,9 +236,12 @@ def apart(language, count):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
-def test_three_stories_are_spoken_and_told_apart(tmp_path):
-    shards = UnitShards(languages.speech_units(tmp_path, "de", "val", 3))
-    assert len(shards) == 3 and all(100 < len(units) < 2000 and units.max() < 200 for _, units, _ in shards)
-    found = apart("de", 3)
+@needs_espeak
+def test_german_stories_are_spoken_and_told_apart(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(variants, "COUNTS", {"de": {"train": 3, "val": 2}})
+    made = variants.german(tmp_path)
+    for part, count in variants.COUNTS["de"].items():
+        shards = UnitShards(made / part)
+        assert len(shards) == count and all(100 < len(units) < 2000 and units.max() < 200 for _, units, _ in shards)
+    found = apart("de", 3, engine)
     assert found["found"] == 1 and found["same"] > found["different"] + 0.2 and 50 < found["used"] <= 200 and found["bits"] > 5
