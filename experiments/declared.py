@@ -26,7 +26,7 @@ def against_others(cells, tasks=()):
 
 
 REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "tokens_per_step": "2048", "eval_rows": "0"},
-        "SmolLM2-135M": {"lm": "{smollm2}", "steps": "120", "tokens_per_step": "1024"}}
+        "SmolLM2-135M": {"lm": "{smollm2}", "steps": "120", "tokens_per_step": "1024", "dtype": "bfloat16"}}  # half the hours
 BUDGETS = {"100": {"steps": "100"}, "400": {"steps": "400"}, "400, constant rate": {"steps": "400", "schedule": "constant"},
            "1600": {"steps": "1600"}}
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze")

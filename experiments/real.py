@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.files import find_model
+from checkpoints.files import find_model, read_json
 from corpus.shards import read_meta, write_shards
 from speech.encoder import deduplicate
 
@@ -28,6 +28,7 @@ RECIPE = {"kind": "hubert", "model": "hubert-base-ls960", "layer": 6, "num_units
           "centers": "9115234ca4e8f25d", "dedup": True}  # of hubert-base-ls960-kmeans-100, so sample.py takes such a tokenizer
 HELD_OUT = 200  # recordings of each corpus to validate on
 SEED = 0  # of their choice
+INIT_STD = 1 / 24  # of SmolLM2-135M, 1 / sqrt(width)
 SMOLLM2 = """no SmolLM2-135M in {0}. With a network, `hf download HuggingFaceTB/SmolLM2-135M --local-dir {0}` brings it; from the
 Python index alone results/README.md has the commands (its instructed twin, in 4 bits)"""
 
@@ -92,4 +93,7 @@ def smollm2(folder):
     place = Path(folder, "smollm2")
     if not (place / "config.json").is_file():
         raise ValueError(SMOLLM2.strip().format(place))
+    if abs(read_json(place / "config.json").get("initializer_range", 0) - INIT_STD) > 1e-6:  # files in GGUF do not say it
+        raise ValueError(f"{place}/config.json: expected \"initializer_range\": {INIT_STD}, as released: cold starts are drawn "
+                         "with it, and with 0.02, the default, stay on a plateau; write it there")
     return find_model(str(place), "lm")

@@ -69,6 +69,9 @@ def test_what_is_not_there_is_said_with_the_way_to_get_it(lists, tmp_path, monke
         real.smollm2(tmp_path)
     (tmp_path / "smollm2").mkdir()
     (tmp_path / "smollm2/config.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match='expected "initializer_range": 0.0416'):
+        real.smollm2(tmp_path)
+    (tmp_path / "smollm2/config.json").write_text(json.dumps({"initializer_range": 0.041666666666666664}))
     assert real.smollm2(tmp_path) == tmp_path / "smollm2"
     monkeypatch.delenv(real.FOLDER)
     with pytest.raises(ValueError, match=real.FOLDER):
