@@ -1,5 +1,4 @@
 """Which numbers a model computes with, on processors and GPUs that are not here; what half of them costs and saves."""
-import dataclasses
 import json
 import resource
 import subprocess
@@ -27,7 +26,6 @@ from kernels import dtypes
 from kernels import packed as packing
 from kernels.packed import packed
 from model import Transformer, TransformerConfig, generate
-from scripts import compare_starts, pocket_table
 from training import learner as learners
 from training.distributed import Dist
 
@@ -214,30 +212,16 @@ def test_processes_on_different_processors_take_the_same_products(monkeypatch):
 
 
 @pytest.mark.parametrize("hardware, name", [("amx_bf16", "bfloat16"), ("", "float32")])
-def test_scripts_and_the_factory_decide_once_for_all_their_runs(hardware, name, tmp_path, monkeypatch, capsys):
+def test_the_factory_decides_once_for_all_its_runs(hardware, name, tmp_path, monkeypatch, capsys):
     commands = []
-
-    def run(command, **options):
-        commands.append(list(map(str, command)))
-        if command[1] == "eval.py":
-            files.write_json(tmp_path / command[-1].removeprefix("--out=") / "result.json", {"sections": []})
-
-    monkeypatch.setattr(subprocess, "run", run)
-    for module in (compare_starts, pocket_table, pocket.build):
-        monkeypatch.setattr(module, "hardware_bfloat16", lambda device: hardware)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(list(map(str, command))))
+    monkeypatch.setattr(pocket.build, "hardware_bfloat16", lambda device: hardware)
     monkeypatch.setattr(pocket.build, "STAGES", {pocket.build.text_lm: tmp_path / "none"})
     monkeypatch.setattr(pocket.build, "BUILD", tmp_path)
     monkeypatch.setattr(pocket.build, "store_half", lambda *_: None)
     pocket.build.main([])
-    pocket_table.main([f"--runs={tmp_path}/runs", "--seeds=1", f"--out={tmp_path}/table.json"])
-    trained = [command for command in commands if "train.py" in command]
-    assert len(trained) == 3 and all(f"--dtype={name}" in command for command in trained)
-    assert json.loads((tmp_path / "table.json").read_text())["dtype"] == name
-    assert all("--dtype=float32" in command for command in commands if "eval.py" in command)
-    monkeypatch.setattr(compare_starts, "run", lambda options, *_: commands.append(options.dtype) or [(0, 3.0), (9, 1.0)])
-    compare_starts.main([f"--out={tmp_path}/starts", "--rates=1e-3"])
-    assert set(commands[-9:]) == {name} and json.loads((tmp_path / "starts/summary.json").read_text())["dtype"] == name
-    assert capsys.readouterr().out.count(f"products in {name}: ") == 3
+    command, = (command for command in commands if "train.py" in command)
+    assert f"--dtype={name}" in command and capsys.readouterr().out.count(f"products in {name}: ") == 1
 
 
 @pytest.mark.parametrize("free, dtype", [(10**9, torch.float32), (1000, torch.bfloat16)])
@@ -375,16 +359,3 @@ def test_the_guard_sees_float64():
     with pytest.raises(AssertionError, match="float64"), NoFloat64():
         torch.zeros(3).double()
     assert isinstance(make(), Transformer)
-
-
-def test_a_complete_run_of_another_comparison_is_not_taken_for_one_of_this(tmp_path):
-    options = compare_starts.CompareConfig(runs=str(tmp_path), dtype="float32")
-    folder = tmp_path / "cold_1e-3_0"
-    (folder / "model").mkdir(parents=True)
-    (folder / "model/config.json").touch()
-    (folder / "log.csv").write_text("step,val_loss\n0,5.5\n400,1.5\n")
-    (folder / "config.toml").write_text('dtype = "float32"\neval_interval = 20\nsteps = 400\n')
-    assert compare_starts.run(options, "cold", "1e-3", 0) == [(0, 5.5), (400, 1.5)]
-    for change in ({"dtype": "bfloat16"}, {"eval_interval": 10}, {"steps": 50}):
-        with pytest.raises(ValueError, match="cold_1e-3_0 is a run with --.*, not .*; delete it"):
-            compare_starts.run(dataclasses.replace(options, **change), "cold", "1e-3", 0)

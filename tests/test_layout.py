@@ -40,7 +40,7 @@ IMPORTS = {
     "train": ("twist", "model", "corpus", "training", "pages", "sample", "hubert_units", "kernels", "checkpoints", "config"),
     "eval": ("evaluation", "twist", "hubert_units", "vocoder", "pages", "speech", "corpus", "training", "kernels", "checkpoints",
              "config"),
-    "scripts": ("twist", "model", "corpus", "training", "checkpoints", "kernels", "config"),
+    "scripts": ("twist", "model", "corpus", "training", "checkpoints", "config"),
     "pocket": ("twist", "hubert_units", "vocoder", "speech", "corpus", "evaluation", "kernels", "checkpoints", "config"),
     "experiments": ("pocket", "pages", "twist", "model", "speech", "corpus", "checkpoints", "config"),
     "bench": ("train", "twist", "model", "hubert_units", "vocoder", "speech", "corpus", "training", "evaluation", "kernels",
@@ -49,7 +49,7 @@ IMPORTS = {
 # 80 until scripts checked updates of real batches, and bench the vocoder; 81 until eval spoke what it measures, the factory
 # counted the errors of words as it does, and there were pages to look at, which stand on five rooms and under the chapters; 95
 # until experiments made their own material, with the factory and the tokenizer.
-MOST_ROOMS, MOST_ARROWS = 22, 103
+MOST_ROOMS, MOST_ARROWS = 22, 102
 # Lines at most. A chapter gets an option and one call; the work stands in a room. Tests and pocket/stories.py are exempt.
 # Chapters and core had 9,000 until they read audio to its real end (speech/containers.py), recognised what is no model, added to
 # folders instead of replacing them, checked what is resumed, and gave every option its range; 10,700 until names of millions of
@@ -62,7 +62,7 @@ MOST_WORDS_AT_THE_DOOR = 1_250  # of README.md's prose: commands, output, tables
 CORE = ("speech", "corpus", "checkpoints", "training", "evaluation", "kernels")
 MOST_LINES_OF_THE_LOOP = 60
 TEST_ONLY = {"transformers", "sklearn", "joblib", "torchaudio", "fairseq", "pytest", "hypothesis", "scipy", "pandas"}
-OPTIONAL = {"matplotlib": ("scripts", "pocket"), "wandb": ("training",), "tokenizers": ("evaluation",),  # extras
+OPTIONAL = {"wandb": ("training",), "tokenizers": ("evaluation",),  # extras
             **dict.fromkeys(("moonshine_voice", "onnxruntime", "pocketsphinx"), ("pocket",))}
 RUNTIME = {"torch", "numpy", "soundfile", "tqdm", "safetensors", "triton"}  # as in pyproject.toml
 
