@@ -175,8 +175,10 @@ def write(out):
         lines = read_lines(out / f"{name}.jsonl")
         rows = rows_of(experiment, lines)
         claim, text, verdict = rows[0] if rows else ("", "", "not tested")
-        verdicts.append((f"[{name}](#{name})" if lines else name, experiment.question, f"**{verdict}**", text,
-                         f"`python -m experiments {name}`"))
+        if not experiment.arms:
+            verdict, text = "no claim", "its table"
+        linked = f"[{name}](#{name})" if lines or not experiment.arms else name
+        verdicts.append((linked, experiment.question, f"**{verdict}**", text, f"`python -m experiments {name}`"))
         if not (lines or experiment.arms):
             text = 6 * twist.count_parameters(files.KINDS["lm"]) * text_lms.BUNDLED * 4096 / 1e12
             parts += [f"## {name}", "", experiment.question, "", f"The paper: {experiment.published}", "",
