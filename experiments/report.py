@@ -179,16 +179,16 @@ def write(out):
             verdict, text = "no claim", "its table"
         linked = f"[{name}](#{name})" if lines or not experiment.arms else name
         verdicts.append((linked, experiment.question, f"**{verdict}**", text, f"`python -m experiments {name}`"))
-        if not (lines or experiment.arms):
-            text = 6 * twist.count_parameters(files.KINDS["lm"]) * text_lms.BUNDLED * 4096 / 1e12
-            parts += [f"## {name}", "", experiment.question, "", f"The paper: {experiment.published}", "",
-                      table(COSTS, costs(out)), "", COUNTED.format(text), ""]
-        if not lines:
+        if not lines and experiment.arms:
+            continue
+        parts += [f"## {name}", "", experiment.question, "", f"The paper: {experiment.published}", ""]
+        if not experiment.arms:
+            text_lm = 6 * twist.count_parameters(files.KINDS["lm"]) * text_lms.BUNDLED * 4096  # FLOP
+            parts += [table(COSTS, costs(out)), "", COUNTED.format(text_lm / 1e12), ""]
             continue
         spent = sum(line["wall_seconds"] * line["threads"] for line in lines.values()) / 3600
         machines = ", ".join(sorted({line["processor"] for line in lines.values()}))
-        parts += [f"## {name}", "", experiment.question, "", f"The paper: {experiment.published}", "",
-                  table(["claim", "figure", "verdict"], rows), "",
+        parts += [table(["claim", "figure", "verdict"], rows), "",
                   table(heading(experiment), losses_of(experiment, lines)), "",
                   f"{len(lines)} runs, {spent:.1f} core-hours on {machines}", ""]
         if drawn := figure(experiment, lines):
