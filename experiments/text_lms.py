@@ -2,7 +2,7 @@
 
     text "stories":   the factory's, as the pocket's text LM read them (pocket/stories.py)
     text "elsewhere": stories that stories260K tells, a LLaMA which others trained on TinyStories (experiments/real.py)
-    text "german":    pocket/german.py; "both": stories and German ones in turn, half of the bytes each
+    text "german":    pocket/german.py; "both": rows of stories and of German ones, half each
                       --bytes--> folder/texts/TEXT/{train,val} --permuted within documents--> folder/texts/TEXT-random/
     shape(family, size) = config.json --train.py --init=cold on one of these--> folder/text_lms/FAMILY-SIZE-TEXT-STEPS/model
     any text LM --layers_permuted--> the same layers in another order, as a folder for --lm
