@@ -83,6 +83,8 @@ def mean_of(values):
 
 def score_of(scores):
     """Of scores (accuracy, low, high, questions) of several seeds: their mean ± half of the interval over questions (s.d.)."""
+    if not scores:  # a small budget measures one task of several
+        return ""
     values, low, high, _ = np.array(scores).T
     return f"{values.mean():.1f} ± {(high - low).mean() / 2:.1f}" + (f" ({values.std(ddof=1):.1f})" if len(values) > 1 else "")
 
@@ -99,7 +101,8 @@ def losses_of(experiment, lines):
                 found.append((cell, arm, made[0]["peak_lr"], mean_of([line["loss"] for line in made]),
                               f"{np.mean([line['bits_per_second'] for line in made]):.1f}", str(len(made)),
                               ", ".join(f"{rate}: {line['loss']:.3f}" for rate, line in tried.items() if line),
-                              *(score_of([line["scores"][task] for line in made]) for task in experiment.tasks)))
+                              *(score_of([line["scores"][task] for line in made if task in line.get("scores", {})])
+                                for task in experiment.tasks)))
     return found
 
 

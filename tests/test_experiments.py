@@ -127,13 +127,13 @@ def test_what_it_costs_to_come_to_the_cold_starts_loss(made_up, tmp_path, capsys
 
 
 def test_scores_stand_beside_losses_with_both_kinds_of_spread(made_up, tmp_path):
-    experiment = dataclasses.replace(made_up[0], tasks=("swuggy",))
+    experiment = dataclasses.replace(made_up[0], tasks=("swuggy", "sblimp"))  # of which one was measured
     start(tmp_path)
     lines = runner.read_lines(tmp_path / "out/made_up.jsonl")
     for (*_, seed), line in lines.items():
         line["scores"] = {"swuggy": [60.0 + seed, 55.0 + seed, 65.0 + seed, 300]}
     row = next(row for row in report.losses_of(experiment, lines) if row[:2] == ("x", "warm"))
-    assert report.heading(experiment)[-1] == "swuggy, %" and row[-1] == "61.0 ± 5.0 (1.0)"
+    assert report.heading(experiment)[-2:] == ["swuggy, %", "sblimp, %"] and row[-2:] == ("61.0 ± 5.0 (1.0)", "")
 
 
 def test_the_figure_has_a_chart_a_cell_in_both_colours(made_up, tmp_path):
