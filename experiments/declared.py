@@ -10,7 +10,7 @@ from experiments import real, text_lms
 from experiments.merged_units import merged_units
 from experiments.runner import Contrast, Experiment
 from experiments.text_lms import text_lm
-from pocket.variants import benchmarks, german, other_tokenizer
+from pocket.variants import german, other_tokenizer
 
 STARTS = {start: {"init": start} for start in ("twist", "shuffled", "cold")}
 POCKET = {"dtype": "bfloat16", "eval_interval": "20"}  # on a processor without its instructions a run takes thrice as long
@@ -41,8 +41,8 @@ READERS = {f"{start}, text {steps}": {"init": start, "lm": f"{{text{steps}}}"}
            for steps in READ for start in ("twist", "shuffled")}
 CELLS = {f"{rate:g} Hz, {centres}": (rate, centres) for rate in (12.5, 25, 50) for centres in (100, 200, 500, 1000)}
 NAMES = {cell: f"units{number}" for number, cell in enumerate(CELLS)}  # of material
-TOKENIZERS = {cell: {"data": f"{{{name}}}/train", "val_data": f"{{{name}}}/val", "eval.data": "{benchmarks}",
-                     "eval.kmeans": f"{{{name}}}/kmeans.safetensors", "eval.train_data": f"{{{name}}}/train"}
+TOKENIZERS = {cell: {"data": f"{{{name}}}/train", "val_data": f"{{{name}}}/val", "eval.data": f"{{{name}}}/benchmarks",
+                     "eval.train_data": f"{{{name}}}/train"}
               for cell, name in NAMES.items()}
 WORDS = {"plain": {"eval.norm": "sum"}, **{f"merged to {size}": {
     "data": f"{{merged{size}}}/train", "val_data": f"{{merged{size}}}/val", "eval.data": f"{{merged{size}}}/benchmarks",
@@ -92,8 +92,8 @@ EXPERIMENTS = {
          Contrast(("25 Hz, 500", "twist"), ("25 Hz, 100", "twist"), "swuggy"),
          Contrast(("25 Hz, 100", "twist"), ("25 Hz, 500", "twist"), "bits_per_second"),
          *(Contrast((cell, "twist"), (cell, "cold")) for cell in TOKENIZERS)),
-        TOKENIZERS, POCKET, material={"benchmarks": benchmarks, **{
-            NAMES[cell]: partial(other_tokenizer, rate=rate, centres=centres) for cell, (rate, centres) in CELLS.items()}},
+        TOKENIZERS, POCKET, material={
+            NAMES[cell]: partial(other_tokenizer, rate=rate, centres=centres) for cell, (rate, centres) in CELLS.items()},
         rates=RATES, seeds={"": 1, "25 Hz, 100": 3}, tasks=TASKS[:2]),
     "families": Experiment(
         "Does the gain hold for every family of text LMs?", "it holds for OPT, BLOOM and Pythia", STARTS,

@@ -176,7 +176,7 @@ def perform(run, options, tasks, folder, threads):
             "tokens_per_step": tomllib.loads((folder / "config.toml").read_text())["tokens_per_step"],
             "processor": processor(), "threads": threads}
     if (encoding := Path(options.get("data", "")).parent / ENCODING).exists():
-        line["encoding"] = files.read_json(encoding)
+        line["encoding"] = files.read_json(encoding)["seconds_an_hour"]
     for task in tasks:
         call(["eval.py", f"--task={task}", f"--model={folder / 'model'}", "--dtype=float32", f"--out={folder / task}",
               *(word.replace("eval.", "", 1) for word in given if word.startswith("--eval."))], folder / "output.txt")

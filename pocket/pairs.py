@@ -271,8 +271,7 @@ def speak_again(source, out, engine):
     voices = {voice.partition("+")[2]: (voice, *manner) for voice, *manner in HELD_OUT_VOICES}
     out.mkdir(parents=True, exist_ok=True)
     for row in config.progress(rows, desc=source.name):
-        for side in ("positive", "negative"):
-            text = texts[row["item"]][side]
+        for side, text in ((side, texts[row["item"]][side]) for side in ("positive", "negative")):
             said = spelt(text.split()) if "swuggy" in source.name else text  # of words the table has phonemes
             samples, _ = engine.say_afresh(said, *voices[row["voice"]])
             row[side] += ".flac"

@@ -1,20 +1,20 @@
 """Variants of the pocket's speech, for experiments: stories of a second language, and its own stories by other tokenizers.
 
     seed --python -m pocket.speech--> recordings --python hubert_units.py--> unit shards
-    pocket/benchmarks --python -m pocket.pairs --recordings--> recordings, which eval.py encodes with the model's tokenizer
+    pocket/benchmarks --python -m pocket.pairs --recordings--> recordings --python hubert_units.py--> units/ beside pairs.csv
 
     python -m experiments languages tokenizers
 
 German: espeak's German voices have the variants, rates and pitches of the English ones; validation is by two that were never
 trained on. The tokenizer has heard English alone: what English lacks (the vowels of schön and grün, the consonants of ich and
-ach) falls to the nearest of its 200 centres. That is the same for every start, but may leave too little of a language to learn:
-another voice repeats 66 % of the units of the same German sentence (88 % of an English one) and 19 % of another's (tests measure
-it), so sentences are told apart; single endings, which carry the agreement, may not be.
+ach) falls to the nearest of its 200 centres, for every start alike, and may leave too little to learn: another voice repeats 66 %
+of the units of the same German sentence (88 % of an English one) and 19 % of another's (tests measure it), so sentences are told
+apart; single endings, which carry agreement, may not be.
 
 Other tokenizers: the pocket's HuBERT at half, once and twice its frame rate, and centres that k-means finds in its last layer.
-The bundle's own centres were learnt together with the network and are better (results/README.md); no cell has them, so cells
-differ in rate and number alone. What is made is made once and found again. Recordings of a training set take some 400 MB.
+The bundle's own centres were learnt with the network and are better (results/README.md); no cell has them. All is made once.
 """
+import re
 import time
 from pathlib import Path
 
@@ -23,18 +23,18 @@ from corpus.shards import read_meta
 from pocket.build import SPOKEN, SPOKEN_VAL, run
 
 COUNTS = {"de": {"train": 880, "val": 60}, "en": {"train": 440, "val": 60}}  # stories: eight hours, four, half of one
-FIRST = {"train": SPOKEN, "val": SPOKEN_VAL}  # seeds of the first; no text LM reads them
-VOICES = {"train": "train", "val": "held_out"}  # of pocket/speech.py
+SPEAKING = {"train": ("train", SPOKEN), "val": ("held_out", SPOKEN_VAL)}  # voices of pocket/speech.py, seed of the first story
 LAYER = 6  # the last, from which the bundle's units are
-ENCODING = "encoding.json"  # beside train/: seconds of computing an hour of speech
+ENCODING = "encoding.json"  # beside train/: {"seconds_an_hour": of computing, for an hour of speech}
 
 
 def recordings(folder, language, part):
     """Folder of spoken stories. Raises: subprocess.CalledProcessError where espeak-ng is not installed, as the command says."""
     place = Path(folder, "recordings", language, part).absolute()
     if not (place / "phones.tsv").exists():  # written last
-        run("-m", "pocket.speech", f"--out={place}", f"--language={language}", f"--voices={VOICES[part]}",
-            f"--count={COUNTS[language][part]}", f"--first-story={FIRST[part]}")
+        voices, first = SPEAKING[part]
+        run("-m", "pocket.speech", f"--out={place}", f"--language={language}", f"--voices={voices}",
+            f"--count={COUNTS[language][part]}", f"--first-story={first}")
     return place
 
 
@@ -45,7 +45,8 @@ def units(folder, language, out, *tokenizer):
             spoken, fresh, began = recordings(folder, language, part), not (out / part).exists(), time.perf_counter()
             run("hubert_units.py", spoken, f"--out={out / part}", *tokenizer)
             if part == "train" and fresh:
-                files.write_json(out / ENCODING, (time.perf_counter() - began) / read_meta(out / part)["hours"])
+                hours = read_meta(out / part)["hours"]
+                files.write_json(out / ENCODING, {"seconds_an_hour": (time.perf_counter() - began) / hours})
     return out
 
 
@@ -54,17 +55,18 @@ def german(folder):
 
 
 def other_tokenizer(folder, rate, centres):
-    """train/, val/ and kmeans.safetensors of so many centres at a frame rate, Hz."""
+    """Folder with train/, val/ and benchmarks/ of so many centres, kmeans.safetensors, at a frame rate, Hz."""
     out = Path(folder, f"units/{rate:g}hz-k{centres}").absolute()
     kmeans = out / "kmeans.safetensors"
     if not kmeans.exists():
         run("hubert_units.py", recordings(folder, "en", "train"), f"--fit={centres}", f"--layer={LAYER}",
             f"--frame-rate={rate:g}", f"--out={kmeans}")
+    spoken = Path(folder, "recordings/benchmarks").absolute()
+    run("-m", "pocket.pairs", f"--recordings={spoken}")  # what is there is passed by
+    for source in sorted(spoken.glob("*/pairs.csv")):
+        place = out / "benchmarks" / source.parent.name
+        if not (place / "pairs.csv").exists():
+            run("hubert_units.py", source.parent, f"--out={place / 'units'}", f"--kmeans={kmeans}")
+            named = re.sub(r"([^,\n]+\.flac)", rf"{source.parent}/\1", source.read_text())  # shards name recordings by paths
+            files.write_text(place / "pairs.csv", named)
     return units(folder, "en", out, f"--kmeans={kmeans}")
-
-
-def benchmarks(folder):
-    """The four pocket benchmarks as recordings."""
-    place = Path(folder, "recordings/benchmarks").absolute()
-    run("-m", "pocket.pairs", f"--recordings={place}")  # what is there is passed by
-    return place

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from checkpoints import files
 from conftest import arguments_of_a_run
 from experiments import __main__ as command
 from experiments import declared, report, runner, statistics
 from experiments.runner import Contrast, Experiment, Run
+from pocket.variants import ENCODING
 
 
 @pytest.mark.parametrize("df", [1, 2, 4, 9, 30])
@@ -145,22 +147,19 @@ def test_the_figure_has_a_chart_a_cell_in_both_colours(made_up, tmp_path):
     assert style.count("{") == style.count("}") and "prefers-color-scheme: dark" in style
 
 
-def test_options_of_eval_go_to_eval_alone(tmp_path, monkeypatch):
-    called = []
-
-    def call(arguments, log):
-        called.append(arguments)
-        if len(called) == 2:
-            raise ValueError("enough")
-
-    monkeypatch.setattr(runner, "call", call)
-    (tmp_path / "log.csv").write_text(
-        "step,loss,val_loss,seconds,bits_per_second,hours,memory_gb\n0,,3.0,0,,,\n4,2.0,2.5,9,4.0,1,1\n")
-    (tmp_path / "config.toml").write_text("tokens_per_step = 64\n")
+def test_options_of_eval_go_to_eval_alone_and_what_encoding_took_is_kept(tmp_path, monkeypatch):
+    called, run = [], tmp_path / "run"
+    monkeypatch.setattr(runner, "call", lambda arguments, log: called.append(arguments))
     monkeypatch.setattr(runner.twist, "count_parameters", lambda folder: 7)
-    with pytest.raises(ValueError, match="enough"):
-        runner.perform(Run("", "twist", "1e-2", 0), {"steps": "4", "eval.train_data": "D"}, ("swuggy",), tmp_path, 1)
-    assert "--eval.train-data=D" not in called[0] and "--train-data=D" not in called[0]
+    monkeypatch.setattr(runner, "score_of", lambda out: [60.0, 55.0, 65.0, 300])
+    (run / "model").mkdir(parents=True)
+    (run / "log.csv").write_text("step,loss,val_loss,seconds,bits_per_second,hours,memory_gb\n0,,3.0,0,,,\n4,2.0,2.5,9,4.0,1,1\n")
+    (run / "config.toml").write_text("tokens_per_step = 64\n")
+    files.write_json(tmp_path / "units" / ENCODING, {"seconds_an_hour": 30.5})
+    options = {"steps": "4", "data": str(tmp_path / "units/train"), "eval.train_data": "D"}
+    line = runner.perform(Run("", "twist", "1e-2", 0), options, ("swuggy",), run, 1)
+    assert line["encoding"] == 30.5 and line["scores"] == {"swuggy": [60.0, 55.0, 65.0, 300]} and line["parameters"] == 7
+    assert not [word for word in called[0] if "train-data" in word] and not (run / "model").exists()
     assert called[1][:2] == ["eval.py", "--task=swuggy"] and "--train-data=D" in called[1]
 
 

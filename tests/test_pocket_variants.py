@@ -1,6 +1,5 @@
 """The second language: its grammar, against a paradigm that is written out here. Variants of the pocket's speech."""
 import csv
-import json
 import re
 import shutil
 from collections import Counter
@@ -8,7 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import eval as evaluate
+import twist
 from checkpoints import files
+from conftest import TINY
 from corpus.shards import UnitShards
 from hubert_units import load_unit_encoder
 from pocket import german, pairs, stories, variants
@@ -166,9 +168,9 @@ def test_german_text_is_utf8_and_stands_beside_english(tmp_path):
 def test_nothing_is_said_that_was_read_and_held_out_voices_are_not_heard_in_training():
     firsts = sorted((TEXT, TEXT_VAL, SPOKEN, SPOKEN_VAL))
     assert min(b - a for a, b in zip(firsts, firsts[1:])) > 1_000_000
-    assert variants.FIRST == {"train": SPOKEN, "val": SPOKEN_VAL}
+    assert {first for _, first in variants.SPEAKING.values()} == {SPOKEN, SPOKEN_VAL}
     for language in ("en", "de"):
-        train, held_out = ({voice[0] for voice in voices_of(language, variants.VOICES[part])} for part in ("train", "val"))
+        train, held_out = ({voice[0] for voice in voices_of(language, variants.SPEAKING[part][0])} for part in ("train", "val"))
         assert train and held_out and not train & held_out and all(name.startswith(language) for name in train | held_out)
 
 
@@ -181,18 +183,34 @@ def engine():
     return Espeak()
 
 
+def few(source, out, rows):
+    """The first rows of a bundled benchmark."""
+    for table in ("pairs.csv", "texts.csv"):
+        files.write_text(out / table, "\n".join((source / table).read_text().splitlines()[:1 + rows]) + "\n")
+    return out
+
+
 @pytest.mark.slow
 @needs_espeak
-def test_another_tokenizer_is_made_once(tmp_path, monkeypatch):
+def test_another_tokenizer_and_its_benchmarks_are_made_once_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "COUNTS", {"en": {"train": 4, "val": 2}})
+    few(files.POCKET / "benchmarks/mini-swuggy", tmp_path / "few/mini-swuggy", 4)
+    run = variants.run
+    monkeypatch.setattr(variants, "run", lambda *words: run(*words, *[f"--out={tmp_path}/few"] * ("pocket.pairs" in words)))
     made = variants.other_tokenizer(tmp_path, 12.5, 20)
     train = UnitShards(made / "train")
     assert train.recipe["frame_rate"] == 12.5 and train.recipe["num_units"] == 20 and len(train) == 4
-    assert UnitShards(made / "val").recipe == train.recipe and json.loads((made / variants.ENCODING).read_text()) > 0
+    assert UnitShards(made / "val").recipe == train.recipe and files.read_json(made / variants.ENCODING)["seconds_an_hour"] > 0
     for (_, _, runs), file in zip(train, train.each_file(), strict=True):
         assert sum(runs) == pytest.approx(12.5 * file["seconds"], abs=2)
-    monkeypatch.setattr(variants, "run", lambda *_: pytest.fail("it is there"))
+    monkeypatch.setattr(variants, "run", lambda *words: None if "pocket.pairs" in words else pytest.fail("it is there"))
     assert variants.other_tokenizer(tmp_path, 12.5, 20) == made
+    vocab = twist.UnitVocab(20, recipe=train.recipe)
+    twist.save_speech_lm(twist.cold_start(TINY, vocab), vocab, tmp_path / "lm")
+    evaluate.main([f"--model={tmp_path}/lm", "--task=swuggy", f"--data={made}/benchmarks", f"--train-data={made}/train",
+                   f"--out={tmp_path}/eval", "--resamples=100", "--dtype=float32"])
+    rows = files.read_json(tmp_path / "eval/result.json")["sections"][0]["rows"]
+    assert {row["n"] for row in rows if row["subset"] == "all"} == {2}  # questions, each by two voices
 
 
 @pytest.mark.slow
@@ -200,10 +218,8 @@ def test_another_tokenizer_is_made_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["mini-swuggy", "mini-sblimp", "mini-tstorycloze"])
 def test_benchmarks_are_spoken_again_as_they_were(name, tmp_path, engine):
     """Each is about as long as in the bundle, its units nearly those: espeak's samples differ in last bits by machine."""
-    source, few, encoder = files.POCKET / "benchmarks" / name, tmp_path / name, load_unit_encoder()
-    for table in ("pairs.csv", "texts.csv"):
-        files.write_text(few / table, "\n".join((source / table).read_text().splitlines()[:5]) + "\n")
-    pairs.speak_again(few, tmp_path / "spoken", engine)
+    source, encoder = files.POCKET / "benchmarks" / name, load_unit_encoder()
+    pairs.speak_again(few(source, tmp_path / name, 4), tmp_path / "spoken", engine)
     shards = UnitShards(source / "units")
     stored = {name: (units, file["seconds"]) for (name, units, _), file in zip(shards, shards.each_file(), strict=True)}
     with open(tmp_path / "spoken/pairs.csv", newline="") as file:
