@@ -7,12 +7,11 @@
 
 German: espeak's German voices have the variants, rates and pitches of the English ones; validation is by two that were never
 trained on. The tokenizer has heard English alone: what English lacks (the vowels of schön and grün, the consonants of ich and
-ach) falls to the nearest of its 200 centres, for every start alike, and may leave too little to learn: another voice repeats 66 %
-of the units of the same German sentence (88 % of an English one) and 19 % of another's (tests measure it), so sentences are told
-apart; single endings, which carry agreement, may not be.
+ach) falls to the nearest of its 200 centres, for every start alike. Another voice repeats 66 % of the units of the same German
+sentence (88 % of an English one) and 19 % of another's (tests measure it): endings, which carry agreement, may be lost.
 
 Other tokenizers: the pocket's HuBERT at half, once and twice its frame rate, and centres that k-means finds in its last layer.
-The bundle's own centres were learnt with the network and are better (results/README.md); no cell has them. All is made once.
+The bundle's own were learnt with the network and are better (results/README.md); no cell has them.
 """
 import re
 import time
@@ -39,7 +38,7 @@ def recordings(folder, language, part):
 
 
 def units(folder, language, out, *tokenizer):
-    """A folder with train/ and val/ of unit shards."""
+    """A folder with train/ and val/ of unit shards, made once."""
     for part in COUNTS[language]:
         if not read_meta(out / part):  # written last; what an interruption left is gone on with
             spoken, fresh, began = recordings(folder, language, part), not (out / part).exists(), time.perf_counter()
