@@ -46,7 +46,7 @@ def main(argv=None):
             print(report.write(options.out))
         else:
             print(f"{name}: {known[name].question}")
-            lines = runner.work(name, known[name], options)
+            lines = runner.work(name, known[name], declared.MATERIAL, options)
             print(report.text_of(name, known[name], lines, options.out))
 
 

@@ -15,7 +15,6 @@ from pocket.variants import german, other_tokenizer
 STARTS = {start: {"init": start} for start in ("twist", "shuffled", "cold")}
 POCKET = {"dtype": "bfloat16", "eval_interval": "20"}  # on a processor without its instructions a run takes thrice as long
 RATES = {"": ("2e-3", "4e-3")}  # of 1e-3, 2e-3, 4e-3 and 8e-3 the best two of every start after 400 updates, seed 0
-MERGED = (500, 2000)  # vocabularies of merged units
 
 
 def against_others(cells, tasks=()):
@@ -30,23 +29,29 @@ REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "tokens_per_step"
 BUDGETS = {"400": {"steps": "400"}, "100": {"steps": "100"}, "400, constant rate": {"steps": "400", "schedule": "constant"},
            "1600": {"steps": "1600"}}
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze")
-SHARES = {f"{share} % of the data, {size}{how}": {"data_fraction": str(share / 100), "lm": f"{{{size}}}", **steps}
+READ = ("text8000", "text4000", "text1000")  # by updates: one axis of the map, the other is speech
+POCKETS = ("llama", "3M", "text4000")  # one and the same, which train.py takes unasked
+TEXT_LMS = {name: {"lm": f"{{{name}}}"} if name not in POCKETS else {} for name in (*text_lms.FAMILIES, *text_lms.SIZES, *READ)}
+FAMILIES, SIZES = ({name: TEXT_LMS[name] for name in names} for names in (text_lms.FAMILIES, text_lms.SIZES))
+SHARES = {f"{share} % of the data, {size}{how}": {"data_fraction": str(share / 100), **SIZES[size], **steps}
           for size in ("0.8M", "3M") for share in (1, 10, 100)
           for how, steps in (("", {}), (", equal epochs", {"steps": str(4 * share)})) if not (how and share == 100)}
-FAMILIES = {family: {"lm": f"{{{family}}}"} for family in text_lms.FAMILIES}
-SIZES = {size: {"lm": f"{{{size}}}"} for size in text_lms.SIZES}
-READ = (8000, 4000, 1000)  # updates of the text LM: one axis of the map, the other is speech
 HEARD = {f"{share} % of the data": {"data_fraction": str(share / 100)} for share in (10, 1, 100)}
-READERS = {f"{start}, text {steps}": {"init": start, "lm": f"{{text{steps}}}"}
-           for steps in READ for start in ("twist", "shuffled")}
+READERS = {f"{start}, {name}": {"init": start, **TEXT_LMS[name]} for name in READ for start in ("twist", "shuffled")}
 CELLS = {f"{rate:g} Hz, {centres}": (rate, centres) for rate in (12.5, 25, 50) for centres in (100, 200, 500, 1000)}
-NAMES = {cell: f"units{number}" for number, cell in enumerate(CELLS)}  # of material
-TOKENIZERS = {cell: {"data": f"{{{name}}}/train", "val_data": f"{{{name}}}/val", "eval.data": f"{{{name}}}/benchmarks",
-                     "eval.train_data": f"{{{name}}}/train"}
-              for cell, name in NAMES.items()}
-WORDS = {"plain": {"eval.norm": "sum"}, **{f"merged to {size}": {
-    "data": f"{{merged{size}}}/train", "val_data": f"{{merged{size}}}/val", "eval.data": f"{{merged{size}}}/benchmarks",
-    "eval.train_data": f"{{merged{size}}}/train", "eval.norm": "sum"} for size in MERGED}}
+WORDS = {f"merged to {size}": size for size in (500, 2000)}  # vocabularies
+UNITS = {name: {"data": f"{{{name}}}/train", "val_data": f"{{{name}}}/val", "eval.data": f"{{{name}}}/benchmarks",
+                "eval.train_data": f"{{{name}}}/train"} for name in (*CELLS, *WORDS)}
+MATERIAL = {  # {name: function: folder -> path}, each called when a run needs it
+    "real": lambda folder: real.real_units(folder)[0].parent, "german": german, "smollm2": real.smollm2,
+    "stories260K": lambda folder: real.released("text_lm", "stories260K_hf"),
+    "permuted": lambda folder: text_lms.layers_permuted("pocket", folder / "permuted", seed=0),
+    "elsewhere": partial(text_lm, text="elsewhere"), "random": partial(text_lm, order="random"),
+    "de": partial(text_lm, text="german"), "both": partial(text_lm, text="both"),
+    **{size: partial(text_lm, size=size) for size in SIZES}, **{family: partial(text_lm, family=family) for family in FAMILIES},
+    **{f"text{steps}": partial(text_lm, steps=steps) for steps in (1000, 8000)},
+    **{cell: partial(other_tokenizer, rate=rate, centres=centres) for cell, (rate, centres) in CELLS.items()},
+    **{cell: partial(merged_units, vocabulary=size) for cell, size in WORDS.items()}}
 
 EXPERIMENTS = {
     "real": Experiment(
@@ -54,8 +59,6 @@ EXPERIMENTS = {
         "warm starts reach a lower loss than cold ones at every size (figure 2); no scale-matched control",
         STARTS, against_others(REAL), REAL,
         options={"data": "{real}/train", "val_data": "{real}/val", "dtype": "float32", "eval_interval": "20"},
-        material={"real": lambda folder: real.real_units(folder)[0].parent, "stories260K": real.stories260k,
-                  "smollm2": real.smollm2},
         rates={"stories260K": ("1e-3", "3e-3", "1e-2", "2e-2"), "SmolLM2-135M": ("5e-4", "1.5e-3")},
         seeds={"stories260K": 5, "SmolLM2-135M": 2}, seconds=600),
     "starts": Experiment(
@@ -66,7 +69,7 @@ EXPERIMENTS = {
     "fair": Experiment(
         "Does it, too, if the text LM read stories of somebody else, and not those that are spoken?",
         "text and speech of the paper are of different sources", STARTS, against_others([""]),
-        options={**POCKET, "lm": "{elsewhere}"}, material={"elsewhere": partial(text_lm, text="elsewhere")}, rates=RATES),
+        options={**POCKET, "lm": "{elsewhere}"}, rates=RATES),
     "knowledge": Experiment(
         "Is it what the text LM knows, beyond the scale of its weights, the order of its layers, the letters of the text?",
         "pretraining on images helps less than on text (ImageGPT; not verified)",
@@ -74,16 +77,14 @@ EXPERIMENTS = {
          "text in random order": {"init": "twist", "lm": "{random}"}},
         (Contrast(("", "twist"), ("", "shuffled")), Contrast(("", "twist"), ("", "layers permuted")),
          Contrast(("", "twist"), ("", "text in random order"))),
-        options=POCKET, material={"random": partial(text_lm, order="random"),
-                                  "permuted": lambda folder: text_lms.layers_permuted("pocket", folder / "permuted", seed=0)},
-        rates=RATES),
+        options=POCKET, rates=RATES),
     "data": Experiment(
         "Does a warm start on a tenth of the recordings do as well as a cold one on all?",
         "10 % with TWIST at least as good as 100 % cold (figure 2a)", STARTS,
         tuple(contrast for size in ("3M", "0.8M") for contrast in (
             Contrast((f"10 % of the data, {size}", "twist"), (f"100 % of the data, {size}", "cold")),
             *against_others([f"{share} % of the data, {size}" for share in (1, 10, 100)]))),
-        SHARES, POCKET, material={size: partial(text_lm, size=size) for size in ("0.8M", "3M")}, rates=RATES, seeds={"": 3}),
+        SHARES, POCKET, rates=RATES, seeds={"": 3}),
     "tokenizers": Experiment(
         "Do 25 units a second help words more than 50 or 12.5, and more centres than few?",
         "500 units at 25 Hz do best (its table of tokenizers); more centres know more words and have a higher perplexity",
@@ -91,18 +92,15 @@ EXPERIMENTS = {
         (*(Contrast((f"25 Hz, {k}", "twist"), (f"{rate} Hz, {k}", "twist"), "swuggy") for rate in (50, 12.5) for k in (500, 100)),
          Contrast(("25 Hz, 500", "twist"), ("25 Hz, 100", "twist"), "swuggy"),
          Contrast(("25 Hz, 100", "twist"), ("25 Hz, 500", "twist"), "bits_per_second"),
-         *(Contrast((cell, "twist"), (cell, "cold")) for cell in TOKENIZERS)),
-        TOKENIZERS, POCKET, material={
-            NAMES[cell]: partial(other_tokenizer, rate=rate, centres=centres) for cell, (rate, centres) in CELLS.items()},
-        rates=RATES, seeds={"": 1, "25 Hz, 100": 3}, tasks=TASKS[:2]),
+         *(Contrast((cell, "twist"), (cell, "cold")) for cell in CELLS)),
+        {cell: UNITS[cell] for cell in CELLS}, POCKET, rates=RATES, seeds={"": 1, "25 Hz, 100": 3}, tasks=TASKS[:2]),
     "families": Experiment(
         "Does the gain hold for every family of text LMs?", "it holds for OPT, BLOOM and Pythia", STARTS,
-        against_others(FAMILIES), FAMILIES, POCKET, material={family: partial(text_lm, family=family) for family in FAMILIES},
-        rates=RATES, seeds={"": 3}),
+        against_others(FAMILIES), FAMILIES, POCKET, rates=RATES, seeds={"": 3}),
     "sizes": Experiment(
         "Is a larger model better, and does the gain grow with its size?", "bigger is better, up to 13B (abstract)", STARTS,
         (Contrast(("10M", "twist"), ("0.8M", "twist")), *against_others(SIZES)), SIZES, POCKET,
-        material={size: partial(text_lm, size=size) for size in SIZES}, rates={"": ("1e-3", "2e-3", "4e-3")}, seeds={"": 3}),
+        rates={"": ("1e-3", "2e-3", "4e-3")}, seeds={"": 3}),
     "cost": Experiment("What does it take to come to the final loss of a cold start?", "a quarter of the updates (figure 2b)"),
     "embedding": Experiment(
         "Does it matter how the new table of units is drawn?", "drawn anew; no comparison is published",
@@ -111,26 +109,22 @@ EXPERIMENTS = {
         options=POCKET, rates=RATES),
     "languages": Experiment(
         "Does a text LM of English help German speech, and one of German more?", "left open by the paper",
-        {"English text": {"init": "twist", "lm": "{en}"}, "German text": {"init": "twist", "lm": "{de}"},
-         "both texts": {"init": "twist", "lm": "{both}"}, "shuffled": {"init": "shuffled", "lm": "{en}"},
-         "cold": {"init": "cold", "lm": "{en}"}},
+        {"English text": {"init": "twist"}, "German text": {"init": "twist", "lm": "{de}"},
+         "both texts": {"init": "twist", "lm": "{both}"}, "shuffled": {"init": "shuffled"}, "cold": {"init": "cold"}},
         (Contrast(("", "English text"), ("", "cold")), Contrast(("", "English text"), ("", "shuffled")),
          Contrast(("", "German text"), ("", "English text"))),
-        options={**POCKET, "data": "{german}/train", "val_data": "{german}/val"},
-        material={"german": german, "en": text_lm, "de": partial(text_lm, text="german"), "both": partial(text_lm, text="both")},
-        rates=RATES),
+        options={**POCKET, "data": "{german}/train", "val_data": "{german}/val"}, rates=RATES),
     "words": Experiment(
         "Do units that are more like words bring speech nearer to text?", "an open question",
-        STARTS, (*(Contrast((f"merged to {size}", "twist"), ("plain", "twist"), measure)
-                   for size in MERGED for measure in ("bits_per_second", "swuggy")), *against_others(WORDS)), WORDS, POCKET,
-        material={f"merged{size}": partial(merged_units, vocabulary=size) for size in MERGED},
+        STARTS, (*(Contrast((merged, "twist"), ("plain", "twist"), measure) for merged in WORDS
+                   for measure in ("bits_per_second", "swuggy")), *against_others(["plain", *WORDS])),
+        {"plain": {}, **{merged: UNITS[merged] for merged in WORDS}}, {**POCKET, "eval.norm": "sum"},
         rates=RATES, seeds={"": 3}, tasks=TASKS[:1]),
     "regime": Experiment(
         "Where does it show most what the text LM knows: after longer reading, with less speech?",
         "a quarter of the updates (figure 2b); reading and speech are not varied",
         {**READERS, "cold": {"init": "cold"}},
-        tuple(Contrast((heard, f"twist, text {steps}"), (heard, other), share=True)
-              for heard in HEARD for steps in READ for other in (f"shuffled, text {steps}", "cold")),
-        HEARD, POCKET, material={f"text{steps}": partial(text_lm, steps=steps) for steps in READ},
-        rates=RATES, seeds={"": 3}),
+        tuple(Contrast((heard, f"twist, {read}"), (heard, other), share=True)
+              for heard in HEARD for read in READ for other in (f"shuffled, {read}", "cold")),
+        HEARD, POCKET, rates=RATES, seeds={"": 3}),
 }

@@ -55,11 +55,12 @@ def read_list(path):
             row = ast.literal_eval(line)
             units = np.array(row["hubert"].split(), dtype=np.int64)
             name, seconds = str(row["audio"]), float(row["duration"])
+            right = 0 <= units.min() and units.max() < RECIPE["num_units"]
         except (ValueError, SyntaxError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{path}, line {number}: expected {{'audio': ..., 'hubert': ..., 'duration': ...}}; copy the file "
-                             "again") from None
-        if not len(units) or units.min() < 0 or units.max() >= RECIPE["num_units"]:
-            raise ValueError(f"{path}, line {number}: expected units from 0 to {RECIPE['num_units'] - 1}; copy the file again")
+            right = False
+        if not right:
+            raise ValueError(f"{path}, line {number}: expected {{'audio': ..., 'hubert': ..., 'duration': ...}} with units from "
+                             f"0 to {RECIPE['num_units'] - 1}; copy the file again")
         yield name, *(part.numpy() for part in deduplicate(units)), seconds
 
 
@@ -81,11 +82,6 @@ def real_units(folder):
         meta = write_shards(places[part], RECIPE, documents, overwrite=True)
         print(f"{meta['files']:,} recordings, {meta['units']:,} units, {meta['hours']:.2f} h in {places[part]}")
     return tuple(places.values())
-
-
-def stories260k(folder):
-    """A LLaMA of 260 thousand parameters that others trained on TinyStories, as a folder for --lm; it lies where it is."""
-    return released("text_lm", "stories260K_hf")
 
 
 def smollm2(folder):

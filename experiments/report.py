@@ -189,11 +189,12 @@ def write(out):
             text_lm = 6 * twist.count_parameters(files.KINDS["lm"]) * text_lms.BUNDLED * 4096  # FLOP
             parts += [table(COSTS, costs(out)), "", COUNTED.format(text_lm / 1e12), ""]
             continue
-        spent = sum(line["wall_seconds"] * line["threads"] for line in lines.values()) / 3600
+        own = [line for line in lines.values() if "from" not in line]
+        spent = sum(line["wall_seconds"] * line["threads"] for line in own) / 3600
         machines = ", ".join(sorted({line["processor"] for line in lines.values()}))
         parts += [table(["claim", "figure", "verdict"], rows), "",
                   table(heading(experiment), losses_of(experiment, lines)), "",
-                  f"{len(lines)} runs, {spent:.1f} core-hours on {machines}", ""]
+                  f"{len(lines)} runs, {len(own)} of its own ({spent:.1f} core-hours); {machines}", ""]
         if drawn := figure(experiment, lines):
             files.write_text(out / f"{name}.svg", drawn)
             parts += [f"![Validation loss of the arms of {name}]({name}.svg)", ""]

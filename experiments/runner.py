@@ -5,7 +5,8 @@
 
 A line says all that is needed later: arm, cell, seed, rate, options, the curve of validation, scores, seconds, processor. A run
 whose line is there is not made again; one that was interrupted goes on from its last state. Of a finished run the log stays in
-the run folder, and no weights. Options whose names begin with "eval." are eval.py's, all others train.py's.
+the run folder, and no weights. Options whose names begin with "eval." are eval.py's, all others train.py's. A run that another
+experiment made with the same options (a {name} means the same to all) is taken from its lines.
 """
 import csv
 import json
@@ -17,7 +18,7 @@ import sys
 import time
 import tomllib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +26,12 @@ import config
 import twist
 from checkpoints import files
 from pocket.variants import ENCODING
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 STATES = 4  # resumable states in a run
 TUNED = 0  # the seed that rates are tuned on
+DEFAULTS = {each.name: str(each.default) for each in fields(TrainConfig)}
 SMALL = {"steps": "4", "tokens_per_step": "512", "eval_rows": "2"}  # --budget=small: of all runs, over their own
 
 
@@ -44,7 +47,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A declaration. Options are those of train.py, as text; {name} in one is what material[name](folder) returns."""
+    """A declaration. Options are those of train.py, as text; {name} in one is a piece of material."""
 
     question: str  # one sentence
     published: str  # what the paper says, with its status
@@ -55,7 +58,6 @@ class Experiment:
     rates: dict = field(default_factory=lambda: {"": ("2e-3",)})  # {cell: peak rates that are tried}; "": of all others
     seeds: dict = field(default_factory=lambda: {"": 5})  # {cell: how many}; "": of all others
     tasks: tuple = ()  # of eval.py, for every run
-    material: dict = field(default_factory=dict)  # {name: function: folder -> path}, each called when a run needs it
     seconds: float = 120.0  # of a run, before one was timed
 
     def of(self, table, cell):
@@ -126,6 +128,20 @@ def options_of(experiment, run, small):
             "peak_lr": run.rate, "seed": str(run.seed)}
 
 
+def made_elsewhere(path, experiment, lines, seeds):
+    """{run: line} of runs that are wanted and whose options, and scores, another NAME.jsonl beside `path` has."""
+    made, found = {}, {}
+    for other in sorted({*path.parent.glob("*.jsonl")} - {path}):
+        for line in read_lines(other).values():
+            made[frozenset((DEFAULTS | line["options"]).items())] = {"from": other.stem} | line
+    for run in wanted(experiment, lines, seeds):
+        options = options_of(experiment, run, small=False)
+        line = made.get(frozenset((DEFAULTS | options).items()))
+        if line and line.get("scores", {}).keys() >= {*experiment.tasks}:
+            found[run] = line | {"cell": run.cell, "arm": run.arm, "options": options}
+    return found
+
+
 class Material(dict):
     """{name: path}; what is missing is made when it is asked for."""
 
@@ -186,48 +202,50 @@ def perform(run, options, tasks, folder, threads):
     return line | {"wall_seconds": round(time.perf_counter() - began, 1)}
 
 
-def left(experiment, runs, lines, seeds, small, parallel):
+def left(experiment, lines, seeds, small, parallel):
     """How much there is still to do, as text."""
-    done = total(experiment, seeds, small) - len(lines)
+    runs, more = wanted(experiment, lines, seeds, small), total(experiment, seeds, small) - len(lines)
     times = {}
     for line in lines.values():
         times.setdefault((line["cell"], line["arm"]), []).append(line["wall_seconds"])
     known = {key: sum(each) / len(each) for key, each in times.items()}
     usual = sum(known.values()) / len(known) if known else experiment.seconds
     each = sum(known.get((run.cell, run.arm), usual) for run in runs) / max(1, len(runs))
-    minutes = each * done / 60 / parallel
-    return f"{len(lines)} of {len(lines) + done} runs are done; {done} are left, about {minutes:.0f} minutes"
+    return f"{len(lines)} of {len(lines) + more} runs are done; {more} are left, about {each * more / 60 / parallel:.0f} minutes"
 
 
-def work(name, experiment, options):
-    """All runs of an experiment that are not done, options.parallel at a time; returns {key: line}."""
-    small = options.budget == "small"
+def work(name, experiment, makers, options):
+    """All runs of an experiment that are not done, options.parallel at a time, on what makers make; returns {key: line}."""
+    small, seeds = options.budget == "small", options.seeds
     runs_folder = Path(options.runs, f"{name}-small" if small else name)
     path = (runs_folder if small else Path(options.out)) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = read_lines(path)
     for key, line in lines.items():
-        expected = options_of(experiment, Run(*key), small)
-        if line["options"] != expected:
-            differ = next(each for each in {**expected, **line["options"]} if line["options"].get(each) != expected.get(each))
-            raise ValueError(f"{path} has a run ({', '.join(map(str, key))}) with another {differ} than is declared now; keep "
-                             "that file elsewhere, or declare what was run")
-    print(left(experiment, wanted(experiment, lines, options.seeds, small), lines, options.seeds, small, options.parallel))
-    if options.plan or not wanted(experiment, lines, options.seeds, small):
+        if differ := line["options"].items() ^ options_of(experiment, Run(*key), small).items():
+            raise ValueError(f"{path} has a run ({', '.join(map(str, key))}) with another {min(differ)[0]} than is declared now; "
+                             "keep that file elsewhere, or declare what was run")
+    while found := not small and made_elsewhere(path, experiment, lines, seeds):
+        lines |= found
+        for line in found.values() if not options.plan else ():
+            keep(path, line)
+    print(left(experiment, lines, seeds, small, options.parallel))
+    if options.plan or not wanted(experiment, lines, seeds, small):
         return lines
-    material = Material(experiment.material, Path(options.runs, "material"))
+    material = Material(makers, Path(options.runs, "material"))
     until = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
     threads = max(1, (os.cpu_count() or 1) // options.parallel)
     running, without = {}, set()
-    bar = config.progress(total=total(experiment, options.seeds, small), initial=len(lines), desc=name, unit="run")
+    bar = config.progress(total=total(experiment, seeds, small), initial=len(lines), desc=name, unit="run")
     with ThreadPoolExecutor(options.parallel) as pool, bar:
         while True:
             busy = {*running.values()}
-            for run in wanted(experiment, lines, options.seeds, small) if time.monotonic() < until else ():
+            for run in wanted(experiment, lines, seeds, small) if time.monotonic() < until else ():
                 if len(running) < options.parallel and run not in busy and run.cell not in without:
                     said = options_of(experiment, run, small)
                     try:
-                        filled = {name: value.format_map(material) for name, value in said.items()}
+                        filled = {name: re.sub("{(.+?)}", lambda found: str(material[found[1]]), value)
+                                  for name, value in said.items()}
                     except (ValueError, OSError, subprocess.SubprocessError) as error:  # the other cells go on
                         without.add(run.cell)
                         print(f"{run.cell}: left out: {config.sentence(error)}", file=sys.stderr)
@@ -243,5 +261,4 @@ def work(name, experiment, options):
                 lines[run] = line
                 bar.update()
                 print(f"{run.folder}: loss {line['loss']:.4f} after {line['steps']} updates, {line['wall_seconds']:.0f} s; "
-                      + left(experiment, wanted(experiment, lines, options.seeds, small), lines, options.seeds, small,
-                             options.parallel))
+                      + left(experiment, lines, seeds, small, options.parallel))

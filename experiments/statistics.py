@@ -59,8 +59,6 @@ def updates_to(curve, loss):
     before = None
     for step, value in curve:
         if value <= loss:
-            if before is None or before[1] <= value:
-                return float(step)
-            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value) if before else float(step)
         before = step, value
     return None

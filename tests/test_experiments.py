@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -49,9 +50,8 @@ def made_up(monkeypatch):
     """An experiment whose runs are numbers: the best rate of `warm` is b, of `cold` a; seeds move all losses alike."""
     contrast = Contrast(("x", "warm"), ("x", "cold"), share=True)
     experiment = Experiment("is warm below cold?", "yes", {"warm": {"init": "twist"}, "cold": {"init": "cold"}}, (contrast,),
-                            {"x": {"lm": "{lm}"}, "y": {"lm": "other"}},
-                            {"steps": "20"}, {"": ("a", "b")}, {"": 3, "y": 1},
-                            material={"lm": lambda folder: "L"})
+                            {"x": {"lm": "{0.8 M}"}, "y": {"lm": "other"}},
+                            {"steps": "20"}, {"": ("a", "b")}, {"": 3, "y": 1})
     made, loss = [], {("warm", "a"): 2.0, ("warm", "b"): 1.0, ("cold", "a"): 3.0, ("cold", "b"): 4.0}
 
     def perform(run, options, tasks, folder, threads):
@@ -62,12 +62,13 @@ def made_up(monkeypatch):
                 "bits_per_second": 10 * final, "seconds": 40.0, "memory_gb": 0.5, "parameters": 10**9, "tokens_per_step": 100}
 
     monkeypatch.setattr(runner, "perform", perform)
+    monkeypatch.setitem(declared.MATERIAL, "0.8 M", lambda folder: "L")
     monkeypatch.setitem(declared.EXPERIMENTS, "made_up", experiment)
     return experiment, made
 
 
-def start(tmp_path, *more):
-    return command.main(["made_up", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", "--parallel=1", *more])
+def start(tmp_path, *more, name="made_up"):
+    return command.main([name, f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", "--parallel=1", *more])
 
 
 def test_rates_are_tuned_on_one_seed_and_the_others_take_the_best(made_up, tmp_path, capsys):
@@ -99,7 +100,7 @@ def test_material_that_cannot_be_made_costs_its_cell_alone(made_up, tmp_path, mo
     def missing(folder):
         raise ValueError("no such thing")
 
-    monkeypatch.setitem(declared.EXPERIMENTS, "made_up", dataclasses.replace(made_up[0], material={"lm": missing}))
+    monkeypatch.setitem(declared.MATERIAL, "0.8 M", missing)
     start(tmp_path)
     assert {run.cell for run, _ in made_up[1]} == {"y"} and capsys.readouterr().err.count("x: left out: no such thing") == 1
 
@@ -110,6 +111,41 @@ def test_a_declaration_that_changed_is_no_silent_mixture(made_up, tmp_path, monk
     monkeypatch.setitem(declared.EXPERIMENTS, "made_up", changed)
     with pytest.raises(ValueError, match="another steps than is declared now"):
         start(tmp_path)
+
+
+def test_a_run_that_another_experiment_made_with_the_same_options_is_not_made_again(made_up, tmp_path, monkeypatch, capsys):
+    start(tmp_path)
+    other = dataclasses.replace(made_up[0], cells={"z": {"lm": "{0.8 M}", "embedding": "fresh"}, "y": {}},  # fresh is the default
+                                arms={"first": {"init": "cold"}, "second": {"init": "shuffled"}}, contrasts=())
+    monkeypatch.setitem(declared.EXPERIMENTS, "other", other)
+    made = made_up[1]
+    made.clear()
+    monkeypatch.setattr(runner, "perform", lambda run, *rest, before=runner.perform: before(run._replace(arm="warm"), *rest)
+                        | {"arm": run.arm})
+    start(tmp_path, "--plan", name="other")
+    assert not (tmp_path / "out/other.jsonl").exists() and "4 of 12 runs are done" in capsys.readouterr().out
+    start(tmp_path, name="other")
+    lines = runner.read_lines(tmp_path / "out/other.jsonl")
+    taken = {key: line for key, line in lines.items() if "from" in line}
+    assert set(taken) == {("z", "first", rate, seed) for rate, seed in (("a", 0), ("b", 0), ("a", 1), ("a", 2))}
+    assert taken["z", "first", "a", 2]["loss"] == 3.2 and taken["z", "first", "a", 2]["from"] == "made_up" and len(made) == 8
+    command.main(["report", f"--out={tmp_path / 'out'}"])
+    assert "12 runs, 8 of its own" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_run_without_the_scores_that_are_asked_for_is_made_again(made_up, tmp_path, monkeypatch):
+    start(tmp_path)
+    monkeypatch.setitem(declared.EXPERIMENTS, "other", dataclasses.replace(made_up[0], tasks=("swuggy",)))
+    made_up[1].clear()
+    start(tmp_path, name="other")
+    assert len(made_up[1]) == 12
+
+
+def test_every_name_in_an_option_is_known_material():
+    for experiment in declared.EXPERIMENTS.values():
+        for options in (experiment.options, *experiment.arms.values(), *experiment.cells.values()):
+            named = {*re.findall("{(.*?)}", " ".join(options.values()))}
+            assert named <= {*declared.MATERIAL} and not named & {*declared.POCKETS}  # which is there and not trained again
 
 
 def test_the_report_has_verdict_interval_and_figure(made_up, tmp_path):
