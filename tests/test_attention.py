@@ -66,7 +66,7 @@ def test_forward_and_all_gradients_equal_float64(T, dtype):
 
 
 @first_dtype_quickly
-@pytest.mark.parametrize("D", [32, 80, 96, 128])
+@pytest.mark.parametrize("D", [32, 80, *(pytest.param(D, marks=pytest.mark.slow) for D in (96, 128))])
 def test_every_head_dimension(D, dtype):
     q, k, v = draw(1, 140, 2, 2, D, dtype)
     assert_near(*both(q, k, v), dtype)

@@ -650,7 +650,7 @@ def omegaconf(section, classes):
     return classes["DictConfig"](_metadata=classes["ContainerMetadata"](key=None, flags={}), _parent=None, _content=content)
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before-torch-1.6"])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["zip", "before-torch-1.6"])
 @pytest.mark.parametrize("style", ["namespace", "cfg", "cfg-of-namespaces", "omegaconf", "stripped"])
 @each_kind
 def test_a_fairseq_file_gives_the_features_of_the_folder_to_the_bit(kind, style, legacy, fairseq_classes, tmp_path):

@@ -76,6 +76,7 @@ def test_the_plan_of_five_blocks_is_what_they_take(shape, mode, recompute):
     assert peak == pytest.approx(plan.activations + plan.working + plan.copies, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", ["OPT-350M", "Qwen3", "NeoX"])
 def test_other_families_are_planned_as_well(shape, mode):
@@ -85,9 +86,10 @@ def test_other_families_are_planned_as_well(shape, mode):
     assert peak == pytest.approx(plan.activations + plan.working + plan.copies, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", memory.RECOMPUTE)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", ["OPT", pytest.param("LLaMA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", ["OPT", "LLaMA"])
 def test_what_the_allocator_has_not_got_back_after_a_forward_is_what_the_blocks_keep(shape, mode, recompute):
     """Buffers inside products are back by then, whichever processor computes them."""
     dtype, ids = MODES[mode][1], torch.zeros(ROWS, T, dtype=torch.int64)
