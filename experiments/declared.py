@@ -60,7 +60,7 @@ EXPERIMENTS = {
         STARTS, against_others(REAL), REAL,
         options={"data": "{real}/train", "val_data": "{real}/val", "dtype": "float32", "eval_interval": "20"},
         rates={"stories260K": ("1e-3", "3e-3", "1e-2", "2e-2"), "SmolLM2-135M": ("5e-4", "1.5e-3")},
-        seeds={"stories260K": 5, "SmolLM2-135M": 2}, seconds=600),
+        seeds={"stories260K": 5, "SmolLM2-135M": 2}, pace=2.0),
     "starts": Experiment(
         "Does a warm start reach a lower loss, and the cold start's in fewer updates, at every budget?",
         "lower loss, and the cold start's perplexity in about a quarter of the updates (figure 2b, OPT-350M)",

@@ -58,7 +58,7 @@ class Experiment:
     rates: dict = field(default_factory=lambda: {"": ("2e-3",)})  # {cell: peak rates that are tried}; "": of all others
     seeds: dict = field(default_factory=lambda: {"": 5})  # {cell: how many}; "": of all others
     tasks: tuple = ()  # of eval.py, for every run
-    seconds: float = 120.0  # of a run, before one was timed
+    pace: float = 0.5  # seconds an update, before a run was timed
 
     def of(self, table, cell):
         return getattr(self, table).get(cell, getattr(self, table).get(""))
@@ -204,14 +204,13 @@ def perform(run, options, tasks, folder, threads):
 
 def left(experiment, lines, seeds, small, parallel):
     """How much there is still to do, as text."""
-    runs, more = wanted(experiment, lines, seeds, small), total(experiment, seeds, small) - len(lines)
-    times = {}
-    for line in lines.values():
-        times.setdefault((line["cell"], line["arm"]), []).append(line["wall_seconds"])
-    known = {key: sum(each) / len(each) for key, each in times.items()}
-    usual = sum(known.values()) / len(known) if known else experiment.seconds
-    each = sum(known.get((run.cell, run.arm), usual) for run in runs) / max(1, len(runs))
-    return f"{len(lines)} of {len(lines) + more} runs are done; {more} are left, about {each * more / 60 / parallel:.0f} minutes"
+    each, more = [], total(experiment, seeds, small) - len(lines)
+    for run in wanted(experiment, lines, seeds, small):
+        alike = [line for key, line in lines.items() if key[:2] == run[:2]] or [*lines.values()]
+        pace = sum(line["wall_seconds"] for line in alike) / sum(line["steps"] for line in alike) if alike else experiment.pace
+        each.append(pace * int((DEFAULTS | options_of(experiment, run, small))["steps"]))
+    minutes = sum(each) / max(1, len(each)) * more / 60 / parallel
+    return f"{len(lines)} of {len(lines) + more} runs are done; {more} are left, about {minutes:.0f} minutes"
 
 
 def work(name, experiment, makers, options):

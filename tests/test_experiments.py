@@ -86,7 +86,7 @@ def test_what_is_done_is_not_done_again_and_a_line_cut_short_is(made_up, tmp_pat
     start(tmp_path, "--minutes=1e-9")
     assert not made_up[1]  # no run was begun
     start(tmp_path, "--plan")
-    assert not made_up[1] and "12 are left, about 24 minutes" in capsys.readouterr().out
+    assert not made_up[1] and "12 are left, about 2 minutes" in capsys.readouterr().out
     start(tmp_path)
     path, first = tmp_path / "out/made_up.jsonl", len(made_up[1])
     start(tmp_path)
