@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import twist
+from checkpoints import files
 from corpus.shards import write_shards as write_documents
 from model import TransformerConfig
 
@@ -56,3 +57,9 @@ def no_network(monkeypatch, tmp_path):
 def one_thread():
     """Bit-equal sums need the same number of threads everywhere; tiny tensors are fastest with one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted():
+    """What is said once in a process is said once in a test, whichever tests were there before."""
+    files.note.cache_clear()
