@@ -235,7 +235,7 @@ def test_the_loop_of_training_can_be_seen_at_once():
 PAGES = [path for path in (ROOT / "README.md", ROOT / "GUIDE.md", *ROOT.glob("docs/*.md"), ROOT / "configs/README.md",
                            ROOT / "pocket/README.md", ROOT / "results/README.md") if path.exists()]
 COMMAND = re.compile(r"(?:python|torchrun|scripts/\w+\.(?:sh|sbatch))\b[^\n`#|&]*")
-OTHERS = {"nproc-per-node", "nnodes", "node-rank", "max-restarts", "standalone", "nodes", "index-url", "no-deps", "dist"}  # torchrun, pip, ...
+OTHERS = {"nproc-per-node", "nnodes", "node-rank", "max-restarts", "standalone", "nodes", "index-url", "no-deps", "dist"}
 LINK = re.compile(r"\]\(([^)\s]*)\)")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
