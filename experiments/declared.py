@@ -27,7 +27,7 @@ def against_others(cells, tasks=()):
 REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "tokens_per_step": "2048", "eval_rows": "0"},
         "SmolLM2-135M": {"lm": "{smollm2}", "steps": "120", "tokens_per_step": "1024", "dtype": "bfloat16"}}  # half the hours
 BUDGETS = {"400": {"steps": "400"}, "100": {"steps": "100"}, "400, constant rate": {"steps": "400", "schedule": "constant"},
-           "1600": {"steps": "1600"}}
+           "1600": {"steps": "1600", "eval_interval": "80"}}
 TASKS = ("swuggy", "sblimp", "sstorycloze", "tstorycloze")
 READ = ("text8000", "text4000", "text1000")  # by updates: one axis of the map, the other is speech
 POCKETS = ("llama", "3M", "text4000")  # one and the same, which train.py takes unasked
