@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -31,6 +32,7 @@ from train import TrainConfig
 ROOT = Path(__file__).parent.parent
 STATES = 4  # resumable states in a run
 TUNED = 0  # the seed that rates are tuned on
+KEEPING = threading.Lock()  # runs may end at the same time
 DEFAULTS = {each.name: str(each.default) for each in fields(TrainConfig)}
 SMALL = {"steps": "4", "tokens_per_step": "512", "eval_rows": "2"}  # --budget=small: of all runs, over their own
 
@@ -89,7 +91,7 @@ def read_lines(path):
 
 def keep(path, line):
     """Add a line, which is on the disk when this returns; behind one that a kill cut short a new one begins."""
-    with open(path, "ab+") as file:
+    with KEEPING, open(path, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
         broken = file.read() not in (b"", b"\n")
         file.write(b"\n" * broken + json.dumps(line).encode() + b"\n")
@@ -104,8 +106,7 @@ def best_rate(lines, cell, arm, rates):
 
 
 def wanted(experiment, lines, seeds=None, small=False):
-    """Runs that are to be made next, in order: of each cell its rates, then the seeds of the best ones. Those of lines are left
-    out."""
+    """Runs that are to be made next and are not in lines, in order: of each cell its rates, then the seeds of the best ones."""
     runs = []
     for cell in experiment.cells:
         rates = experiment.of("rates", cell)[:1 if small else None]
@@ -238,9 +239,8 @@ def work(name, experiment, makers, options):
     bar = config.progress(total=total(experiment, seeds, small), initial=len(lines), desc=name, unit="run")
     with ThreadPoolExecutor(options.parallel) as pool, bar:
         while True:
-            busy = {*running.values()}
             for run in wanted(experiment, lines, seeds, small) if time.monotonic() < until else ():
-                if len(running) < options.parallel and run not in busy and run.cell not in without:
+                if len(running) < options.parallel and run not in running.values() and run.cell not in without:
                     said = options_of(experiment, run, small)
                     try:
                         filled = {name: re.sub("{(.+?)}", lambda found: str(material[found[1]]), value)
@@ -250,14 +250,14 @@ def work(name, experiment, makers, options):
                         print(f"{run.cell}: left out: {config.sentence(error)}", file=sys.stderr)
                         continue
                     tasks = experiment.tasks[:1] if small else experiment.tasks
-                    running[pool.submit(perform, run, filled, tasks, runs_folder / run.folder, threads)] = run
+                    running[future := pool.submit(perform, run, filled, tasks, runs_folder / run.folder, threads)] = run
+                    future.add_done_callback(  # at once, because material of the next run may take an hour
+                        lambda done, said=said: done.exception() or keep(path, done.result() | {"options": said}))
             if not running:
                 return lines
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
-                line = future.result() | {"options": options_of(experiment, run, small)}
-                keep(path, line)
-                lines[run] = line
+                lines[run] = line = future.result() | {"options": options_of(experiment, run, small)}
                 bar.update()
                 print(f"{run.folder}: loss {line['loss']:.4f} after {line['steps']} updates, {line['wall_seconds']:.0f} s; "
                       + left(experiment, lines, seeds, small, options.parallel))

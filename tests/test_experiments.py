@@ -3,6 +3,8 @@ import dataclasses
 import json
 import math
 import re
+import threading
+import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -94,6 +96,29 @@ def test_what_is_done_is_not_done_again_and_a_line_cut_short_is(made_up, tmp_pat
     path.write_text(path.read_text()[:-20])
     start(tmp_path)
     assert len(made_up[1]) == 13 and len(runner.read_lines(path)) == 12
+
+
+def test_a_run_that_ends_is_kept_while_material_of_the_next_is_made(made_up, tmp_path, monkeypatch):
+    path, begun, kept = tmp_path / "out/made_up.jsonl", threading.Event(), []
+
+    def perform(run, *rest, before=runner.perform):
+        assert run[:2] != ("x", "cold") or begun.wait(timeout=60)
+        return before(run, *rest)
+
+    def slow(folder):
+        begun.set()
+        until = time.monotonic() + 60
+        while len(runner.read_lines(path)) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        kept.append(len(runner.read_lines(path)))
+        return "S"
+
+    monkeypatch.setattr(runner, "perform", perform)
+    monkeypatch.setitem(declared.MATERIAL, "slow", slow)
+    monkeypatch.setitem(declared.EXPERIMENTS, "made_up", dataclasses.replace(
+        made_up[0], cells={"x": {"lm": "other"}, "y": {"lm": "{slow}"}}, rates={"": ("a",)}, seeds={"": 1}))
+    start(tmp_path, "--parallel=2")
+    assert kept == [2] and len(path.read_text().splitlines()) == len(made_up[1]) == 4
 
 
 def test_material_that_cannot_be_made_costs_its_cell_alone(made_up, tmp_path, monkeypatch, capsys):
