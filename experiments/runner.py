@@ -90,13 +90,14 @@ def read_lines(path):
 
 
 def keep(path, line):
-    """Add a line, which is on the disk when this returns; behind one that a kill cut short a new one begins."""
+    """Add a line, which is on the disk when this returns it; behind one that a kill cut short a new one begins."""
     with KEEPING, open(path, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
         broken = file.read() not in (b"", b"\n")
         file.write(b"\n" * broken + json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    return line
 
 
 def best_rate(lines, cell, arm, rates):
@@ -249,15 +250,14 @@ def work(name, experiment, makers, options):
                         without.add(run.cell)
                         print(f"{run.cell}: left out: {config.sentence(error)}", file=sys.stderr)
                         continue
-                    tasks = experiment.tasks[:1] if small else experiment.tasks
-                    running[future := pool.submit(perform, run, filled, tasks, runs_folder / run.folder, threads)] = run
-                    future.add_done_callback(  # at once, because material of the next run may take an hour
-                        lambda done, said=said: done.exception() or keep(path, done.result() | {"options": said}))
+                    given = run, filled, experiment.tasks[:1 if small else None], runs_folder / run.folder, threads
+                    running[pool.submit(  # kept at once: material of the next run may take an hour
+                        lambda given=given, said=said: keep(path, perform(*given) | {"options": said}))] = run
             if not running:
                 return lines
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
-                lines[run] = line = future.result() | {"options": options_of(experiment, run, small)}
+                lines[run] = line = future.result()
                 bar.update()
                 print(f"{run.folder}: loss {line['loss']:.4f} after {line['steps']} updates, {line['wall_seconds']:.0f} s; "
                       + left(experiment, lines, seeds, small, options.parallel))
