@@ -10,10 +10,11 @@
 What is compared stands in declared.py, the rule of a verdict in statistics.py. Runs that are done are not repeated, interrupted
 ones go on; their lines of JSON are kept in results/paper, their logs in --runs.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import config
 from experiments import declared, full_size, report, runner
+from kernels.dtypes import hardware_bfloat16
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,12 @@ class ExperimentsConfig:
     out: str = "results/paper"  # folder of the lines of finished runs and of the report
     seeds: int | None = None  # of each arm; none: as declared
     budget: str = "pocket"  # pocket | small: a few updates of everything, kept in --runs
+    dtype: str = "declared"  # declared | float32 | bfloat16, of the products of all runs; another wants an --out of its own
     parallel: int = 2  # runs at a time; the processor's threads are divided among them
     minutes: float = 0.0  # no run is begun after so many; 0: all are
     plan: bool = False  # say what is left to do and how long it will take, and stop
     full: bool = False  # print what the experiments are at full size, and stop
-    CHOICES = {"budget": ("pocket", "small")}
+    CHOICES = {"budget": ("pocket", "small"), "dtype": ("declared", "float32", "bfloat16")}
     RANGES = {"seeds": (1, 1000), "parallel": (1, 1024), "minutes": (0, 1e6)}
 
 
@@ -46,8 +48,13 @@ def main(argv=None):
             print(report.write(options.out))
         else:
             print(f"{name}: {known[name].question}")
-            lines = runner.work(name, known[name], declared.MATERIAL, options)
-            print(report.text_of(name, known[name], lines, options.out))
+            experiment, given = known[name], {"dtype": options.dtype}
+            if options.dtype != "declared":
+                experiment = replace(experiment, arms={arm: own | given for arm, own in experiment.arms.items()})
+            elif not hardware_bfloat16("cpu"):
+                print("bfloat16 is emulated here, ten times slower than float32, which is had by --dtype=float32 --out=FOLDER")
+            lines = runner.work(name, experiment, declared.MATERIAL, options)
+            print(report.text_of(name, experiment, lines, options.out))
 
 
 if __name__ == "__main__":

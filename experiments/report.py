@@ -59,8 +59,7 @@ def rows_of(experiment, lines):
     for contrast in experiment.contrasts:
         ahead, shares = differences(experiment, lines, contrast)
         apart = statistics.interval(ahead) if ahead else None
-        what = LOSSES.get(contrast.measure, "points")
-        text = "" if apart is None else f"{apart.mean:+.3f} {what}" + (
+        text = "" if apart is None else f"{apart.mean:+.3f} {LOSSES.get(contrast.measure, 'points')}" + (
             f" [{apart.low:+.3f}, {apart.high:+.3f}]" if apart.low is not None else "") + f", {apart.n} seed{'s' * (apart.n > 1)}"
         if ahead and contrast.measure not in LOSSES:
             scores = [line["scores"][contrast.measure] for line in at_best(experiment, lines, *contrast.better).values()]
@@ -91,8 +90,8 @@ def score_of(scores):
 
 
 def losses_of(experiment, lines):
-    """Rows of HEAD and of the tasks: means over seeds, with standard deviations."""
-    found = []
+    """A head, and rows of losses and scores: means over seeds, with standard deviations."""
+    found = [[*HEAD, *(f"{task}, %" for task in experiment.tasks)]]
     for cell in experiment.cells:
         for arm in experiment.arms:
             some = at_best(experiment, lines, cell, arm)
@@ -132,20 +131,16 @@ def costs(out):
     return found
 
 
-def heading(experiment):
-    return [*HEAD, *(f"{task}, %" for task in experiment.tasks)]
-
-
-def table(head, rows):
+def table(head, *rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def text_of(name, experiment, lines, out):
     """An experiment's results on screen."""
     if not experiment.arms:
-        return table(COSTS, costs(out))
+        return table(COSTS, *costs(out))
     said = (f"{name}: {claim}: {word}{shown and f': {shown}'}" for claim, shown, word in rows_of(experiment, lines))
-    return "\n".join([table(heading(experiment), losses_of(experiment, lines)), "", *said])
+    return "\n".join([table(*losses_of(experiment, lines)), "", *said])
 
 
 def figure(experiment, lines):
@@ -178,9 +173,7 @@ def write(out):
     for name, experiment in declared.EXPERIMENTS.items():
         lines = read_lines(out / f"{name}.jsonl")
         rows = rows_of(experiment, lines)
-        claim, text, verdict = rows[0] if rows else ("", "", "not tested")
-        if not experiment.arms:
-            verdict, text = "no claim", "its table"
+        _, text, verdict = rows[0] if rows else ("", "", "not tested") if experiment.arms else ("", "its table", "no claim")
         linked = f"[{name}](#{name})" if lines or not experiment.arms else name
         verdicts.append((linked, experiment.question, f"**{verdict}**", text, f"`python -m experiments {name}`"))
         if not lines and experiment.arms:
@@ -188,20 +181,20 @@ def write(out):
         parts += [f"## {name}", "", experiment.question, "", f"The paper: {experiment.published}", ""]
         if not experiment.arms:
             text_lm = 6 * twist.count_parameters(files.KINDS["lm"]) * text_lms.BUNDLED * 4096  # FLOP
-            parts += [table(COSTS, costs(out)), "", COUNTED.format(text_lm / 1e12), ""]
+            parts += [table(COSTS, *costs(out)), "", COUNTED.format(text_lm / 1e12), ""]
             continue
         own = [line for line in lines.values() if "from" not in line]
         spent = sum(line["wall_seconds"] * line["threads"] for line in own) / 3600
         machines = ", ".join(sorted({line["processor"] for line in lines.values()}))
-        parts += [table(["claim", "figure", "verdict"], rows), "",
-                  table(heading(experiment), losses_of(experiment, lines)), "",
+        parts += [table(["claim", "figure", "verdict"], *rows), "",
+                  table(*losses_of(experiment, lines)), "",
                   f"{len(lines)} runs, {len(own)} of its own ({spent:.1f} core-hours); {machines}", ""]
         if drawn := figure(experiment, lines):
             files.write_text(out / f"{name}.svg", drawn)
             parts += [f"![Validation loss of the arms of {name}]({name}.svg)", ""]
     rule = statistics.__doc__.partition("THE RULE, ")[2].partition("\nNothing")[0]
     head = ["# The paper in miniature", "", "`python -m experiments report` made it from the lines of runs beside it.", "",
-            table(["experiment", "question", "verdict", "figure", "command"], verdicts), "",
+            table(["experiment", "question", "verdict", "figure", "command"], *verdicts), "",
             "## The rule", "", "```", rule, "```", "", MEANING, ""]
     files.write_text(out / "README.md", "\n".join([*head, *parts]))
     return out / "README.md"

@@ -225,7 +225,7 @@ def work(name, experiment, makers, options):
     for key, line in lines.items():
         if differ := line["options"].items() ^ options_of(experiment, Run(*key), small).items():
             raise ValueError(f"{path} has a run ({', '.join(map(str, key))}) with another {min(differ)[0]} than is declared now; "
-                             "keep that file elsewhere, or declare what was run")
+                             "give another --out, or declare what was run")
     while found := not small and made_elsewhere(path, experiment, lines, seeds):
         lines |= found
         for line in found.values() if not options.plan else ():

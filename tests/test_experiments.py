@@ -195,8 +195,9 @@ def test_scores_stand_beside_losses_with_both_kinds_of_spread(made_up, tmp_path)
     lines = runner.read_lines(tmp_path / "out/made_up.jsonl")
     for (*_, seed), line in lines.items():
         line["scores"] = {"swuggy": [60.0 + seed, 55.0 + seed, 65.0 + seed, 300]}
-    row = next(row for row in report.losses_of(experiment, lines) if row[:2] == ("x", "warm"))
-    assert report.heading(experiment)[-2:] == ["swuggy, %", "sblimp, %"] and row[-2:] == ("61.0 ± 5.0 (1.0)", "")
+    head, *rows = report.losses_of(experiment, lines)
+    row = next(row for row in rows if row[:2] == ("x", "warm"))
+    assert head[-2:] == ["swuggy, %", "sblimp, %"] and row[-2:] == ("61.0 ± 5.0 (1.0)", "")
 
 
 def test_the_figure_has_a_chart_a_cell_in_both_colours(made_up, tmp_path):
@@ -229,6 +230,20 @@ def test_there_is_no_verdict_before_all_rates_are_tried(made_up, tmp_path):
     lines = {key: line for key, line in runner.read_lines(tmp_path / "out/made_up.jsonl").items() if key != ("x", "cold", "b", 0)}
     assert report.rows_of(made_up[0], lines)[0][1:] == (
         "+2.000 nats [+2.000, +2.000], 3 seeds; reached after 33%, 33%, 32%; not all rates are tried", "not tested")
+
+
+def test_another_dtype_is_that_of_every_run_and_mixes_with_none(made_up, tmp_path):
+    start(tmp_path, "--dtype=float32")
+    assert {options["dtype"] for _, options in made_up[1]} == {"float32"}
+    with pytest.raises(ValueError, match="another dtype than is declared now"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize("hardware", ["", "avx512_bf16"])
+def test_emulated_bfloat16_is_told_before_hours_are_spent(made_up, tmp_path, monkeypatch, capsys, hardware):
+    monkeypatch.setattr(command, "hardware_bfloat16", lambda device: hardware)
+    start(tmp_path, "--plan")
+    assert ("bfloat16 is emulated" in capsys.readouterr().out) == (not hardware)
 
 
 def test_small_budgets_leave_the_results_alone(made_up, tmp_path):
