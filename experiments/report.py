@@ -16,7 +16,7 @@ from experiments.runner import TUNED, best_rate, read_lines
 from pages import charts
 from pages.html import HERE
 
-LOSSES = {"loss": "nats", "bits_per_second": "bits a second"}
+LOSSES = {"loss": "nats", "lowest": "nats", "bits_per_second": "bits a second"}
 HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "bits a second", "seeds", "seed 0, by rate"]
 COSTS = ["experiment", "cell", "start", "updates", "seconds", "TFLOP", "memory, GB"]
 COUNTED = """To the final loss of the cold start. An update takes as long from every start, and so does a unit of a continuation,
@@ -39,7 +39,8 @@ def at_best(experiment, lines, cell, arm):
 
 
 def value_of(line, measure):
-    return line[measure] if measure in LOSSES else line.get("scores", {}).get(measure, [None])[0]
+    scores = {task: score for task, (score, *_) in line.get("scores", {}).items()}
+    return {**line, **scores, "lowest": min(loss for _, loss in line["curve"])}.get(measure)
 
 
 def differences(experiment, lines, contrast):

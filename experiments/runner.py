@@ -43,7 +43,7 @@ class Contrast:
 
     better: tuple[str, str]  # (cell, arm)
     worse: tuple[str, str]
-    measure: str = "loss"  # or a task of eval.py
+    measure: str = "loss"  # the last; or lowest, of all validations; bits_per_second; a task of eval.py
     share: bool = False  # also the updates after which `better` reaches the final loss of `worse`
 
 

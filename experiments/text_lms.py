@@ -69,10 +69,7 @@ def read_words(path):
 
 
 def tell(lm, words, seed):
-    """ROWS stories by stories260K, as bytes; the same ones for the same seed.
-
-    One that does not end within the model's window ends with its last whole sentence.
-    """
+    """ROWS stories by stories260K, as bytes, the same for a seed; one that the window cuts ends with its last whole sentence."""
     generator = torch.Generator().manual_seed(seed)
     ids = generate(lm, torch.ones(ROWS, 1, dtype=torch.int64), lm.config.block_size - 1, generator=generator, eos=1)
     for row in ids[:, 1:].tolist():

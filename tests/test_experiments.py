@@ -246,6 +246,17 @@ def test_emulated_bfloat16_is_told_before_hours_are_spent(made_up, tmp_path, mon
     assert ("bfloat16 is emulated" in capsys.readouterr().out) == (not hardware)
 
 
+def test_the_lowest_validation_is_told_apart_from_the_last(made_up, tmp_path):
+    start(tmp_path)
+    lines = runner.read_lines(tmp_path / "out/made_up.jsonl")
+    for (_, arm, _, _), line in lines.items():
+        line["curve"] = [[0, 5.0], [10, 0.5 if arm == "cold" else 1.25], [20, line["loss"]]]  # cold learns by heart
+    lowest = dataclasses.replace(made_up[0].contrasts[0], measure="lowest", share=False)
+    experiment = dataclasses.replace(made_up[0], contrasts=(*made_up[0].contrasts, lowest))
+    (_, last, _), (name, least, _) = report.rows_of(experiment, lines)
+    assert last.startswith("+2.000 nats") and name == "warm before cold (x, lowest)" and least.startswith("-0.567 nats")
+
+
 def test_small_budgets_leave_the_results_alone(made_up, tmp_path):
     start(tmp_path, "--budget=small", "--seeds=2")
     assert not (tmp_path / "out/made_up.jsonl").exists()
