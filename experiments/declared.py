@@ -36,7 +36,7 @@ FAMILIES, SIZES = ({name: TEXT_LMS[name] for name in names} for names in (text_l
 SHARES = {f"{share} % of the data, {size}{how}": {"data_fraction": str(share / 100), **SIZES[size], **steps}
           for size in ("0.8M", "3M") for share in (1, 10, 100)
           for how, steps in (("", {}), (", equal epochs", {"steps": str(4 * share)})) if not (how and share == 100)}
-MEASURES = ("loss", "lowest", *TASKS[:2])  # the second because a hundredth is learnt by heart, as its first two runs had shown
+MEASURED = ("loss", "lowest", *TASKS[:2])  # the second because a hundredth is learnt by heart, as its first two runs had shown
 HEARD = {f"{share} % of the data": {"data_fraction": str(share / 100)} for share in (10, 1, 100)}
 READERS = {f"{start}, {name}": {"init": start, **TEXT_LMS[name]} for name in READ for start in ("twist", "shuffled")}
 CELLS = {f"{rate:g} Hz, {centres}": (rate, centres) for rate in (12.5, 25, 50) for centres in (100, 200, 500, 1000)}
@@ -83,8 +83,8 @@ EXPERIMENTS = {
         "Does a warm start on a tenth of the recordings do as well as a cold one on all?",
         "10 % with TWIST at least as good as 100 % cold (figure 2a)", STARTS,
         tuple(contrast for size in ("3M", "0.8M") for contrast in (
-            *(Contrast((f"10 % of the data, {size}", "twist"), (f"100 % of the data, {size}", "cold"), each)
-              for each in MEASURES), *against_others([f"{share} % of the data, {size}" for share in (1, 10, 100)], MEASURES[1:]))),
+            *(Contrast((f"10 % of the data, {size}", "twist"), (f"100 % of the data, {size}", "cold"), on) for on in MEASURED),
+            *against_others([f"{share} % of the data, {size}" for share in (1, 10, 100)], MEASURED[1:]))),
         SHARES, POCKET | {"dtype": "float32"}, rates=RATES, seeds={"": 3}, tasks=TASKS[:2]),
     "tokenizers": Experiment(
         "Do 25 units a second help words more than 50 or 12.5, and more centres than few?",

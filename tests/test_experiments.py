@@ -254,7 +254,7 @@ def test_the_lowest_validation_is_told_apart_from_the_last(made_up, tmp_path):
     lowest = dataclasses.replace(made_up[0].contrasts[0], measure="lowest", share=False)
     experiment = dataclasses.replace(made_up[0], contrasts=(*made_up[0].contrasts, lowest))
     (_, last, _), (name, least, _) = report.rows_of(experiment, lines)
-    assert last.startswith("+2.000 nats") and name == "warm before cold (x, lowest)" and least.startswith("-0.567 nats")
+    assert last.startswith("+2.000 nats") and name == "warm before cold (x, lowest)" and least.startswith("-0.600 nats")
 
 
 def test_small_budgets_leave_the_results_alone(made_up, tmp_path):
