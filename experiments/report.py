@@ -71,8 +71,8 @@ def rows_of(experiment, lines):
         tuned = all((*which, rate, TUNED) in lines for which in (contrast.better, contrast.worse)
                     for rate in experiment.of("rates", which[0]))
         text += "; not all rates are tried" * bool(ahead and not tuned)
-        where = dict.fromkeys(filter(None, (cell, other_cell, "" if contrast.measure == "loss" else contrast.measure)))
-        name = f"{arm} before {other}" + f" ({', '.join(where)})" * bool(where)
+        where = [*filter(None, (other_cell, "" if contrast.measure == "loss" else contrast.measure))]
+        name = arm + f" ({cell})" * (cell != other_cell) + f" before {other}" + f" ({', '.join(where)})" * bool(where)
         found.append((name, text, statistics.verdict(apart if tuned else None)))
     return found
 
