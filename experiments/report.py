@@ -21,7 +21,8 @@ HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "bits a second", "seeds", "s
 COSTS = ["experiment", "cell", "start", "updates", "seconds", "TFLOP", "memory, GB"]
 COUNTED = """To the final loss of the cold start. An update takes as long from every start, and so does a unit of a continuation,
 because the network is the same. What the text LM took is not counted: the pocket's {:.0f} TFLOP in 4,000 updates of 4,096 bytes.
-So a warm start saves where somebody else has trained the text LM."""
+So a warm start saves where somebody else has trained the text LM. A start that overfits passes this loss on its way down, as all
+do on a tenth of the data and less: `lowest` tells more there."""
 MEANING = """## What these units and scores can say
 
 A loss says how well the next unit is foretold, less than a tenth of a second of sound. Most of it is told by the units just
