@@ -21,7 +21,8 @@ def against_others(cells, tasks=()):
     """TWIST before cold and before shuffled, and shuffled before cold, in every cell; then in scores of eval.py."""
     return tuple(contrast for cell in cells for contrast in (
         Contrast((cell, "twist"), (cell, "cold"), share=True), Contrast((cell, "twist"), (cell, "shuffled"), share=True),
-        Contrast((cell, "shuffled"), (cell, "cold")), *(Contrast((cell, "twist"), (cell, "cold"), task) for task in tasks)))
+        Contrast((cell, "shuffled"), (cell, "cold")),
+        *(Contrast((cell, "twist"), (cell, "cold"), task, share=task == "lowest") for task in tasks)))
 
 
 REAL = {"stories260K": {"lm": "{stories260K}", "steps": "300", "tokens_per_step": "2048", "eval_rows": "0"},

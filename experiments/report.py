@@ -17,12 +17,11 @@ from pages import charts
 from pages.html import HERE
 
 LOSSES = {"loss": "nats", "lowest": "nats", "bits_per_second": "bits a second"}
-HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "bits a second", "seeds", "seed 0, by rate"]
+HEAD = ["cell", "arm", "rate", "final loss (s.d.)", "lowest (s.d.)", "bits a second", "seeds", "seed 0, by rate"]
 COSTS = ["experiment", "cell", "start", "updates", "seconds", "TFLOP", "memory, GB"]
 COUNTED = """To the final loss of the cold start. An update takes as long from every start, and so does a unit of a continuation,
 because the network is the same. What the text LM took is not counted: the pocket's {:.0f} TFLOP in 4,000 updates of 4,096 bytes.
-So a warm start saves where somebody else has trained the text LM. A start that overfits passes this loss on its way down, as all
-do on a tenth of the data and less: `lowest` tells more there."""
+So a warm start saves where somebody else has trained the text LM. One that overfits passes it on its way down."""
 MEANING = """## What these units and scores can say
 
 A loss says how well the next unit is foretold, less than a tenth of a second of sound. Most of it is told by the units just
@@ -51,7 +50,7 @@ def differences(experiment, lines, contrast):
     both = sorted(seed for seed in ours.keys() & theirs.keys()
                   if None not in (value_of(ours[seed], contrast.measure), value_of(theirs[seed], contrast.measure)))
     ahead = [sign * (value_of(theirs[seed], contrast.measure) - value_of(ours[seed], contrast.measure)) for seed in both]
-    reached = [statistics.updates_to(ours[seed]["curve"], theirs[seed]["loss"]) for seed in both] if contrast.share else []
+    reached = [statistics.updates_to(ours[i]["curve"], value_of(theirs[i], contrast.measure)) for i in both * contrast.share]
     return ahead, [None if updates is None else updates / ours[seed]["steps"] for seed, updates in zip(both, reached)]
 
 
@@ -99,8 +98,8 @@ def losses_of(experiment, lines):
             some = at_best(experiment, lines, cell, arm)
             tried = {rate: lines.get((cell, arm, rate, TUNED)) for rate in experiment.of("rates", cell)}
             if some:
-                made = [*some.values()]
-                found.append((cell, arm, made[0]["peak_lr"], mean_of([line["loss"] for line in made]),
+                made, means = [*some.values()], [mean_of([value_of(it, of) for it in some.values()]) for of in ("loss", "lowest")]
+                found.append((cell, arm, made[0]["peak_lr"], *means,
                               f"{np.mean([line['bits_per_second'] for line in made]):.1f}", str(len(made)),
                               ", ".join(f"{rate}: {line['loss']:.3f}" for rate, line in tried.items() if line),
                               *(score_of([line["scores"][task] for line in made if task in line.get("scores", {})])

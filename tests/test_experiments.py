@@ -178,7 +178,7 @@ def test_the_report_has_verdict_interval_and_figure(made_up, tmp_path):
     command.main(["report", f"--out={tmp_path / 'out'}"])
     text = (tmp_path / "out/README.md").read_text()
     assert "| warm before cold (x) | +2.000 nats [+2.000, +2.000], 3 seeds; reached after 33%, 33%, 32% | suggested |" in text
-    assert "| x | warm | b | 1.100 (0.100) | 11.0 | 3 | a: 2.000, b: 1.000 |" in text and "**not tested**" in text
+    assert "| x | warm | b | 1.100 (0.100) | 1.100 (0.100) | 11.0 | 3 | a: 2.000, b: 1.000 |" in text and "**not tested**" in text
     assert "excludes 0 in the claimed direction" in text and (tmp_path / "out/made_up.svg").read_text().startswith("<svg xmlns")
 
 
