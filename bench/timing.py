@@ -6,8 +6,8 @@ One CUDA graph calls a way on every set of inputs in turn, so that no launch is 
 sets, is one call. At least SETS sets, and together more than an L2 cache holds, unless that takes over MOST_SETS. A sample is as
 many replays in a row as take SAMPLE_SECONDS. The ways take turns: medians of ROUNDS samples, and the interquartile range over the
 median as their spread. A way that cannot be captured is called plainly between CUDA events, and its note says so; one that finds
-no memory, registers or compiler at any point drops out, with the reason as its note. On CPUs: plain calls and the wall clock.
-All this is for the kernels; whole operations go side_by_side().
+no memory, registers or compiler at any point drops out, with the reason as its note. On CPUs: plain calls, one set of inputs and
+the wall clock. All this is for the kernels; whole operations go side_by_side().
 """
 import contextlib
 import functools
@@ -200,7 +200,7 @@ def enough_sets(make, device):
     """Sets of inputs from make(), which draws new ones at each call."""
     sets = [make()]
     size = sum(x.numel() * x.element_size() for x in sets[0])
-    count = max(SETS, min(MOST_SETS, -(-CACHE_BYTES // size))) if device == "cuda" else SETS
+    count = max(SETS, min(MOST_SETS, -(-CACHE_BYTES // size))) if device == "cuda" else 1
     return sets + [make() for _ in range(count - 1)]
 
 

@@ -23,7 +23,7 @@ class ExperimentsConfig:
     runs: str = "runs/experiments"  # folder of the runs and of what they are made of
     out: str = "results/paper"  # folder of the lines of finished runs and of the report
     seeds: int | None = None  # of each arm; none: as declared
-    budget: str = "pocket"  # pocket | small: a few updates of everything, kept in --runs
+    budget: str = "pocket"  # pocket | small: a few updates of everything, in float32 if --dtype says nothing, kept in --runs
     dtype: str = "declared"  # declared | float32 | bfloat16, of the products of all runs; another wants an --out of its own
     parallel: int = 2  # runs at a time; the processor's threads are divided among them
     minutes: float = 0.0  # no run is begun after so many; 0: all are
@@ -48,13 +48,13 @@ def main(argv=None):
             print(report.write(options.out))
         else:
             print(f"{name}: {known[name].question}")
-            experiment, given = known[name], {"dtype": options.dtype}
-            if options.dtype != "declared":
-                experiment = replace(experiment, arms={arm: own | given for arm, own in experiment.arms.items()})
+            dtype = "float32" if (options.budget, options.dtype) == ("small", "declared") else options.dtype
+            experiment = known[name]
+            if dtype != "declared":
+                experiment = replace(experiment, arms={arm: {**own, "dtype": dtype} for arm, own in experiment.arms.items()})
             elif not hardware_bfloat16("cpu"):
                 print("bfloat16 is emulated here, ten times slower than float32, which is had by --dtype=float32 --out=FOLDER")
-            lines = runner.work(name, experiment, declared.MATERIAL, options)
-            print(report.text_of(name, experiment, lines, options.out))
+            print(report.text_of(name, experiment, runner.work(name, experiment, declared.MATERIAL, options), options.out))
 
 
 if __name__ == "__main__":

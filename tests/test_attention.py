@@ -95,7 +95,8 @@ def test_alibi(T, dtype):
 
 
 @first_dtype_quickly
-@pytest.mark.parametrize("lengths", [[130], [1] * 70, [1, 1, 63, 1, 64, 5], [64, 64], [127, 1, 2], [3, 130, 1, 1, 5], [65, 140]],
+@pytest.mark.parametrize("lengths", [[130], [1, 1, 63, 1, 64, 5], [127, 1, 2], [65, 140], *(
+    pytest.param(lengths, marks=pytest.mark.slow) for lengths in ([1] * 70, [64, 64], [3, 130, 1, 1, 5]))],
                          ids=lambda lengths: "-".join(map(str, lengths[:6])))
 def test_packed_documents(lengths, dtype):
     q, k, v = draw(1, sum(lengths), 2, 1, 64, dtype)
@@ -183,7 +184,7 @@ def test_one_token_over_a_cache(S, H, K, alibi, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("last", [0, 63, 200, 299])
+@pytest.mark.parametrize("last", [0, 200, *(pytest.param(last, marks=pytest.mark.slow) for last in (63, 299))])
 @pytest.mark.parametrize("alibi", [False, True])
 def test_one_token_over_as_much_of_a_cache_as_the_device_says(last, alibi, dtype):
     """What lies beyond is never read: there may be anything."""

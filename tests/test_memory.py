@@ -67,7 +67,7 @@ def of_tensors(function, model):
 
 @pytest.mark.parametrize("recompute", memory.RECOMPUTE)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", ["OPT", "LLaMA"])
+@pytest.mark.parametrize("shape", [pytest.param("OPT", marks=pytest.mark.slow), "LLaMA"])
 def test_the_plan_of_five_blocks_is_what_they_take(shape, mode, recompute):
     """In bfloat16 the processor decides how large the buffers inside products are: only tensors count."""
     config = dataclasses.replace(SHAPES[shape], n_layer=5)
