@@ -108,8 +108,8 @@ def text_shards(folder, text, order, part):
 
 # ------------------------------------------------------------------------------------------------ text LMs
 
-def text_lm(folder, family="llama", size="3M", text="stories", steps=BUNDLED, order="as it is"):
-    """A text LM after `steps` updates of 4,096 bytes, made once below `folder`; for --lm. With all defaults it is the pocket's.
+def text_lm(folder, family="llama", size="0.8M", text="stories", steps=BUNDLED, order="as it is"):
+    """A text LM after `steps` updates of 4,096 bytes, made once below `folder`; for --lm. LLaMA of 3M is the pocket's again.
 
     Args: family: of FAMILIES; size: of SIZES; text: stories | german | both | elsewhere; order: of ORDERS.
     """
