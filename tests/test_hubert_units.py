@@ -1275,7 +1275,7 @@ def test_the_way_of_one_recording_ends_at_the_units_of_the_command(folders, tmp_
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_recording(tmp_path):
     peaks, code = [], "import sys; from bench.units import peak_of_encoding; print(peak_of_encoding(*sys.argv[1:]))"
-    for minutes in (2, 10):
+    for minutes in (2, 20):
         path = tmp_path / f"{minutes}.wav"
         with soundfile.SoundFile(path, "w", 16_000, 1) as file:
             for _ in range(minutes):
@@ -1283,7 +1283,7 @@ def test_memory_does_not_grow_with_the_length_of_a_recording(tmp_path):
         command = [sys.executable, "-c", code, str(path), str(tmp_path / f"units{minutes}")]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         peaks.append(int(result.stdout.splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 40e6  # bytes; the features of eight minutes take twice as many
+    assert peaks[1] - peaks[0] < 80e6  # bytes
 
 
 @pytest.mark.slow
