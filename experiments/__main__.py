@@ -52,7 +52,7 @@ def main(argv=None):
             experiment = known[name]
             if dtype != "declared":
                 experiment = replace(experiment, arms={arm: {**own, "dtype": dtype} for arm, own in experiment.arms.items()})
-            elif not hardware_bfloat16("cpu"):
+            elif "bfloat16" in str(experiment) and not hardware_bfloat16("cpu"):
                 print("bfloat16 is emulated here, ten times slower than float32, which is had by --dtype=float32 --out=FOLDER")
             print(report.text_of(name, experiment, runner.work(name, experiment, declared.MATERIAL, options), options.out))
 

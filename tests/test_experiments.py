@@ -239,11 +239,13 @@ def test_another_dtype_is_that_of_every_run_and_mixes_with_none(made_up, tmp_pat
         start(tmp_path)
 
 
-@pytest.mark.parametrize("hardware", ["", "avx512_bf16"])
-def test_emulated_bfloat16_is_told_before_hours_are_spent(made_up, tmp_path, monkeypatch, capsys, hardware):
+@pytest.mark.parametrize("hardware, dtype, told",
+                         [("", "bfloat16", True), ("", "float32", False), ("avx512_bf16", "bfloat16", False)])
+def test_emulated_bfloat16_is_told_before_hours_are_spent(made_up, tmp_path, monkeypatch, capsys, hardware, dtype, told):
     monkeypatch.setattr(command, "hardware_bfloat16", lambda device: hardware)
+    monkeypatch.setitem(declared.EXPERIMENTS, "made_up", dataclasses.replace(made_up[0], options={"dtype": dtype}))
     start(tmp_path, "--plan")
-    assert ("bfloat16 is emulated" in capsys.readouterr().out) == (not hardware)
+    assert ("bfloat16 is emulated" in capsys.readouterr().out) == told
 
 
 def test_the_lowest_validation_is_told_apart_from_the_last(made_up, tmp_path):
@@ -281,5 +283,6 @@ def test_a_run_is_the_ordinary_command_and_leaves_its_log_and_no_weights(tiny_wo
 def test_the_starts_run_in_minutes_at_a_small_budget(tmp_path, capsys):
     command.main(["starts", "--budget=small", "--seeds=1", f"--runs={tmp_path}"])
     lines = runner.read_lines(tmp_path / "starts-small/starts.jsonl")
-    assert len(lines) == 12 and all(line["steps"] == 4 and line["scores"]["swuggy"][3] == 300 for line in lines.values())
+    assert len(lines) == 12 and {line["options"]["dtype"] for line in lines.values()} == {"float32"}
+    assert all(line["steps"] == 4 and line["scores"]["swuggy"][3] == 300 for line in lines.values())
     assert "twist before cold (100): " in capsys.readouterr().out
