@@ -91,19 +91,21 @@ def score_of(scores):
 
 
 def losses_of(experiment, lines):
-    """A head, and rows of losses and scores: means over seeds, with standard deviations."""
-    found = [[*HEAD, *(f"{task}, %" for task in experiment.tasks)]]
+    """A head, and rows of losses and scores: means over seeds, with standard deviations; of units made for it, their seconds."""
+    encoded = any("encoding" in line for line in lines.values())
+    found = [[*HEAD, *(f"{task}, %" for task in experiment.tasks), *["seconds an hour of speech: encoding, training"] * encoded]]
     for cell in experiment.cells:
         for arm in experiment.arms:
-            some = at_best(experiment, lines, cell, arm)
-            tried = {rate: lines.get((cell, arm, rate, TUNED)) for rate in experiment.of("rates", cell)}
-            if some:
+            if some := at_best(experiment, lines, cell, arm):
+                tried = {rate: lines.get((cell, arm, rate, TUNED)) for rate in experiment.of("rates", cell)}
                 made, means = [*some.values()], [mean_of([value_of(it, of) for it in some.values()]) for of in ("loss", "lowest")]
+                taken = [(line.get("encoding", np.nan), line["seconds"] / line["hours"]) for line in made]
                 found.append((cell, arm, made[0]["peak_lr"], *means,
                               f"{np.mean([line['bits_per_second'] for line in made]):.1f}", str(len(made)),
                               ", ".join(f"{rate}: {line['loss']:.3f}" for rate, line in tried.items() if line),
                               *(score_of([line["scores"][task] for line in made if task in line.get("scores", {})])
-                                for task in experiment.tasks)))
+                                for task in experiment.tasks),
+                              *["{:.0f}, {:.0f}".format(*np.median(taken, 0))] * encoded))
     return found
 
 
@@ -117,7 +119,6 @@ def costs(out):
         lines = read_lines(Path(out, f"{name}.jsonl"))
         for cell in experiment.cells if "cold" in experiment.arms else ():
             arms = {arm: at_best(experiment, lines, cell, arm) for arm in experiment.arms}
-            made = [line for some in arms.values() for line in some.values()]
             for arm, some in arms.items():
                 reached = [statistics.updates_to(line["curve"], arms["cold"][seed]["loss"])
                            for seed, line in some.items() if seed in arms["cold"]]
@@ -125,7 +126,7 @@ def costs(out):
                     found += [(name, cell, arm, "not by all seeds", "", "", "")] * bool(reached)
                     continue
                 updates, line = np.mean(reached), next(iter(some.values()))
-                second = np.median([line["seconds"] / line["steps"] for line in made])
+                second = np.median([line["seconds"] / line["steps"] for each in arms.values() for line in each.values()])
                 operations = 6 * line["parameters"] * line["tokens_per_step"] * updates
                 found.append((name, cell, arm, f"{updates:.0f}", f"{second * updates:.0f}", f"{operations / 1e12:.1f}",
                               f"{np.mean([line['memory_gb'] for line in some.values()]):.2f}"))
@@ -150,8 +151,7 @@ def figure(experiment, lines):
     for cell in experiment.cells:
         series = []
         for arm in experiment.arms:
-            some = [line["curve"] for line in at_best(experiment, lines, cell, arm).values()]
-            if some:
+            if some := [line["curve"] for line in at_best(experiment, lines, cell, arm).values()]:
                 curves = np.array(some)  # (seeds, evaluations, 2)
                 series.append((arm, curves[0, 1:, 0], curves[:, 1:, 1].mean(0)))
         if series:

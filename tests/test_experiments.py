@@ -198,6 +198,10 @@ def test_scores_stand_beside_losses_with_both_kinds_of_spread(made_up, tmp_path)
     head, *rows = report.losses_of(experiment, lines)
     row = next(row for row in rows if row[:2] == ("x", "warm"))
     assert head[-2:] == ["swuggy, %", "sblimp, %"] and row[-2:] == ("61.0 ± 5.0 (1.0)", "")
+    for (*_, seed), line in lines.items():  # units of its own
+        line |= {"encoding": 40.0 + seed, "seconds": 9.0, "hours": 3.0}
+    head, *rows = report.losses_of(experiment, lines)
+    assert "encoding" in head[-1] and next(row for row in rows if row[:2] == ("x", "warm"))[-1] == "41, 3"
 
 
 def test_the_figure_has_a_chart_a_cell_in_both_colours(made_up, tmp_path):
