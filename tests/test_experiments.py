@@ -61,7 +61,8 @@ def made_up(monkeypatch):
         final = loss[run.arm, run.rate] + run.seed / 10
         return {"cell": run.cell, "arm": run.arm, "seed": run.seed, "peak_lr": run.rate, "loss": final, "steps": 20,
                 "curve": [[0, 5.0], [10, final + 1], [20, final]], "wall_seconds": 60.0, "threads": threads, "processor": "none",
-                "bits_per_second": 10 * final, "seconds": 40.0, "memory_gb": 0.5, "parameters": 10**9, "tokens_per_step": 100}
+                "bits_per_second": 10 * final, "seconds": 40.0, "memory_gb": 0.5, "parameters": 10**9,
+                "tokens_per_step": 100, "hours": 3.0}
 
     monkeypatch.setattr(runner, "perform", perform)
     monkeypatch.setitem(declared.MATERIAL, "0.8 M", lambda folder: "L")
@@ -199,7 +200,7 @@ def test_scores_stand_beside_losses_with_both_kinds_of_spread(made_up, tmp_path)
     row = next(row for row in rows if row[:2] == ("x", "warm"))
     assert head[-2:] == ["swuggy, %", "sblimp, %"] and row[-2:] == ("61.0 ± 5.0 (1.0)", "")
     for (*_, seed), line in lines.items():  # units of its own
-        line |= {"encoding": 40.0 + seed, "seconds": 9.0, "hours": 3.0}
+        line |= {"encoding": 40.0 + seed, "seconds": 9.0}
     head, *rows = report.losses_of(experiment, lines)
     assert "encoding" in head[-1] and next(row for row in rows if row[:2] == ("x", "warm"))[-1] == "41, 3"
 
