@@ -41,9 +41,11 @@ MEASURED = ("loss", "lowest", *TASKS[:2])  # the second because a hundredth is l
 HEARD = {f"{share} % of the data": {"data_fraction": str(share / 100)} for share in (10, 1, 100)}  # an axis of a map
 READ_BY = {f"{start}, {name}": {"init": start, **lm} for name, lm in READERS.items() for start in ("twist", "shuffled")}
 CELLS = {f"{rate:g} Hz, {centres}": (rate, centres) for rate in (12.5, 25, 50) for centres in (100, 200, 500, 1000)}
-WORDS = {f"merged to {size}": size for size in (500, 2000)}  # vocabularies
+WORDS = {"merged to 500": (500, "215"), "merged to 2000": (2000, "130")}  # vocabulary; updates with the speech of 400 plain ones
 UNITS = {name: {"data": f"{{{name}}}/train", "val_data": f"{{{name}}}/val", "eval.data": f"{{{name}}}/benchmarks",
                 "eval.train_data": f"{{{name}}}/train"} for name in (*CELLS, *WORDS)}
+MERGED = {cell + how: UNITS[cell] | ({"steps": steps} if how else {})
+          for how in ("", ", equal speech") for cell, (_, steps) in WORDS.items()}
 MATERIAL = {  # {name: function: folder -> path}, each called when a run needs it
     "real": lambda folder: real.real_units(folder)[0].parent, "german": german, "smollm2": real.smollm2,
     "stories260K": lambda folder: real.released("text_lm", "stories260K_hf"),
@@ -53,7 +55,7 @@ MATERIAL = {  # {name: function: folder -> path}, each called when a run needs i
     **{size: partial(text_lm, size=size) for size in SIZES}, **{family: partial(text_lm, family=family) for family in FAMILIES},
     **{f"text{steps}": partial(text_lm, steps=steps) for steps in (1000, 8000)},
     **{cell: partial(other_tokenizer, rate=rate, centres=centres) for cell, (rate, centres) in CELLS.items()},
-    **{cell: partial(merged_units, vocabulary=size) for cell, size in WORDS.items()}}
+    **{cell: partial(merged_units, vocabulary=size) for cell, (size, _) in WORDS.items()}}
 
 EXPERIMENTS = {
     "real": Experiment(
@@ -107,8 +109,7 @@ EXPERIMENTS = {
     "embedding": Experiment(
         "Does it matter how the new table of units is drawn?", "drawn anew; no comparison is published",
         {kind: {"init": "twist", "embedding": kind} for kind in ("fresh", "matched", "truncate")},
-        (Contrast(("", "matched"), ("", "fresh")), Contrast(("", "truncate"), ("", "fresh"))),
-        options=POCKET, rates=RATES),
+        (Contrast(("", "matched"), ("", "fresh")), Contrast(("", "truncate"), ("", "fresh"))), options=POCKET, rates=RATES),
     "languages": Experiment(
         "Does a text LM of English help German speech, and one of German more?", "left open by the paper",
         {"English text": {"init": "twist"}, "German text": {"init": "twist", "lm": "{de}"},
@@ -118,10 +119,9 @@ EXPERIMENTS = {
         options={**SMALLER, "data": "{german}/train", "val_data": "{german}/val"}, rates=RATES),
     "words": Experiment(
         "Do units that are more like words bring speech nearer to text?", "an open question",
-        STARTS, (*(Contrast((merged, "twist"), ("plain", "twist"), measure) for merged in WORDS
-                   for measure in ("bits_per_second", "swuggy")), *against_others(["plain", *WORDS])),
-        {"plain": {}, **{merged: UNITS[merged] for merged in WORDS}}, {**SMALLER, "eval.norm": "sum"},
-        rates=RATES, seeds={"": 3}, tasks=TASKS[:1]),
+        STARTS, (*(Contrast((cell, "twist"), ("plain", "twist"), on) for cell in MERGED for on in ("bits_per_second", "swuggy")),
+                 *against_others(["plain", *MERGED])),
+        {"plain": {}, **MERGED}, {**SMALLER, "eval.norm": "sum"}, rates=RATES, seeds={"": 3}, tasks=TASKS[:1]),
     "regime": Experiment(
         "Where does it show most what the text LM knows: after longer reading, with less speech?",
         "a quarter of the updates (figure 2b); reading and speech are not varied",
