@@ -50,10 +50,10 @@ MATERIAL = {  # {name: function: folder -> path}, each called when a run needs i
     "real": lambda folder: real.real_units(folder)[0].parent, "german": german, "smollm2": real.smollm2,
     "stories260K": lambda folder: real.released("text_lm", "stories260K_hf"),
     "permuted": lambda folder: text_lms.layers_permuted(text_lm(folder), folder / "permuted", seed=0),
-    "elsewhere": partial(text_lm, size="3M", text="elsewhere"), "random": partial(text_lm, order="random"),
-    "de": partial(text_lm, text="german"), "both": partial(text_lm, text="both"),
+    "elsewhere": partial(text_lm, size="3M", text="elsewhere"), "de": partial(text_lm, text="german"),
+    "both": partial(text_lm, text="both"), **{f"{size}, 1000": partial(text_lm, size=size, steps=1000) for size in SIZES},
     **{size: partial(text_lm, size=size) for size in SIZES}, **{family: partial(text_lm, family=family) for family in FAMILIES},
-    **{f"text{steps}": partial(text_lm, steps=steps) for steps in (1000, 8000)},
+    "random": partial(text_lm, order="random"), **{f"text{steps}": partial(text_lm, steps=steps) for steps in (1000, 8000)},
     **{cell: partial(other_tokenizer, rate=rate, centres=centres) for cell, (rate, centres) in CELLS.items()},
     **{cell: partial(merged_units, vocabulary=size) for cell, (size, _) in WORDS.items()}}
 
@@ -103,8 +103,8 @@ EXPERIMENTS = {
         against_others(FAMILIES), FAMILIES, SMALLER, rates=RATES, seeds={"": 3}),
     "sizes": Experiment(
         "Is a larger model better, and does the gain grow with its size?", "bigger is better, up to 13B (abstract)", STARTS,
-        (Contrast(("10M", "twist"), ("0.8M", "twist")), *against_others(SIZES)), SIZES, POCKET | {"dtype": "float32"},
-        rates={"": ("1e-3", "2e-3", "4e-3")}, seeds={"": 3}),
+        (Contrast(("10M", "twist"), ("0.8M", "twist")), *against_others(SIZES)),  # text LMs of 1,000 updates; 4,000: hours at 10M
+        {size: {"lm": f"{{{size}, 1000}}"} for size in SIZES}, POCKET | {"dtype": "float32"}, rates=RATES, seeds={"": 3}),
     "cost": Experiment("What does it take to come to the final loss of a cold start?", "a quarter of the updates (figure 2b)"),
     "embedding": Experiment(
         "Does it matter how the new table of units is drawn?", "drawn anew; no comparison is published",
